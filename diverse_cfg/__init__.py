@@ -1,0 +1,37 @@
+"""Diversity-Rewarded CFG Distillation (arXiv 2410.06084) for MusicGen.
+
+The package reads as one story: prompts → rollout → teacher → distillation loss + diversity reward → update →
+merge → evaluate → publish. `functional/` holds the mathematics, the modules beside it the story, in order.
+
+Names below are imported on first use, so that `import diverse_cfg` and `diverse-cfg --help` load neither torch
+nor transformers.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name → module that defines it.
+_PUBLIC = {
+    "nano_path": "diverse_cfg.assets",
+    "load_prompts": "diverse_cfg.prompts",
+}
+
+__all__ = ["__version__", "load_prompts", "nano_path"]
+
+if TYPE_CHECKING:  # the same names, for type checkers and editors
+    from diverse_cfg.assets import nano_path
+    from diverse_cfg.prompts import load_prompts
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'diverse_cfg' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value  # the next access is an ordinary one
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
