@@ -1,0 +1,61 @@
+# Every target sets itself up: a bare machine needs git, make and Python >= 3.11 with pip, nothing else.
+# Override on the command line, e.g. `make test ARGS="-k cli -x"`, `make demo ARGS=--quick`, `make test PYTHON=python3.12`.
+
+VENV ?= .venv
+ARGS ?=
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.diverse-cfg-installed
+
+# The newest tested interpreter that can make a virtual environment (Debian packs `ensurepip` separately).
+USABLE = -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
+	if $$p $(USABLE) >/dev/null 2>&1; then echo $$p; break; fi; done)
+
+OFFLINE = HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-quick lint format hooks build clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP)  ## make .venv with the exact versions of constraints.txt (every other target does this by itself)
+
+# torch comes first and by plain pip: a CPU wheel where pip's configuration offers one, the default build elsewhere.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 with venv and pip was found; install one (Debian and Ubuntu: \
+	apt-get install python3 python3-venv; macOS: brew install python@3.12) or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) $(USABLE) || { echo "error: PYTHON=$(PYTHON) is older than 3.11 or lacks venv and ensurepip" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install -c constraints.txt hatchling editables
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e ".[dev,recipes]"
+	@touch $@
+
+demo: $(STAMP)  ## the whole method on the shipped nano base: train, merge, evaluate, listen (ARGS=--quick: a smoke run)
+	$(OFFLINE) $(BIN)/diverse-cfg demo $(ARGS)
+
+test: $(STAMP)  ## every test that needs neither accelerator nor network
+	$(OFFLINE) $(BIN)/python -m pytest -m "not gpu and not network" $(ARGS)
+
+test-quick: $(STAMP)  ## the same without the slow ones
+	$(OFFLINE) $(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## ruff (rules and format) and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(STAMP)  ## let ruff fix and format the tree
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+hooks: $(STAMP)  ## install the pre-commit hooks (they call the tools of .venv; nothing is downloaded)
+	$(BIN)/pre-commit install
+
+build: $(STAMP)  ## sdist and wheel in dist/
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
+clean:  ## remove .venv, caches and dist/
+	rm -rf $(VENV) dist build .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
