@@ -3,8 +3,8 @@
 The package reads as one story: prompts → rollout → teacher → distillation loss + diversity reward → update →
 merge → evaluate → publish. `functional/` holds the mathematics, the modules beside it the story, in order.
 
-Names below are imported on first use, so that `import diverse_cfg` and `diverse-cfg --help` load neither torch
-nor transformers.
+Names below are imported on first use, so that `import diverse_cfg` and `diverse-cfg --help` load neither
+torch nor transformers.
 """
 
 import importlib
@@ -14,8 +14,8 @@ __version__ = "0.1.0"
 
 # Public name → module that defines it.
 _PUBLIC = {
-    "nano_path": "diverse_cfg.assets",
     "load_prompts": "diverse_cfg.prompts",
+    "nano_path": "diverse_cfg.assets",
 }
 
 __all__ = ["__version__", "load_prompts", "nano_path"]

@@ -1,0 +1,43 @@
+"""The files that travel with the package: the nano base, its judge and encoders, and its prompts.
+
+They are ordinary folders below `diverse_cfg/assets/nano`, so that plain `transformers` loads the base from
+the path that `nano_path()` returns, without importing this package.
+"""
+
+from pathlib import Path
+
+NANO_PARTS = ("base", "judge", "reward-encoder", "eval-encoder", "prompts")
+
+_NANO = Path(__file__).parent / "assets" / "nano"
+# What a part cannot do without; the others are checked by whoever loads them.
+_REQUIRED = {"base": ("config.json", "generation_config.json", "model.safetensors")}
+
+
+def nano_path(part: str | None = None) -> Path:
+    """Folder of one part of the shipped nano world.
+
+    Args:
+        part: None or "base" for the MusicGen checkpoint; "judge" (audible attributes), "reward-encoder" and
+            "eval-encoder" (two different embedders), or "prompts".
+
+    Returns:
+        An existing folder, usable wherever a model folder or an embedder name is expected.
+
+    Raises:
+        ValueError: no part has this name.
+        FileNotFoundError: the installation lacks the part or a file of it.
+    """
+    part = part or "base"
+    if part not in NANO_PARTS:
+        raise ValueError(f"nano has no part {part!r}; choose one of {', '.join(NANO_PARTS)}")
+    folder = _NANO / part
+    wanted = _REQUIRED.get(part, ())
+    missing = [str(folder / name) for name in wanted if not (folder / name).is_file()]
+    if not folder.is_dir() or not any(folder.iterdir()):
+        missing = [str(folder)]
+    if missing:
+        raise FileNotFoundError(
+            f"this installation of diverse-cfg lacks the nano {part}: {', '.join(missing)} not found; "
+            "reinstall the package, or rebuild it with recipes/nano"
+        )
+    return folder

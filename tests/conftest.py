@@ -1,0 +1,62 @@
+"""What every test gets: no network, no telemetry, and the tiny MusicGen of `tests/tiny.py`."""
+
+import os
+import socket
+
+# Before anything imports transformers, datasets or trl: they read these once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _offline(request, monkeypatch):
+    """A test that reaches for another machine fails at once, also where a network happens to be."""
+    if request.node.get_closest_marker("network"):
+        return
+    connect = socket.socket.connect
+
+    def local_only(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in (
+            "127.0.0.1",
+            "::1",
+            "localhost",
+        ):
+            raise AssertionError(f"a test without the network marker connected to {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", local_only)
+
+
+@pytest.fixture
+def tiny_model():
+    """A fresh tiny MusicGen, free to be changed."""
+    from tests.tiny import tiny_musicgen
+
+    return tiny_musicgen()
+
+
+@pytest.fixture(scope="session")
+def tiny_processor():
+    from tests.tiny import tiny_processor
+
+    return tiny_processor()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A saved tiny MusicGen checkpoint, shared by the session: read it, never write into it."""
+    from tests.tiny import save_tiny
+
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "musicgen")
+
+
+@pytest.fixture(scope="session")
+def tiny_stereo_folder(tmp_path_factory):
+    """The same with two channels (twice the codebooks, pairs of them sharing a delay)."""
+    from tests.tiny import save_tiny
+
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "musicgen-stereo", audio_channels=2)
