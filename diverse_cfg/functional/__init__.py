@@ -1,0 +1,20 @@
+"""The mathematics of diversity-rewarded CFG distillation: pure functions, tensors in, tensors out.
+
+Nothing here knows a model, a file or a trainer; every function can be read beside its equation.
+
+| module | what it holds |
+|---|---|
+| `guidance` | classifier-free guided logits, with a scale per code if wanted |
+| `codebooks` | MusicGen's delay pattern: apply, revert, which cells are real |
+| `divergence` | reverse and forward KL, generalised Jensen-Shannon; the chunked loss with analytic gradient |
+| `diversity` | cosine distances in a group, the reward, its unbiased advantages, Vendi |
+| `policy_gradient` | leave-one-out advantages, per-code ratios, REINFORCE and its clipped surrogate |
+| `interpolation` | weighted sums of state dicts and of LoRA factors |
+| `statistics` | bootstrap by prompt, Fréchet, MMD, Pareto front, hypervolume, win rate |
+
+Shape letters: P prompts, G generations per prompt, N = P·G rows (the G rows of a prompt adjacent),
+K codebooks, T frames, S decoder steps, V codes per codebook, H hidden size, D embedding size.
+
+Every function computes in float32, or in float64 when a float64 tensor is passed, whatever the model's
+precision: guidance multiplies bfloat16's rounding by three.
+"""
