@@ -1,0 +1,172 @@
+"""What a MusicGen folder consists of: its tensors by name, what makes two of them mergeable, and how it is played.
+
+Merging, inspection, cards and publishing read checkpoints as files and configurations; this module answers their
+questions about MusicGen, so that none of them builds a model.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, MusicgenConfig, MusicgenForConditionalGeneration
+
+# The codec gives the codes their meaning: codecs are compared, never interpolated.
+CODEC_PREFIX = "audio_encoder."
+
+# Settings that may differ between two checkpoints of one architecture: bookkeeping, training-time noise, and the
+# token ids that training frameworks overwrite with the text encoder's (they are written anew on saving).
+_NOT_ARCHITECTURE = {
+    "_attn_implementation_autoset",
+    "_name_or_path",
+    "activation_dropout",
+    "architectures",
+    "attention_dropout",
+    "bos_token_id",
+    "classifier_dropout",
+    "decoder_start_token_id",
+    "dropout",
+    "dropout_rate",
+    "dtype",
+    "eos_token_id",
+    "initializer_factor",
+    "layerdrop",
+    "pad_token_id",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+# Tables that older versions saved although they are computed.
+_COMPUTED = ("embed_positions.weights", "position_ids")
+_OLD_WEIGHT_NORM = {
+    ".weight_g": ".parametrizations.weight.original0",
+    ".weight_v": ".parametrizations.weight.original1",
+}
+
+
+def load_config(folder: str | os.PathLike) -> MusicgenConfig:
+    """Configuration of a MusicGen folder.
+
+    Raises:
+        FileNotFoundError: there is no config.json.
+        ValueError: the folder holds another kind of model (melody and style checkpoints included).
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no config.json: it is not a model folder")
+    try:
+        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
+    if model_type != MusicgenConfig.model_type:
+        raise ValueError(
+            f"{folder} holds a model of type {model_type!r}; only text-conditioned MusicGen checkpoints (type "
+            f"{MusicgenConfig.model_type!r}, mono or stereo) are supported"
+        )
+    return MusicgenConfig.from_pretrained(str(folder))
+
+
+def expected_tensors(config: MusicgenConfig) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Names and shapes of a complete checkpoint, found without allocating a weight.
+
+    Returns:
+        name → shape of every stored tensor, and alias → name for tensors that share their memory with another.
+    """
+    with torch.device("meta"):
+        model = MusicgenForConditionalGeneration(config)
+    shapes: dict[str, tuple[int, ...]] = {}
+    aliases: dict[str, str] = {}
+    names: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        first = names.setdefault(id(tensor), name)
+        if first == name:
+            shapes[name] = tuple(tensor.shape)
+        else:
+            aliases[name] = first
+    return shapes, aliases
+
+
+def canonical_name(name: str, aliases: Mapping[str, str]) -> str | None:
+    """The name that `expected_tensors` uses for a tensor found in a file; None for computed tables."""
+    if name.endswith(_COMPUTED):
+        return None
+    for old, new in _OLD_WEIGHT_NORM.items():
+        if name.endswith(old):
+            name = name.removesuffix(old) + new
+    return aliases.get(name, name)
+
+
+def architecture(config: MusicgenConfig) -> dict[str, Any]:
+    """Everything in a configuration that decides whether weights may be mixed, as dotted name → value."""
+    return dict(_flatten(config.to_dict()))
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if key in _NOT_ARCHITECTURE:
+            continue
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def num_frames_to_tokens(num_frames: int, config: MusicgenConfig) -> int:
+    """`max_new_tokens` for T frames: the delay pattern adds K − 1 steps in mono and K/2 − 1 in stereo."""
+    return num_frames + config.decoder.num_codebooks // config.decoder.audio_channels - 1
+
+
+def tokens_to_seconds(max_new_tokens: int, config: MusicgenConfig) -> float:
+    """Length of the clip that `max_new_tokens` gives."""
+    codec = config.audio_encoder
+    hop_length = math.prod(codec.upsampling_ratios)
+    return (max_new_tokens - num_frames_to_tokens(0, config)) * hop_length / codec.sampling_rate
+
+
+def repair_token_ids(config: MusicgenConfig) -> MusicgenConfig:
+    """Set pad, bos and start to the id after the last code (2048 for the released models), in place.
+
+    Training frameworks write the text encoder's 0 and 1 there; generation would then drop code 0 as padding.
+    """
+    codebook_size = config.decoder.vocab_size
+    config.pad_token_id = config.decoder.pad_token_id = codebook_size
+    config.decoder.bos_token_id = codebook_size
+    config.decoder_start_token_id = config.decoder.decoder_start_token_id = codebook_size
+    config.decoder.eos_token_id = None
+    return config
+
+
+def playing_config(
+    config: MusicgenConfig, sampling: Mapping[str, Any] | None = None, like: GenerationConfig | None = None
+) -> GenerationConfig:
+    """Generation settings of a distilled checkpoint: no guidance, and the sampling that it was trained with.
+
+    Args:
+        config: the model's configuration.
+        sampling: `temperature`, `top_k`, `top_p`, `num_frames` of the provenance; what it does not name is kept
+            from `like`.
+        like: settings of the checkpoint that it came from. Its guidance is dropped, and its `max_length` becomes
+            the equivalent `max_new_tokens` (read from a generation config, both count new tokens).
+    """
+    sampling = dict(sampling or {})
+    like = like or GenerationConfig()
+    max_new_tokens = like.max_new_tokens or like.max_length
+    if sampling.get("num_frames"):
+        max_new_tokens = num_frames_to_tokens(int(sampling["num_frames"]), config)
+    codebook_size = config.decoder.vocab_size
+    settings: dict[str, Any] = {
+        "do_sample": True,
+        "guidance_scale": 1.0,
+        "max_new_tokens": max_new_tokens,
+        "pad_token_id": codebook_size,
+        "bos_token_id": codebook_size,
+        "decoder_start_token_id": codebook_size,
+    }
+    for name in ("temperature", "top_k", "top_p", "min_p"):
+        value = sampling.get(name, getattr(like, name, None))
+        if value is not None:
+            settings[name] = value
+    return GenerationConfig(**settings)

@@ -1,0 +1,140 @@
+"""What a model folder is, written beside its weights: `diverse_cfg.json`.
+
+A folder of weights cannot say that guidance is already inside it, how strongly its diversity was rewarded, or that it
+is a merge of two others. Whoever writes a model folder writes this file too; `inspect`, `merge`, the card and the
+loader read it. It holds facts only, never a token or a path that the writer did not put there.
+"""
+
+import json
+import math
+import os
+import platform
+import uuid
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PROVENANCE_FILE = "diverse_cfg.json"
+KINDS = ("student", "merge")
+# Libraries whose version changes what the weights mean or how they were trained.
+_LIBRARIES = ("diverse-cfg", "torch", "transformers", "trl", "peft")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The content of `diverse_cfg.json`.
+
+    Args:
+        kind: "student" (trained by this package) or "merge" (interpolated from other checkpoints).
+        base_model: Hub id or folder of θ0, the checkpoint that everything started from.
+        guidance_scale: γ of the teacher, i.e. the guidance that is *inside* the weights (generate with 1.0).
+        diversity_coef: β, the weight of the diversity reward; None for a merge.
+        merge: the recipe of a merge (method, dtype, experts with their weights), None for a student.
+        sampling: how the model was trained and is evaluated: temperature, top_k, num_frames…
+        training: what else the card tells: steps, learning rate, num_generations, clip seconds…
+        versions: versions of the libraries that wrote the folder.
+    """
+
+    kind: str
+    base_model: str | None = None
+    guidance_scale: float | None = None
+    diversity_coef: float | None = None
+    merge: dict[str, Any] | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"provenance kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        for name in ("guidance_scale", "diversity_coef"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+                raise ValueError(f"provenance {name} must be a finite number or None, got {value!r}")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that decide what a checkpoint means, for `Provenance.versions`."""
+    versions = {"python": platform.python_version()}
+    for library in _LIBRARIES:
+        try:
+            versions[library] = version(library)
+        except PackageNotFoundError:
+            continue  # e.g. the package itself, run from a source tree that was never installed
+    return versions
+
+
+def read_provenance(folder: str | os.PathLike) -> Provenance | None:
+    """Read `diverse_cfg.json` of a model folder.
+
+    Returns:
+        None when the folder has none, i.e. when another program wrote it. Keys that this version does not know are
+        ignored, so that newer folders stay readable.
+
+    Raises:
+        ValueError: the file is not valid.
+    """
+    path = Path(folder) / PROVENANCE_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} is not valid JSON ({error}); delete it or restore it from a backup"
+        ) from error
+    if not isinstance(content, dict) or "kind" not in content:
+        raise ValueError(
+            f"{path} does not describe a model: it lacks the key 'kind'; delete it or restore it"
+        )
+    known = {f.name for f in fields(Provenance)}
+    try:
+        return Provenance(**{key: value for key, value in content.items() if key in known})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def write_provenance(folder: str | os.PathLike, provenance: Provenance) -> Path:
+    """Write `diverse_cfg.json` into a model folder, adding the library versions; return its path."""
+    content = asdict(provenance)
+    content["versions"] = {**library_versions(), **provenance.versions}
+    return write_text(
+        Path(folder) / PROVENANCE_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    )
+
+
+def write_text(path: str | os.PathLike, text: str) -> Path:
+    """Write a text file so that a reader finds the old content or the new one, never half of it."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def warn_if_guided(
+    provenance: Provenance | Mapping[str, Any] | None, guidance_scale: float | None, name: str = "this model"
+) -> None:
+    """Warn when a distilled checkpoint is about to be generated with guidance on top.
+
+    The teacher's guidance is inside its weights: guiding once more doubles the cost and overshoots.
+    """
+    if provenance is None or guidance_scale is None or guidance_scale <= 1:
+        return
+    inside = (
+        provenance.guidance_scale if isinstance(provenance, Provenance) else provenance.get("guidance_scale")
+    )
+    scale = "" if inside is None else f" (γ = {inside:g})"
+    warnings.warn(
+        f"{name} was distilled from a guided teacher{scale}, and is asked to generate with guidance_scale="
+        f"{guidance_scale:g}: guidance would be applied twice, at twice the cost. Pass guidance_scale=1.0.",
+        UserWarning,
+        stacklevel=2,
+    )
