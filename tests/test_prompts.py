@@ -51,7 +51,7 @@ def write_parquet(path):
     ],
 )
 def test_every_format_keeps_prompts_and_other_columns(tmp_path, name, write):
-    """Catches quoting, encoding and byte-order-mark faults, and columns that the reward functions would miss."""
+    """Catches quoting, encoding and byte-order-mark faults, and columns that get lost."""
     write(tmp_path / name)
     for source in (tmp_path / name, str(tmp_path / name)):
         dataset = load_prompts(source)

@@ -1,0 +1,72 @@
+"""`diverse-cfg`: a thin launcher over what is importable from the package.
+
+Each command lives in a module of this folder as a pair `add_…_arguments` / `run_…` and a `COMMAND`; to add
+one, write the module and name it in `COMMANDS`. Nothing heavy is imported before a command runs, so help is
+instant.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from diverse_cfg import __version__
+from diverse_cfg.cli.command import Command
+
+COMMANDS: tuple[Command, ...] = ()
+
+# What a person can put right: one line, no traceback. Everything else is our bug and keeps its traceback.
+USER_ERRORS = (ValueError, OSError, ImportError)
+
+
+def build_parser(commands: Sequence[Command] = COMMANDS) -> argparse.ArgumentParser:
+    """The parser of `diverse-cfg` with one subparser per command."""
+    parser = argparse.ArgumentParser(
+        prog="diverse-cfg",
+        description="Train, merge, evaluate and publish MusicGen models that need no guidance at inference.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"diverse-cfg {__version__}")
+    parser.add_argument(
+        "--debug", action="store_true", help="show the traceback of an error (also DIVERSE_CFG_DEBUG=1)"
+    )
+    subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for command in commands:
+        subparser = subparsers.add_parser(
+            command.name,
+            help=command.summary,
+            description=command.summary[0].upper() + command.summary[1:] + ".",
+            add_help=not command.parses_rest,
+            allow_abbrev=False,
+        )
+        command.add_arguments(subparser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMANDS) -> int:
+    """Run one command.
+
+    Returns:
+        0; 2 after wrong input (one line on stderr); 130 after an interruption.
+    """
+    parser = build_parser(commands)
+    args, rest = parser.parse_known_args(argv)
+    command = next(command for command in commands if command.name == args.command)
+    if rest and not command.parses_rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)} (see diverse-cfg {command.name} --help)")
+    args.rest = rest
+    debug = args.debug or os.environ.get("DIVERSE_CFG_DEBUG", "") not in ("", "0")
+    try:
+        command.run(args)
+    except USER_ERRORS as error:
+        if debug:
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"diverse-cfg: error: {message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print(f"\ndiverse-cfg: interrupted; {command.resume}", file=sys.stderr)
+        return 130
+    return 0

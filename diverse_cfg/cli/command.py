@@ -1,0 +1,35 @@
+"""What a command of `diverse-cfg` is made of, and the few argument helpers that commands share."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand. Its module imports the standard library at the top, the heavy rest inside `run`.
+
+    Args:
+        name: as typed after `diverse-cfg`.
+        summary: one line for `diverse-cfg --help`.
+        add_arguments: adds the options to the subparser.
+        run: does the work with the parsed options; wrong input raises a `ValueError` or `OSError`.
+        resume: what to tell somebody who interrupted it.
+        parses_rest: the command has its own parser; `run` finds what it did not know in `args.rest`.
+    """
+
+    name: str
+    summary: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+    resume: str = "what was written so far is kept; run the command again to start over"
+    parses_rest: bool = False
+
+
+def model_source(value: str) -> str:
+    """A model argument as the loaders take it: `nano` stands for the base that is shipped with the package."""
+    if value != "nano":
+        return value
+    from diverse_cfg.assets import nano_path
+
+    return str(nano_path())

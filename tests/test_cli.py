@@ -1,0 +1,105 @@
+"""`diverse-cfg`: wrong input is one line and code 2, a bug keeps its traceback, an interruption is 130."""
+
+import argparse
+
+import pytest
+
+from diverse_cfg.cli import COMMANDS, build_parser, main
+from diverse_cfg.cli.command import Command
+
+
+def command_that(action, **kwargs):
+    def run(args):
+        return action(args)
+
+    return Command("act", "do it", lambda parser: parser.add_argument("--number", type=int), run, **kwargs)
+
+
+def fail(error):
+    def action(args):
+        raise error
+
+    return action
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("guidance_scale=-1 must be ≥ 1;\n  choose 3"), "guidance_scale=-1 must be ≥ 1; choose 3"),
+        (
+            FileNotFoundError(2, "No such file or directory", "x.csv"),
+            "[Errno 2] No such file or directory: 'x.csv'",
+        ),
+        (FileExistsError("out exists; choose another --output"), "out exists; choose another --output"),
+        (ImportError("needs pip install gradio"), "needs pip install gradio"),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_wrong_input_is_one_line(capsys, monkeypatch, error, line):
+    monkeypatch.delenv("DIVERSE_CFG_DEBUG", raising=False)
+    assert main(["act"], [command_that(fail(error))]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == f"diverse-cfg: error: {line}\n"
+    assert captured.out == ""
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    commands = [command_that(fail(ValueError("bad")))]
+    with pytest.raises(ValueError, match="bad"):
+        main(["--debug", "act"], commands)
+    monkeypatch.setenv("DIVERSE_CFG_DEBUG", "1")
+    with pytest.raises(ValueError, match="bad"):
+        main(["act"], commands)
+
+
+def test_a_bug_is_not_dressed_up_as_wrong_input():
+    with pytest.raises(ZeroDivisionError):
+        main(["act"], [command_that(lambda args: 1 // 0)])
+
+
+def test_an_interruption_says_how_to_go_on(capsys):
+    command = command_that(fail(KeyboardInterrupt()), resume="the same command resumes")
+    assert main(["act"], [command]) == 130
+    assert capsys.readouterr().err == "\ndiverse-cfg: interrupted; the same command resumes\n"
+
+
+def test_success_is_zero_and_arguments_arrive():
+    seen = []
+    assert main(["act", "--number", "3"], [command_that(seen.append)]) == 0
+    assert seen[0].number == 3
+
+
+def test_an_unknown_option_is_refused_unless_the_command_parses_itself(capsys):
+    seen = []
+    with pytest.raises(SystemExit) as stop:
+        main(["act", "--nubmer", "3"], [command_that(seen.append)])
+    assert stop.value.code == 2
+    assert "unrecognized arguments: --nubmer 3 (see diverse-cfg act --help)" in capsys.readouterr().err
+    assert seen == []
+    assert main(["act", "--help", "--nubmer=3"], [command_that(seen.append, parses_rest=True)]) == 0
+    assert seen[0].rest == ["--help", "--nubmer=3"]
+
+
+def test_the_real_commands():
+    """Every command has its own name, a line of help, and a parser that builds."""
+    names = [command.name for command in COMMANDS]
+    assert len(set(names)) == len(names) > 0
+    text = build_parser().format_help()
+    assert all(f"\n    {name}" in text for name in names)
+    choices = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    assert list(choices) == names
+
+
+@pytest.mark.parametrize("name", [c.name for c in COMMANDS if not c.parses_rest])
+def test_every_command_explains_itself(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: diverse-cfg {name}" in capsys.readouterr().out
+
+
+def test_no_command_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2
+    assert "command" in capsys.readouterr().err
