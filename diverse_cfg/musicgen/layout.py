@@ -1,7 +1,8 @@
-"""What a MusicGen folder consists of: its tensors by name, what makes two of them mergeable, and how it is played.
+"""What a MusicGen folder consists of: its tensors by name, what makes two of them mergeable, and how it is
+played.
 
-Merging, inspection, cards and publishing read checkpoints as files and configurations; this module answers their
-questions about MusicGen, so that none of them builds a model.
+Merging, inspection, cards and publishing read checkpoints as files and configurations; this module answers
+their questions about MusicGen, so that none of them builds a model.
 """
 
 import json
@@ -17,8 +18,9 @@ from transformers import GenerationConfig, MusicgenConfig, MusicgenForConditiona
 # The codec gives the codes their meaning: codecs are compared, never interpolated.
 CODEC_PREFIX = "audio_encoder."
 
-# Settings that may differ between two checkpoints of one architecture: bookkeeping, training-time noise, and the
-# token ids that training frameworks overwrite with the text encoder's (they are written anew on saving).
+# Settings that may differ between two checkpoints of one architecture: bookkeeping, training-time noise,
+# and the token ids that training frameworks overwrite with the text encoder's (they are written anew on
+# saving).
 _NOT_ARCHITECTURE = {
     "_attn_implementation_autoset",
     "_name_or_path",
@@ -73,7 +75,8 @@ def expected_tensors(config: MusicgenConfig) -> tuple[dict[str, tuple[int, ...]]
     """Names and shapes of a complete checkpoint, found without allocating a weight.
 
     Returns:
-        name → shape of every stored tensor, and alias → name for tensors that share their memory with another.
+        name → shape of every stored tensor, and alias → name for tensors that share their memory with
+        another.
     """
     with torch.device("meta"):
         model = MusicgenForConditionalGeneration(config)
@@ -146,10 +149,10 @@ def playing_config(
 
     Args:
         config: the model's configuration.
-        sampling: `temperature`, `top_k`, `top_p`, `num_frames` of the provenance; what it does not name is kept
-            from `like`.
-        like: settings of the checkpoint that it came from. Its guidance is dropped, and its `max_length` becomes
-            the equivalent `max_new_tokens` (read from a generation config, both count new tokens).
+        sampling: `temperature`, `top_k`, `top_p`, `num_frames` of the provenance; what it does not name is
+            kept from `like`.
+        like: settings of the checkpoint that it came from. Its guidance is dropped, and its `max_length`
+            becomes the equivalent `max_new_tokens` (read from a generation config, both count new tokens).
     """
     sampling = dict(sampling or {})
     like = like or GenerationConfig()

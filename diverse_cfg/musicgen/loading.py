@@ -1,0 +1,231 @@
+"""Load a MusicGen policy from whatever holds one, ready to sample and to train: float32, no dropout, no double guidance.
+
+A checkpoint that this package distilled has the guidance inside its weights, while the generation config that an
+adapter inherits from its base still asks for guidance 3: applied twice, it costs twice and overshoots. So adapters, and
+folders whose `diverse_cfg.json` says student or merge, come back with `generation_config.guidance_scale = 1.0`.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants as hub_constants
+from peft import PeftModel
+from torch import nn
+from transformers import AutoProcessor, MusicgenForConditionalGeneration, MusicgenProcessor
+from transformers.utils import cached_file
+
+from diverse_cfg.provenance import PROVENANCE_FILE, read_provenance
+
+ModelSource = str | os.PathLike | nn.Module
+
+# Attributes that transformers hands to functional dropout; `nn.Dropout` modules alone are not all of it.
+_DROPOUT_ATTRIBUTES = ("dropout", "attention_dropout", "activation_dropout", "layerdrop")
+
+
+def load_policy(
+    model: ModelSource,
+    *,
+    adapter: str | os.PathLike | None = None,
+    torch_dtype: torch.dtype = torch.float32,
+) -> MusicgenForConditionalGeneration:
+    """Load a MusicGen policy, in eval mode and without any dropout.
+
+    Args:
+        model: Hub id or folder of a full checkpoint; id or folder of a PEFT adapter, whose base is read from its own
+            configuration; or a live model (also one that PEFT wrapped), which is prepared in place and returned.
+        adapter: id or folder of a PEFT adapter to merge into `model`.
+        torch_dtype: of the text encoder and the decoder; the codec always stays in float32. Adapters are merged in
+            float32 before the cast. Half precision on disk is upcast: a step of 1e-4 vanishes in bfloat16.
+
+    Returns:
+        A plain `MusicgenForConditionalGeneration`, adapters merged. Its `generation_config.guidance_scale` is 1.0 when
+        the checkpoint is distilled, and what the checkpoint says otherwise.
+
+    Raises:
+        ValueError: nothing there, not a MusicGen, MusicGen-Melody, special tokens that do not fit, or an adapter
+            whose base is unknown.
+    """
+    if isinstance(model, nn.Module):
+        policy, distilled = unwrap(model), isinstance(model, PeftModel)
+    else:
+        source = os.fspath(model)
+        if _is_adapter(source):
+            if adapter is not None:
+                raise ValueError(
+                    f"{source} is an adapter itself: pass its base as the model, or leave out adapter="
+                )
+            adapter, source = source, _base_of(source)
+        policy = _load_full(source)
+        distilled = is_distilled(source)
+    if adapter is not None:
+        policy = _merge_adapter(policy, os.fspath(adapter))
+    if distilled or adapter is not None:
+        policy.generation_config.guidance_scale = 1.0
+    zero_dropout(policy)
+    policy.to(torch_dtype)
+    policy.audio_encoder.float()
+    return policy.eval()
+
+
+def load_processor(path: str | os.PathLike) -> MusicgenProcessor:
+    """Load the processor (tokenizer and feature extractor) of a checkpoint; an adapter without one has its base's.
+
+    Raises:
+        ValueError: nothing there, or not MusicGen's processor.
+    """
+    source = os.fspath(path)
+    _require_there(source)
+    if not any(_find(source, name) for name in ("processor_config.json", "preprocessor_config.json")):
+        if not _is_adapter(source):
+            raise ValueError(
+                f"{source} has no processor (processor_config.json or preprocessor_config.json): copy the tokenizer "
+                "and processor files of its base model into it"
+            )
+        source = _base_of(source)
+    processor = AutoProcessor.from_pretrained(source)
+    if not isinstance(processor, MusicgenProcessor):
+        raise ValueError(
+            f"{source} has a {type(processor).__name__}, not a MusicgenProcessor: is it a MusicGen?"
+        )
+    return processor
+
+
+def unwrap(model: nn.Module) -> MusicgenForConditionalGeneration:
+    """The MusicGen inside a `PeftModel` (its LoRA layers stay active) or a DDP-like wrapper; a MusicGen is itself.
+
+    Raises:
+        ValueError: it is another model.
+    """
+    inner = model.module if hasattr(model, "module") else model
+    if isinstance(inner, PeftModel):
+        inner = inner.get_base_model()
+    if not isinstance(inner, MusicgenForConditionalGeneration):
+        raise ValueError(
+            f"expected a MusicgenForConditionalGeneration, got a {type(inner).__name__}; MusicGen-Melody and other "
+            "models are not supported"
+        )
+    return inner
+
+
+def is_distilled(source: str | os.PathLike) -> bool:
+    """Whether the checkpoint has a teacher's guidance in its weights: a student, a merge of students, an adapter."""
+    source = os.fspath(source)
+    if _is_adapter(source):
+        return True
+    provenance = _find(source, PROVENANCE_FILE)
+    return provenance is not None and read_provenance(Path(provenance).parent) is not None
+
+
+def zero_dropout(model: nn.Module) -> None:
+    """Set every dropout and layerdrop of the model to zero, in place.
+
+    The policy that is sampled must be the policy that is trained, also in `train()` mode, which gradient checkpointing
+    needs. `disable_dropout` of other libraries misses the rates that are plain float attributes.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in _DROPOUT_ATTRIBUTES:
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def _load_full(source: str) -> MusicgenForConditionalGeneration:
+    _require_there(source)
+    config = _read_json(source, "config.json")
+    if config is None:
+        raise ValueError(
+            f"{source} has no config.json: it is neither a MusicGen checkpoint nor an adapter (for a Hub id, check the "
+            "spelling and whether the Hub can be reached)"
+        )
+    kind = config.get("model_type")
+    if kind == "musicgen_melody":
+        raise ValueError(
+            f"{source} is a MusicGen-Melody model, which reads its condition as a prefix and not by cross-attention; "
+            "use a MusicGen without melody, such as facebook/musicgen-small"
+        )
+    if kind != "musicgen":
+        raise ValueError(
+            f"{source} is a {kind!r} model, not a MusicGen; use a checkpoint such as facebook/musicgen-small"
+        )
+    policy = MusicgenForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
+    decoder = policy.config.decoder
+    if decoder.pad_token_id != decoder.vocab_size:
+        raise ValueError(
+            f"{source} has config.decoder.pad_token_id={decoder.pad_token_id}, but MusicGen's only special token is "
+            f"{decoder.vocab_size} (vocab_size): another program overwrote it; set pad, bos and decoder_start to "
+            f"{decoder.vocab_size} in config.json and generation_config.json"
+        )
+    return policy
+
+
+def _merge_adapter(
+    policy: MusicgenForConditionalGeneration, adapter: str
+) -> MusicgenForConditionalGeneration:
+    _require_there(adapter)
+    if _find(adapter, "adapter_config.json") is None:
+        raise ValueError(f"{adapter} has no adapter_config.json: it is not a PEFT adapter")
+    return PeftModel.from_pretrained(policy, adapter).merge_and_unload()
+
+
+def _is_adapter(source: str) -> bool:
+    _require_there(source)
+    if _find(source, "adapter_config.json") is None:
+        return False
+    if _find(source, "config.json") is not None:
+        raise ValueError(
+            f"{source} holds an adapter and a full checkpoint: move one of them into a folder of its own, since a "
+            "merged checkpoint with its adapter on top would be adapted twice"
+        )
+    return True
+
+
+def _base_of(adapter: str) -> str:
+    base = (_read_json(adapter, "adapter_config.json") or {}).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"{adapter} does not name its base model: call load_policy(base, adapter={adapter!r})"
+        )
+    if _looks_local(base) and not os.path.isdir(base):
+        raise ValueError(
+            f"{adapter} names {base} as its base model, which is not here: call load_policy(base, adapter={adapter!r})"
+        )
+    return base
+
+
+def _looks_local(source: str) -> bool:
+    return source.startswith((".", "/", "~", "\\")) or source.count("/") > 1 or os.path.exists(source)
+
+
+def _require_there(source: str) -> None:
+    if _looks_local(source) and not os.path.isdir(source):
+        raise ValueError(
+            f"there is no folder {source}: pass a checkpoint folder or a Hub id such as owner/name"
+        )
+
+
+def _find(source: str, name: str) -> str | None:
+    """Path of a file of a folder or Hub repository; None if it has no such file."""
+    return cached_file(
+        source,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        # Offline, a file that was never asked for looks like a connection error. Online, an unreachable Hub must not
+        # pass for "this checkpoint is not distilled".
+        _raise_exceptions_for_connection_errors=not hub_constants.HF_HUB_OFFLINE,
+    )
+
+
+def _read_json(source: str, name: str) -> dict[str, Any] | None:
+    path = _find(source, name)
+    if path is None:
+        return None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} is not valid JSON ({error}): download or save the checkpoint again"
+        ) from error

@@ -1,0 +1,244 @@
+"""MusicGen as a policy over codes: text in, logits over the codes of every frame out.
+
+MusicGen (arXiv 2306.05284) is a T5 text encoder, a decoder over K interleaved streams of codes, and an EnCodec codec.
+The decoder embeds the K codes of a step into one sum and has K heads, which are independent given the hidden state: so
+one forward pass gives the exact log-probability of every code of a clip. This file evaluates that pass on given codes
+(teacher forcing); `rollout` samples the codes. The delay between the streams is `functional.codebooks`' business.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from diverse_cfg.functional.codebooks import apply_delay_pattern, codebook_delays
+from diverse_cfg.musicgen.loading import is_distilled, load_policy, load_processor, unwrap, zero_dropout
+from diverse_cfg.types import TextCondition
+
+__all__ = [
+    "LORA_TARGET_MODULES",
+    "code_hidden_states",
+    "code_logits",
+    "delays",
+    "effective_weight",
+    "encode_text",
+    "frame_rate",
+    "freeze_encoders",
+    "head_weights",
+    "is_distilled",
+    "load_policy",
+    "load_processor",
+    "null_condition",
+    "pad_token_id",
+    "unwrap",
+    "zero_dropout",
+]
+
+LORA_TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+"""The decoder's own projections, for `LoraConfig(target_modules=…)`. No module of T5 or EnCodec ends in one of these
+names; "all-linear" would also adapt the frozen text encoder and the heads."""
+
+_TEXT_BATCH = 256
+
+
+def pad_token_id(model: nn.Module) -> int:
+    """MusicGen's only special token: start, padding of the delay pattern, and the last row of every embedding table.
+
+    Taken from the size of the table, since trainers for text models write T5's ids over the one in the configuration.
+    """
+    return unwrap(model).decoder.config.vocab_size
+
+
+def delays(model: nn.Module) -> list[int]:
+    """Delay of each codebook of this model in decoder steps [K]."""
+    config = unwrap(model).decoder.config
+    return codebook_delays(config.num_codebooks, config.audio_channels)
+
+
+def frame_rate(model: nn.Module) -> float:
+    """Frames per second of audio (Hz)."""
+    codec = unwrap(model).audio_encoder.config
+    return codec.sampling_rate / codec.hop_length
+
+
+def freeze_encoders(model: nn.Module) -> None:
+    """Freeze text encoder and codec, in place: the policy is the decoder (and the projection into it)."""
+    policy = unwrap(model)
+    for module in (policy.text_encoder, policy.audio_encoder):
+        module.requires_grad_(False)
+
+
+@torch.no_grad()
+def encode_text(model: nn.Module, tokenizer: Any, prompts: Sequence[str]) -> TextCondition:
+    """Run the text encoder, once per distinct prompt.
+
+    Args:
+        model: the policy; its text encoder runs in eval mode, whatever mode it is in.
+        tokenizer: its tokenizer, or the processor that holds it.
+        prompts: P texts; the rows of the result are in their order, repeats included.
+
+    Returns:
+        Condition with P rows, on the model's device.
+
+    Raises:
+        ValueError: no prompts, or one that is blank or no text.
+    """
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"prompts must be a non-empty list of texts, got {prompts!r}")
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(
+                f"prompt {index} is {prompt!r}: every prompt needs text (for clips without a prompt, pass a null_condition "
+                "to sample_codes)"
+            )
+    policy = unwrap(model)
+    distinct = list(dict.fromkeys(prompts))
+    tokens = getattr(tokenizer, "tokenizer", tokenizer)(distinct, padding=True, return_tensors="pt").to(
+        policy.device
+    )
+    with _evaluating(policy.text_encoder):
+        hidden = [
+            policy.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+            for ids, mask in zip(
+                tokens.input_ids.split(_TEXT_BATCH), tokens.attention_mask.split(_TEXT_BATCH), strict=True
+            )
+        ]
+    index = {prompt: row for row, prompt in enumerate(distinct)}
+    return TextCondition(torch.cat(hidden), tokens.attention_mask).select(
+        [index[prompt] for prompt in prompts]
+    )
+
+
+def null_condition(condition: TextCondition) -> TextCondition:
+    """The null prompt in the shape of `condition`: a zero text-encoder output *and* a zero attention mask.
+
+    MusicGen was trained with it (condition dropout), and it equals a decoder without cross-attention exactly. Zeros
+    with an open mask are another prompt: the bias of `enc_to_dec_proj` would leak in.
+    """
+    return TextCondition(
+        torch.zeros_like(condition.hidden_states), torch.zeros_like(condition.attention_mask)
+    )
+
+
+def code_hidden_states(model: nn.Module, codes: Tensor, condition: TextCondition | None) -> Tensor:
+    """Hidden states from which the heads predict given codes (teacher forcing); gradients flow.
+
+    Args:
+        model: the policy, also inside a `PeftModel` (whose adapters apply unless they are disabled).
+        codes: [N, K, T].
+        condition: N rows, or None for the null prompt without the work of cross-attention.
+
+    Returns:
+        Last hidden states [N, S, D]; the one at step t + d_k predicts `codes[:, k, t]` (d: `delays`).
+
+    Raises:
+        ValueError: shapes that do not fit the model or each other, or more steps than it has positions.
+    """
+    policy = unwrap(model)
+    config = policy.decoder.config
+    if codes.ndim != 3 or codes.shape[1] != config.num_codebooks:
+        raise ValueError(f"codes must have shape [N, {config.num_codebooks}, T], got {tuple(codes.shape)}")
+    inputs = apply_delay_pattern(codes, pad_token_id(policy), config.audio_channels)[..., :-1]
+    if inputs.shape[-1] > config.max_position_embeddings:
+        raise ValueError(
+            f"{codes.shape[-1]} frames need {inputs.shape[-1]} positions, the model has "
+            f"{config.max_position_embeddings}: use shorter clips"
+        )
+    text, mask = None, None
+    if condition is not None:
+        if len(condition) != codes.shape[0]:
+            raise ValueError(f"{len(condition)} conditions for {codes.shape[0]} clips")
+        text, mask = project_text(policy, condition), condition.attention_mask
+    return policy.decoder.model(
+        input_ids=inputs.flatten(0, 1),
+        encoder_hidden_states=text,
+        encoder_attention_mask=mask,
+        use_cache=False,
+    ).last_hidden_state
+
+
+def project_text(model: nn.Module, condition: TextCondition) -> Tensor:
+    """Text-encoder output in the decoder's width, padding zeroed, as the full model does it [B, Lt, D]."""
+    policy = unwrap(model)
+    hidden = condition.hidden_states
+    projection = getattr(policy, "enc_to_dec_proj", None)
+    if projection is not None:
+        hidden = projection(hidden)
+    return hidden * condition.attention_mask[..., None].to(hidden.dtype)
+
+
+def head_weights(model: nn.Module) -> Tensor:
+    """Weights of the K heads [K, V, D], so that a loss can apply them to one chunk at a time; gradients flow."""
+    return torch.stack([effective_weight(head) for head in unwrap(model).decoder.lm_heads])
+
+
+def code_logits(model: nn.Module, codes: Tensor, condition: TextCondition | None) -> Tensor:
+    """Teacher-forced logits of every code of a clip, the delay pattern already undone.
+
+    Args:
+        model: the policy.
+        codes: [N, K, T].
+        condition: N rows, or None for the null prompt.
+
+    Returns:
+        Logits [N, K, T, V] in the model's dtype; `[n, k, t]` depends on the codes before step t + d_k only.
+
+    Raises:
+        ValueError: see `code_hidden_states`.
+    """
+    hidden = code_hidden_states(model, codes, condition)
+    num_frames = codes.shape[-1]
+    heads = unwrap(model).decoder.lm_heads
+    # Applying each head to its own frames never computes the junk cells of the decoder's grid.
+    return torch.stack(
+        [
+            head(hidden[:, delay : delay + num_frames])
+            for head, delay in zip(heads, delays(model), strict=True)
+        ],
+        dim=1,
+    )
+
+
+def effective_weight(module: nn.Module) -> Tensor:
+    """Weight of a linear layer with its active LoRA adapters added; the layer is not changed, and gradients flow.
+
+    Raises:
+        ValueError: a kind of adapter whose effect is not `weight + delta`.
+    """
+    if not isinstance(module, BaseTunerLayer):
+        return module.weight  # also PEFT's `modules_to_save`, which hands out the active copy
+    if not isinstance(module, LoraLayer):
+        raise ValueError(f"adapters of type {type(module).__name__} are not supported: use LoRA")
+    base = module.get_base_layer()
+    weight = base.weight
+    if module.disable_adapters or module.merged:
+        if module.disable_adapters and module.merged:
+            raise ValueError(
+                "adapters are merged into the weights and disabled at once: call unmerge_adapter() first"
+            )
+        return weight
+    for name in module.active_adapters:
+        if name not in module.lora_A:
+            continue
+        if name in module.lora_variant or module.lora_bias.get(name, False):
+            raise ValueError(
+                f"adapter {name!r} is a variant of LoRA (DoRA, a bias, …) that cannot be merged: use plain LoRA"
+            )
+        weight = weight + module.get_delta_weight(name).to(weight.dtype)
+    return weight
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; every submodule gets its own mode back."""
+    training = [child for child in module.modules() if child.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child in training:
+            child.training = True

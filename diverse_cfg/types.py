@@ -1,0 +1,83 @@
+"""What travels between the stages: the text a policy is conditioned on, and the clips it played.
+
+Shape letters, here and everywhere: P prompts, G generations per prompt, N = P·G clips (grouped: the clips of one
+prompt are adjacent), K codebooks, T frames, S decoder steps (mono T + K − 1, stereo T + K/2 − 1), V codes per codebook,
+D embedding, L audio samples; B is any batch, Lt tokens of text, Dt the text encoder's width.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TextCondition:
+    """What the decoder cross-attends to, one row per prompt or per clip.
+
+    Args:
+        hidden_states: output of the text encoder, before `enc_to_dec_proj` [B, Lt, Dt].
+        attention_mask: 1 for tokens, 0 for padding [B, Lt]. A row of zeros in both is the null prompt.
+    """
+
+    hidden_states: Tensor
+    attention_mask: Tensor
+
+    def __post_init__(self) -> None:
+        if self.hidden_states.ndim != 3 or self.hidden_states.shape[:2] != self.attention_mask.shape:
+            raise ValueError(
+                "a TextCondition needs hidden_states [B, Lt, Dt] and attention_mask [B, Lt], got "
+                f"{tuple(self.hidden_states.shape)} and {tuple(self.attention_mask.shape)}"
+            )
+
+    def __len__(self) -> int:
+        return self.hidden_states.shape[0]
+
+    def select(self, rows: Tensor | slice | list[int]) -> Self:
+        """The given rows, in the given order (repeats allowed)."""
+        return type(self)(self.hidden_states[rows], self.attention_mask[rows])
+
+    def repeat_interleave(self, num_generations: int) -> Self:
+        """Every row `num_generations` times, repeats adjacent: from P prompts to N = P·G clips."""
+        return type(self)(
+            self.hidden_states.repeat_interleave(num_generations, dim=0),
+            self.attention_mask.repeat_interleave(num_generations, dim=0),
+        )
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move both tensors; `dtype` concerns the hidden states only."""
+        return type(self)(
+            self.hidden_states.to(device=device, dtype=dtype), self.attention_mask.to(device=device)
+        )
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Clips that a policy sampled.
+
+    Args:
+        codes: one code per frame and codebook, int64 [N, K, T]; no start column, no padding.
+        logps: log-probability (nats, float32) of every code under the distribution that it was drawn from, i.e. after
+            guidance, temperature and filters [N, K, T]; None if it was not recorded.
+        waveforms: decoded audio, float32 in about [−1, 1]: mono [N, L], stereo [N, 2, L]; None if not decoded.
+        sampling_rate: of the audio that the codes stand for, in Hz.
+    """
+
+    codes: Tensor
+    logps: Tensor | None
+    waveforms: Tensor | None
+    sampling_rate: int
+
+    def __post_init__(self) -> None:
+        if self.codes.ndim != 3:
+            raise ValueError(f"codes must have shape [N, K, T], got {tuple(self.codes.shape)}")
+        if self.logps is not None and self.logps.shape != self.codes.shape:
+            raise ValueError(
+                f"logps and codes differ in shape: {tuple(self.logps.shape)} and {tuple(self.codes.shape)}"
+            )
+        if self.waveforms is not None and len(self.waveforms) != len(self.codes):
+            raise ValueError(f"{len(self.waveforms)} waveforms for {len(self.codes)} clips")
+
+    def __len__(self) -> int:
+        return self.codes.shape[0]
