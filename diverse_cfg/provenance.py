@@ -1,8 +1,9 @@
 """What a model folder is, written beside its weights: `diverse_cfg.json`.
 
-A folder of weights cannot say that guidance is already inside it, how strongly its diversity was rewarded, or that it
-is a merge of two others. Whoever writes a model folder writes this file too; `inspect`, `merge`, the card and the
-loader read it. It holds facts only, never a token or a path that the writer did not put there.
+A folder of weights cannot say that guidance is already inside it, how strongly its diversity was rewarded,
+or that it is a merge of two others. Whoever writes a model folder writes this file too; `inspect`, `merge`,
+the card and the loader read it. It holds facts only, never a token or a path that the writer did not put
+there.
 """
 
 import json
@@ -71,8 +72,8 @@ def read_provenance(folder: str | os.PathLike) -> Provenance | None:
     """Read `diverse_cfg.json` of a model folder.
 
     Returns:
-        None when the folder has none, i.e. when another program wrote it. Keys that this version does not know are
-        ignored, so that newer folders stay readable.
+        None when the folder has none, i.e. when another program wrote it. Keys that this version does not
+        know are ignored, so that newer folders stay readable.
 
     Raises:
         ValueError: the file is not valid.

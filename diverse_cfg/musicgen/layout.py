@@ -65,8 +65,8 @@ def load_config(folder: str | os.PathLike) -> MusicgenConfig:
         raise ValueError(f"{path} is not valid JSON ({error})") from error
     if model_type != MusicgenConfig.model_type:
         raise ValueError(
-            f"{folder} holds a model of type {model_type!r}; only text-conditioned MusicGen checkpoints (type "
-            f"{MusicgenConfig.model_type!r}, mono or stereo) are supported"
+            f"{folder} holds a model of type {model_type!r}; only text-conditioned MusicGen checkpoints "
+            f"(type {MusicgenConfig.model_type!r}, mono or stereo) are supported"
         )
     return MusicgenConfig.from_pretrained(str(folder))
 

@@ -1,0 +1,187 @@
+"""Read and write safetensors one tensor at a time, so that merging holds a few tensors and never a
+checkpoint.
+
+The safetensors library maps whole files into memory and writes from tensors that all exist at once; both
+make the peak grow with the checkpoint. The format is simple enough to stream: eight bytes with the length
+of a JSON header (name → dtype, shape, offsets), then the tensors' bytes, without gaps.
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_MAX_HEADER = 100_000_000  # the format's own limit
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: file, absolute byte position, and what the bytes are."""
+
+    file: Path
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """Tensors of one safetensors file, after checking that every byte that the header promises is there.
+
+    Raises:
+        ValueError: not a safetensors file, or truncated; the message names the file and what is wrong.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= min(_MAX_HEADER, max(size - 8, 0)):
+            raise ValueError(
+                f"{file} is not a complete safetensors file ({size} bytes, header of {length} bytes): "
+                "it was truncated or is something else; copy or download it again"
+            )
+        try:
+            header = json.loads(stream.read(length))
+            tensors = dict(_entries(file, header, 8 + length))
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{file} has an unreadable safetensors header ({error!r}); copy it again"
+            ) from error
+    end = max((info.start + info.num_bytes for info in tensors.values()), default=8 + length)
+    if end != size:
+        raise ValueError(
+            f"{file} has {size} bytes where its header promises {end}: truncated or damaged; copy it again"
+        )
+    return tensors
+
+
+def _entries(file: Path, header: Mapping[str, Any], data_start: int) -> Iterator[tuple[str, TensorInfo]]:
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{file}: tensor {name} has dtype {entry['dtype']}, which cannot be merged")
+        start, end = entry["data_offsets"]
+        info = TensorInfo(file, data_start + start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        if end - start != info.num_bytes:
+            raise ValueError(
+                f"{file}: tensor {name} has {end - start} bytes, its shape needs {info.num_bytes}"
+            )
+        yield name, info
+
+
+def find_tensors(folder: Path, stem: str) -> dict[str, TensorInfo]:
+    """All tensors of `{stem}.safetensors` or of the shards listed in `{stem}.safetensors.index.json`.
+
+    Raises:
+        FileNotFoundError: no safetensors weights, or a shard is missing.
+        ValueError: only a pickle is there, a file is truncated, or shards and index disagree.
+    """
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if single.is_file():
+        return read_header(single)
+    if not index.is_file():
+        pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
+        if pickles:
+            raise ValueError(
+                f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when opened and is "
+                "never read here; save it again with save_pretrained(...), which writes safetensors"
+            )
+        raise FileNotFoundError(f"{folder} has no {single.name} (nor {index.name}): is it a model folder?")
+    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    shards = sorted(set(weight_map.values()))
+    if missing := [name for name in shards if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder} lacks the shard(s) {', '.join(missing)} listed in {index.name}")
+    tensors: dict[str, TensorInfo] = {}
+    for name in shards:
+        tensors.update(read_header(folder / name))
+    if absent := sorted(set(weight_map) - set(tensors)):
+        raise ValueError(f"{index} lists {len(absent)} tensor(s) that no shard holds, e.g. {absent[0]}")
+    return tensors
+
+
+def read_tensor(info: TensorInfo) -> Tensor:
+    """One tensor, in memory of its own (no mapping that would keep the file's pages resident)."""
+    tensor = torch.empty(info.shape, dtype=info.dtype)
+    if tensor.numel():
+        with info.file.open("rb", buffering=0) as stream:
+            stream.seek(info.start)
+            _read_into(stream, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), info)
+    return tensor
+
+
+def _read_into(stream: Any, view: memoryview, info: TensorInfo) -> None:
+    done = 0
+    while done < len(view):
+        count = stream.readinto(view[done:])
+        if not count:
+            raise ValueError(
+                f"{info.file} ended in the middle of a tensor: it changed while it was being read"
+            )
+        done += count
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, type and shape of a tensor that is about to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_safetensors(path: Path, specs: list[TensorSpec], produce: Callable[[str], Tensor]) -> None:
+    """Write one safetensors file, asking for each tensor when its turn comes and dropping it afterwards.
+
+    Args:
+        path: the file; it must not exist.
+        specs: what will be written; widest types first is best, since it keeps every tensor aligned.
+        produce: name → tensor of exactly the promised dtype and shape.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for spec in specs:
+        header[spec.name] = {
+            "dtype": _CODES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.num_bytes],
+        }
+        offset += spec.num_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight, as the library's own writer does
+    with path.open("xb") as stream:
+        stream.write(struct.pack("<Q", len(text)))
+        stream.write(text)
+        for spec in specs:
+            tensor = produce(spec.name).contiguous()
+            assert tensor.dtype == spec.dtype and tuple(tensor.shape) == spec.shape, spec
+            stream.write(memoryview(tensor.cpu().reshape(-1).view(torch.uint8).numpy()))
+        stream.flush()
+        os.fsync(stream.fileno())
