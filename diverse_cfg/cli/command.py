@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand. Its module imports the standard library at the top, the heavy rest inside `run`.
+    """One subcommand. Its module imports only the standard library; what is heavy, `run` does.
 
     Args:
         name: as typed after `diverse-cfg`.
@@ -27,7 +27,7 @@ class Command:
 
 
 def model_source(value: str) -> str:
-    """A model argument as the loaders take it: `nano` stands for the base that is shipped with the package."""
+    """A model argument as the loaders take it: `nano` stands for the base that is shipped with us."""
     if value != "nano":
         return value
     from diverse_cfg.assets import nano_path

@@ -1,0 +1,128 @@
+"""The wheel, built and tried where the source tree is not: what users install is what was tested."""
+
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory):
+    """Folder with a freshly built sdist, and the wheel that is built from the sdist."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clean(dist, tmp_path_factory):
+    """Python of an environment with our wheel; torch and the rest are borrowed from the running one.
+
+    A path in a `.pth` file does not make Python read the `.pth` files that lie there, so the editable install of
+    the source tree stays out of sight; a test makes sure of it.
+    """
+    folder = tmp_path_factory.mktemp("clean")
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    (wheel,) = dist.glob("*.whl")
+    subprocess.run(
+        [python, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", wheel], check=True, timeout=120
+    )
+    site = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    borrowed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    (Path(site.stdout.strip()) / "borrowed.pth").write_text("\n".join(sorted(borrowed)) + "\n")
+    return python
+
+
+def run(python, code, cwd):
+    """Isolated (-I): neither the current folder nor PYTHONPATH can lend the source tree."""
+    result = subprocess.run([python, "-I", "-c", code], cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_the_wheel_holds_every_file_of_the_package(dist):
+    """Catches assets, templates or py.typed that stay behind."""
+    (wheel,) = dist.glob("*.whl")
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("diverse_cfg/")}
+    tracked = subprocess.run(["git", "ls-files", "diverse_cfg"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a git checkout: nothing to compare with")
+    assert set(tracked.stdout.split("\n")) - {""} <= packed
+    assert "diverse_cfg/py.typed" in packed
+    assert not [name for name in packed if "__pycache__" in name]
+
+
+def test_the_wheel_is_small(dist):
+    """The shipped models are part of it, and stay within their 20 MB."""
+    (wheel,) = dist.glob("*.whl")
+    assert wheel.stat().st_size < 25e6
+
+
+def test_the_sdist_builds_and_is_tested_alone(dist):
+    (archive,) = dist.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
+    assert {"pyproject.toml", "LICENSE", "README.md", "Makefile", "constraints.txt", "tests/tiny.py"} <= names
+
+
+def test_the_installed_package_is_the_wheel(clean, tmp_path):
+    path = Path(run(clean, "import diverse_cfg; print(diverse_cfg.__file__)", tmp_path))
+    assert path.is_relative_to(clean.parent.parent)
+    license_text = (
+        "from importlib.metadata import metadata; print(metadata('diverse-cfg')['License-Expression'])"
+    )
+    assert run(clean, license_text, tmp_path) == "Apache-2.0"
+
+
+def test_the_console_script_runs(clean, tmp_path):
+    result = subprocess.run(
+        [clean.parent / "diverse-cfg", "--version"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("diverse-cfg 0.")
+
+
+def test_the_shipped_nano_base_loads_with_plain_transformers(clean, tmp_path):
+    """`nano_path()` of the installed wheel is a MusicGen folder that needs nothing of ours."""
+    folder = Path(run(clean, "import diverse_cfg; print(diverse_cfg.nano_path())", tmp_path))
+    assert folder.is_relative_to(clean.parent.parent)
+    code = (
+        "import sys\n"
+        "from transformers import MusicgenForConditionalGeneration, AutoProcessor\n"
+        f"model = MusicgenForConditionalGeneration.from_pretrained({str(folder)!r})\n"
+        f"inputs = AutoProcessor.from_pretrained({str(folder)!r})(text=['a calm song'], return_tensors='pt')\n"
+        "audio = model.generate(**inputs, max_new_tokens=12)\n"
+        "assert 'diverse_cfg' not in sys.modules\n"
+        "print(model.generation_config.guidance_scale, audio.ndim)"
+    )
+    assert run(clean, code, tmp_path) == "3.0 3"
+
+
+def test_every_shipped_part_is_installed(clean, tmp_path):
+    code = (
+        "from diverse_cfg.assets import NANO_PARTS, nano_path\n"
+        "print(*[part for part in NANO_PARTS if any(nano_path(part).iterdir())])"
+    )
+    assert run(clean, code, tmp_path).split() == [
+        "base",
+        "judge",
+        "reward-encoder",
+        "eval-encoder",
+        "prompts",
+    ]
