@@ -28,8 +28,8 @@ def dist(tmp_path_factory):
 def clean(dist, tmp_path_factory):
     """Python of an environment with our wheel; torch and the rest are borrowed from the running one.
 
-    A path in a `.pth` file does not make Python read the `.pth` files that lie there, so the editable install of
-    the source tree stays out of sight; a test makes sure of it.
+    A path in a `.pth` file does not make Python read the `.pth` files that lie there, so the editable install
+    of the source tree stays out of sight; a test makes sure of it.
     """
     folder = tmp_path_factory.mktemp("clean")
     venv.create(folder, with_pip=True)
@@ -106,7 +106,8 @@ def test_the_shipped_nano_base_loads_with_plain_transformers(clean, tmp_path):
         "import sys\n"
         "from transformers import MusicgenForConditionalGeneration, AutoProcessor\n"
         f"model = MusicgenForConditionalGeneration.from_pretrained({str(folder)!r})\n"
-        f"inputs = AutoProcessor.from_pretrained({str(folder)!r})(text=['a calm song'], return_tensors='pt')\n"
+        f"processor = AutoProcessor.from_pretrained({str(folder)!r})\n"
+        "inputs = processor(text=['a calm song'], return_tensors='pt')\n"
         "audio = model.generate(**inputs, max_new_tokens=12)\n"
         "assert 'diverse_cfg' not in sys.modules\n"
         "print(model.generation_config.guidance_scale, audio.ndim)"
