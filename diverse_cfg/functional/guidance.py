@@ -33,7 +33,7 @@ def guided_logits(cond: Tensor, uncond: Tensor, guidance_scale: float | Tensor) 
     require_same_shape("cond", cond, "uncond", uncond)
     cond, uncond = promote(cond, uncond)
     if isinstance(guidance_scale, Tensor):
-        guidance_scale = _expand_scale(guidance_scale, cond)
+        guidance_scale = expand_scale(guidance_scale, cond[..., 0]).unsqueeze(-1)
     elif not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale must be finite, got {guidance_scale}")
     elif guidance_scale == 1:
@@ -41,16 +41,26 @@ def guided_logits(cond: Tensor, uncond: Tensor, guidance_scale: float | Tensor) 
     return uncond + guidance_scale * (cond - uncond)
 
 
-def _expand_scale(guidance_scale: Tensor, logits: Tensor) -> Tensor:
-    codes_shape = logits.shape[:-1]
+def expand_scale(guidance_scale: Tensor, like: Tensor) -> Tensor:
+    """Expand a tensor γ to one value per code, the shape of `like` (the logits without their vocabulary).
+
+    Args:
+        guidance_scale: γ, any shape that broadcasts.
+        like: [...], such as [N, K, T].
+
+    Returns:
+        γ [...] in the dtype and on the device of `like`.
+
+    Raises:
+        ValueError: it does not broadcast.
+    """
     try:
-        scale = guidance_scale.to(logits).expand(codes_shape)
+        return guidance_scale.to(like).expand(like.shape)
     except RuntimeError:
         raise ValueError(
             f"guidance_scale has shape {tuple(guidance_scale.shape)}, which does not broadcast to "
-            f"{tuple(codes_shape)}, the logits' shape without the vocabulary"
+            f"{tuple(like.shape)}, the logits' shape without the vocabulary"
         ) from None
-    return scale.unsqueeze(-1)
 
 
 def interval_schedule(
