@@ -1,0 +1,328 @@
+"""`CFGDiversityConfig`: what the paper names, on top of TRL's `RLOOConfig`.
+
+Everything that is not listed here (learning rate, batch size, steps, logging, saving) keeps TRL's or
+transformers' name. The paper's symbols: γ is `guidance_scale`, β is `diversity_coef`, G is `num_generations`;
+λ belongs to merging and is not a training setting.
+"""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from trl import RLOOConfig
+
+DIVERGENCES = ("reverse_kl", "forward_kl", "generalized_jsd")
+ROLLOUT_SOURCES = ("student", "teacher", "mix")
+
+
+@dataclass
+class GuardConfig:
+    """Guards against reward hacking. All off: the paper has none.
+
+    Args:
+        silence_dbfs: clips quieter than this RMS level earn no diversity: their distances count as 0.
+        max_clipping: clips with a larger fraction of samples at full scale earn no diversity.
+        distance_cap: pairwise distances above this count as this much (the base model's 95th percentile, say).
+        quality_product: name of a reward function; the diversity reward is multiplied by it (DARLING,
+            arXiv 2509.02534) instead of being added to it.
+    """
+
+    silence_dbfs: float | None = None
+    max_clipping: float | None = None
+    distance_cap: float | None = None
+    quality_product: str | None = None
+
+    @classmethod
+    def from_dict(cls, values: "dict[str, Any] | GuardConfig | None") -> "GuardConfig":
+        """Build from the nested YAML group, refusing names that do not exist."""
+        if isinstance(values, cls):
+            return values
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values or {}) - known)
+        if unknown:
+            raise ValueError(f"guards has no field {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        return cls(**(values or {}))
+
+    @property
+    def active(self) -> bool:
+        """Whether any guard is on."""
+        return any(getattr(self, f.name) is not None for f in fields(self))
+
+
+@dataclass
+class CFGDiversityConfig(RLOOConfig):
+    r"""Settings of `CFGDiversityTrainer`: maximise Q(θ) + β·D(θ) (arXiv 2410.06084).
+
+    Q is minus the divergence to the guided teacher, summed over the codes of a clip; D is the mean embedding distance
+    between two clips of one prompt. The loss divides *both* by the number of codes in a clip, so that `diversity_coef`
+    keeps the paper's meaning. Since the divergence grows with the clip and the distance does not, a value of
+    `diversity_coef` belongs to a clip length.
+
+    Args:
+        guidance_scale: γ of the teacher, `l_null + γ·(l_cond − l_null)`; the paper uses 3.
+        diversity_coef: β, weight of the diversity reward in units of the KL summed over positions; the paper trains
+            {0, 5, 10, 15}. 0 is pure distillation.
+        distillation_coef: weight of Q; 1 in the paper, 0 leaves pure diversity.
+        negative_prompt: text whose logits take the place of the null prompt's in the teacher ("bad audio quality").
+        divergence: "reverse_kl" (the paper), "forward_kl" or "generalized_jsd".
+        jsd_alpha: α of the generalised JSD, mixture α·student + (1 − α)·teacher.
+        rollout_source: who samples the clips: "student" (the paper), "teacher" (guided), or "mix".
+        teacher_fraction: share of the prompts whose clips come from the teacher when `rollout_source="mix"`.
+        teacher_model: θ0, id or folder, when the run does not start from it (a β > 0 run that continues a β = 0
+            student, say). None: the initial model.
+        clip_seconds: length of the training clips. None: the model's own length, at most 10 s.
+        diversity_embedder: id or folder of the encoder E of the default diversity reward. None: the encoder that is
+            shipped for the nano base, else CLAP.
+        monitor_embedder: second encoder, never rewarded: its distance is logged and feeds the alarms.
+        prefix_baseline: subtract what the clip's first 13/27/40/60/80 % already tell about its reward. A variance
+            reducer that is not in the paper.
+        prefix_lambda: λ of its segment-wise generalised advantage estimate; 1 is unbiased, less is calmer.
+        ema_decay: decay of an average of the weights; evaluation and the final save use it. 0 is off.
+        adaptive_clip: clip the gradient at this multiple of its running mean norm. None: `max_grad_norm` alone.
+        sequence_score: also differentiate through the sampling (the future divergence as a return, as in MiniLLM,
+            arXiv 2306.08543). An ablation: the paper and GKD stop that gradient.
+        term_norm_steps: every so many steps, log the gradient norms of both terms; costs two more backward passes
+            then. 0 is off.
+        loss_chunk_size: decoder steps whose distributions are held at once.
+        rollout_batch_size: clips sampled at once. None: all of a generation batch.
+        audio_samples: clips written to disk and to the trackers at every evaluation.
+        alarms: warn at evaluation when the reward is being hacked (see `callbacks.RewardHackingAlarm`).
+        guards: nested group, see `GuardConfig`.
+    """
+
+    _VALID_DICT_FIELDS = [*RLOOConfig._VALID_DICT_FIELDS, "guards"]
+
+    # TRL's defaults that do not fit this method.
+    num_generations: int | None = field(
+        default=4, metadata={"help": "G, clips per prompt; at least 3 when diversity is on."}
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={"help": "Trade compute for memory: recompute activations in the backward pass."},
+    )
+    beta: float = field(default=0.0, metadata={"help": "Not used: the teacher is the anchor. Must stay 0."})
+    learning_rate: float = field(default=3e-6, metadata={"help": "The initial learning rate for AdamW."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second momentum."})
+    max_completion_length: int | None = field(
+        default=None, metadata={"help": "Not used: set clip_seconds. Must stay unset."}
+    )
+
+    guidance_scale: float = field(default=3.0, metadata={"help": "γ of the guided teacher."})
+    diversity_coef: float = field(
+        default=5.0,
+        metadata={"help": "β, weight of the diversity reward, in units of the KL summed over codes."},
+    )
+    distillation_coef: float = field(
+        default=1.0, metadata={"help": "Weight of the distillation term; 1 in the paper."}
+    )
+    negative_prompt: str | None = field(
+        default=None, metadata={"help": "Text that replaces the null prompt in the teacher."}
+    )
+    divergence: str = field(default="reverse_kl", metadata={"help": f"One of {', '.join(DIVERGENCES)}."})
+    jsd_alpha: float = field(default=0.5, metadata={"help": "Weight of the student in the JSD's mixture."})
+    rollout_source: str = field(default="student", metadata={"help": f"One of {', '.join(ROLLOUT_SOURCES)}."})
+    teacher_fraction: float = field(
+        default=0.5, metadata={"help": "Share of prompts sampled from the teacher when rollout_source=mix."}
+    )
+    teacher_model: str | None = field(
+        default=None,
+        metadata={"help": "θ0, when the run does not start from it. Default: the initial model."},
+    )
+    clip_seconds: float | None = field(
+        default=None, metadata={"help": "Clip length in seconds. Default: the model's own, at most 10."}
+    )
+    diversity_embedder: str | None = field(
+        default=None, metadata={"help": "Encoder of the default diversity reward, id or folder."}
+    )
+    monitor_embedder: str | None = field(
+        default=None, metadata={"help": "Second encoder: logged and watched, never rewarded."}
+    )
+    prefix_baseline: bool = field(
+        default=False,
+        metadata={"help": "Reduce the policy gradient's variance with a baseline on clip prefixes."},
+    )
+    prefix_lambda: float = field(default=1.0, metadata={"help": "λ of the prefix baseline; 1 is unbiased."})
+    ema_decay: float = field(
+        default=0.0, metadata={"help": "Decay of the averaged weights that are saved; 0 is off."}
+    )
+    adaptive_clip: float | None = field(
+        default=None, metadata={"help": "Clip gradients at this multiple of their running mean norm."}
+    )
+    sequence_score: bool = field(
+        default=False,
+        metadata={"help": "Ablation: differentiate the distillation term through the sampling too."},
+    )
+    term_norm_steps: int = field(
+        default=0, metadata={"help": "Log the gradient norms of both terms every so many steps; 0 is off."}
+    )
+    loss_chunk_size: int = field(
+        default=256, metadata={"help": "Decoder steps whose distributions are held at once."}
+    )
+    rollout_batch_size: int | None = field(
+        default=None, metadata={"help": "Clips sampled at once. Default: the whole generation batch."}
+    )
+    audio_samples: int = field(default=4, metadata={"help": "Clips kept at every evaluation; 0 is off."})
+    alarms: bool = field(
+        default=True, metadata={"help": "Warn at evaluation when the reward is being hacked."}
+    )
+    guards: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Guards against reward hacking, off by default: see GuardConfig."}
+    )
+
+    def __post_init__(self):
+        self._check_numbers()
+        self._check_unsupported()
+        if self.max_completion_length is not None:
+            raise ValueError(
+                f"max_completion_length={self.max_completion_length} is a text setting: set clip_seconds instead"
+            )
+        # TRL reads an integer in a few places; the trainer sets it to the codes of a clip once the model is known.
+        self.max_completion_length = 1
+        self._choose_bf16()
+        super().__post_init__()
+        self.guards = GuardConfig.from_dict(self.guards)
+        self._check_groups()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `TrainingArguments.to_dict`, with the guards as plain values."""
+        values = super().to_dict()
+        values["guards"] = dict(vars(GuardConfig.from_dict(values["guards"])))
+        return values
+
+    def _choose_bf16(self) -> None:
+        """bfloat16 where the hardware multiplies it fast: a GPU, or a CPU with AVX512-BF16 or AMX."""
+        if self.bf16 is not None or self.fp16:
+            return
+        if torch.cuda.is_available() and not self.use_cpu:
+            self.bf16 = torch.cuda.is_bf16_supported()
+        elif torch.backends.mps.is_available() and not self.use_cpu:
+            self.bf16 = False
+        else:
+            cpu = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+            self.bf16 = bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+        if self.bf16 and not torch.cuda.is_available():
+            self.use_cpu = True  # transformers refuses bf16 without a GPU unless the CPU is chosen outright
+
+    def _check_numbers(self) -> None:
+        _require(
+            self.guidance_scale >= 1 and math.isfinite(self.guidance_scale),
+            "guidance_scale",
+            self.guidance_scale,
+            "a finite number ≥ 1 (1 is no guidance)",
+        )
+        for name in ("diversity_coef", "distillation_coef"):
+            value = getattr(self, name)
+            _require(value >= 0 and math.isfinite(value), name, value, "a finite number ≥ 0")
+        _require(
+            self.diversity_coef > 0 or self.distillation_coef > 0,
+            "distillation_coef",
+            self.distillation_coef,
+            "positive when diversity_coef is 0: there is nothing to train",
+        )
+        _require(
+            self.divergence in DIVERGENCES, "divergence", self.divergence, f"one of {', '.join(DIVERGENCES)}"
+        )
+        _require(0 < self.jsd_alpha < 1, "jsd_alpha", self.jsd_alpha, "strictly between 0 and 1")
+        _require(
+            self.rollout_source in ROLLOUT_SOURCES,
+            "rollout_source",
+            self.rollout_source,
+            f"one of {', '.join(ROLLOUT_SOURCES)}",
+        )
+        _require(
+            0 < self.teacher_fraction < 1,
+            "teacher_fraction",
+            self.teacher_fraction,
+            "strictly between 0 and 1",
+        )
+        _require(
+            not (self.rollout_source == "teacher" and self.diversity_coef > 0),
+            "diversity_coef",
+            self.diversity_coef,
+            "0 with rollout_source='teacher': no clip is the student's own; use 'mix'",
+        )
+        _require(
+            self.clip_seconds is None or 0 < self.clip_seconds < math.inf,
+            "clip_seconds",
+            self.clip_seconds,
+            "a positive number of seconds",
+        )
+        _require(0 <= self.prefix_lambda <= 1, "prefix_lambda", self.prefix_lambda, "between 0 and 1")
+        _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "between 0 (off) and 1, 1 excluded")
+        _require(
+            self.adaptive_clip is None or self.adaptive_clip > 0,
+            "adaptive_clip",
+            self.adaptive_clip,
+            "positive",
+        )
+        for name in ("loss_chunk_size", "rollout_batch_size"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "at least 1")
+        for name in ("term_norm_steps", "audio_samples"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 (off) or more")
+        _require(self.temperature > 0, "temperature", self.temperature, "positive")
+
+    def _check_groups(self) -> None:
+        """Whole prompt groups on every process: reward functions see one process, and a group must be whole there."""
+        if self.diversity_coef > 0 and self.num_generations < 3:
+            raise ValueError(
+                f"num_generations={self.num_generations}: the diversity reward needs at least 3 clips per prompt (with "
+                "2 both earn the same, and the baseline cancels them); raise it, or set diversity_coef=0"
+            )
+        local = self.per_device_train_batch_size * self.steps_per_generation
+        if local % self.num_generations:
+            raise ValueError(
+                f"per_device_train_batch_size × steps_per_generation = {local} is not divisible by num_generations="
+                f"{self.num_generations}: a prompt's clips must stay on one process"
+            )
+
+    def _check_unsupported(self) -> None:
+        """Options of TRL that cannot work for a policy over audio codes, each with its remedy."""
+        for name, (allowed, why) in _UNSUPPORTED.items():
+            if not hasattr(self, name):
+                continue  # an option that this TRL version does not have
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} is not supported: {why}")
+
+
+# option → (values that mean "off", why it cannot work and what to do)
+_UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "use_vllm": ((False,), "vLLM does not run MusicGen; leave it off, the package has its own fast rollout"),
+    "use_transformers_continuous_batching": (
+        (False,),
+        "continuous batching serves text models; leave it off, the package has its own fast rollout",
+    ),
+    "use_transformers_paged": ((False,), "paged attention serves text models; leave it off"),
+    "use_liger_kernel": (
+        (False,),
+        "Liger has no MusicGen kernels; leave it off, the loss is already chunked",
+    ),
+    "beta": ((0.0,), "it would load a second reference model; the guided teacher is the anchor, leave it 0"),
+    "sync_ref_model": ((False,), "the teacher is the frozen initial model; leave it off"),
+    "mask_truncated_completions": ((False,), "clips have a fixed length and no end token; leave it off"),
+    "pad_to_multiple_of": ((None, "auto"), "clips have a fixed length; leave it unset"),
+    "chat_template_kwargs": ((None, {}), "prompts are plain captions; leave it unset"),
+    "normalize_advantages": (
+        (False,),
+        "dividing advantages by their spread changes what diversity_coef means; leave it off",
+    ),
+    "reward_clip_range": ((None,), "clipping rewards biases the diversity gradient; leave it unset"),
+    "repetition_penalty": ((1.0,), "the loss assumes the sampling distribution; leave it 1.0"),
+    "top_k": ((0,), "the loss assumes the full distribution; train with top_k=0 and set top_k at inference"),
+    "top_p": (
+        (1.0,),
+        "the loss assumes the full distribution; train with top_p=1.0 and set top_p at inference",
+    ),
+    "min_p": ((None, 0.0), "the loss assumes the full distribution; leave it unset"),
+    "generation_kwargs": ((None, {}), "sampling is set by temperature and clip_seconds; leave it unset"),
+    "cache_implementation": ((None,), "the package's rollout has its own static cache; leave it unset"),
+    "router_aux_loss_coef": ((None, 0.0), "MusicGen is no mixture of experts; leave it unset"),
+    "torch_compile": ((False,), "the rollout and the loss replace the model's forward; leave it off"),
+}
+
+
+def _require(condition: bool, name: str, value: Any, wanted: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}={value!r} must be {wanted}")

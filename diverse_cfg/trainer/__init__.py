@@ -1,0 +1,5 @@
+"""The trainer: `CFGDiversityTrainer`."""
+
+from diverse_cfg.trainer.trainer import CFGDiversityTrainer
+
+__all__ = ["CFGDiversityTrainer"]

@@ -1,0 +1,132 @@
+"""The objective inside the policy's forward pass: student hidden states → distillation and policy-gradient loss.
+
+The loss starts from hidden states and is computed where distributed wrappers expect all of a model's work to happen,
+inside its `forward`. So `route_forward` teaches a MusicGen one more way to be called, `model(run=function)`, and
+`student_terms` is the function that the trainer hands it.
+"""
+
+import functools
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import MusicgenForConditionalGeneration
+
+from diverse_cfg.functional.divergence import DistillationTerms, GuidedTeacher, chunked_distillation_loss
+from diverse_cfg.musicgen.policy import code_hidden_states, head_weights
+from diverse_cfg.types import TextCondition
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What the chunked loss needs to know besides tensors; see `functional.divergence`."""
+
+    divergence: str
+    alpha: float
+    temperature: float
+    epsilon: float
+    epsilon_high: float | None
+    audio_channels: int
+    chunk_size: int
+
+
+@dataclass(frozen=True)
+class LossBatch:
+    """One micro-batch of clips.
+
+    Args:
+        codes: [N, K, T].
+        condition: N rows.
+        teacher: guided hidden states for these codes; None computes log-probs and entropies only.
+        divergence_weight: u of the chunked loss, distillation coefficient / number of codes.
+        advantages: A per code, coefficients and estimators already applied [N, K, T]; None is pure distillation.
+        old_logps: log-probs under the policy that sampled [N, K, T]; None on the strictly on-policy path.
+    """
+
+    codes: Tensor
+    condition: TextCondition
+    teacher: GuidedTeacher | None = None
+    divergence_weight: float = 0.0
+    advantages: Tensor | None = None
+    old_logps: Tensor | None = None
+
+    @property
+    def logp_weights(self) -> Tensor | None:
+        """w of the chunked loss: minus the advantages, divided by the same count as the divergences."""
+        return None if self.advantages is None else -self.advantages / self.codes.numel()
+
+
+def route_forward(model: MusicgenForConditionalGeneration) -> None:
+    """Let `model(run=f)` return `f(model)`, in place; every other call is as before."""
+    original = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, run: Callable | None = None, **kwargs):
+        return original(*args, **kwargs) if run is None else run(self)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def student_terms(
+    model: nn.Module, batch: LossBatch, settings: LossSettings, probe: bool = False
+) -> tuple[DistillationTerms, tuple[Tensor, Tensor] | None]:
+    """Loss, divergences, log-probs and entropies of a micro-batch.
+
+    Args:
+        model: the policy, within its own forward pass.
+        batch: the clips and what they earned.
+        settings: of the loss.
+        probe: also return the distillation and the policy-gradient loss as two scalars on the same graph, so that
+            their gradients can be measured apart.
+    """
+    hidden = code_hidden_states(model, batch.codes, batch.condition)
+    heads = head_weights(model)
+
+    def terms(teacher: GuidedTeacher | None, logp_weights: Tensor | None) -> DistillationTerms:
+        return chunked_distillation_loss(
+            hidden,
+            heads,
+            batch.codes,
+            teacher,
+            divergence_weights=batch.divergence_weight,
+            logp_weights=logp_weights,
+            old_logps=batch.old_logps,
+            epsilon=settings.epsilon,
+            epsilon_high=settings.epsilon_high,
+            divergence=settings.divergence,
+            alpha=settings.alpha,
+            temperature=settings.temperature,
+            audio_channels=settings.audio_channels,
+            chunk_size=settings.chunk_size,
+        )
+
+    both = terms(batch.teacher, batch.logp_weights)
+    if not probe:
+        return both, None
+    return both, (terms(batch.teacher, None).loss, terms(None, batch.logp_weights).loss)
+
+
+def term_gradient_norms(model: nn.Module, losses: tuple[Tensor, Tensor]) -> dict[str, float]:
+    """Norms of the two terms' gradients over all trained parameters, and the cosine between them.
+
+    Costs one backward pass per term; the graph is kept for the real one, and no `.grad` is touched.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    distillation, policy = (
+        torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for loss in losses
+    )
+    zero = losses[0].new_zeros((), dtype=torch.float64)
+
+    def dot(left, right) -> Tensor:
+        pairs = [(a, b) for a, b in zip(left, right, strict=True) if a is not None and b is not None]
+        return sum(((a.double() * b.double()).sum() for a, b in pairs), zero)
+
+    distillation_norm, policy_norm = dot(distillation, distillation).sqrt(), dot(policy, policy).sqrt()
+    cosine = dot(distillation, policy) / (distillation_norm * policy_norm)
+    return {
+        "grad_norm/distillation": distillation_norm.item(),
+        "grad_norm/policy_gradient": policy_norm.item(),
+        "grad_norm/cosine": cosine.item(),
+    }

@@ -1,0 +1,231 @@
+"""Before the first step: the policy, its configuration, the data and the rewards, each checked where it enters.
+
+MusicGen looks to TRL and transformers like a text model with a strange configuration. `TrainerFacingConfig` and
+`TokenIds` keep their text habits off it, without changing what is saved.
+"""
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, PeftConfig, PeftModel
+from torch import nn
+from transformers import (
+    MusicgenConfig,
+    MusicgenForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from diverse_cfg.assets import nano_path
+from diverse_cfg.config import CFGDiversityConfig
+from diverse_cfg.functional.codebooks import num_decoder_steps
+from diverse_cfg.musicgen.layout import playing_config, repair_token_ids, tokens_to_seconds
+from diverse_cfg.musicgen.policy import (
+    LORA_TARGET_MODULES,
+    frame_rate,
+    freeze_encoders,
+    load_policy,
+    unwrap,
+    zero_dropout,
+)
+from diverse_cfg.prompts import load_prompts
+from diverse_cfg.rewards import DiversityReward, is_pairwise
+
+DEFAULT_CLAP = "laion/larger_clap_music"
+LONGEST_DEFAULT_CLIP = 10.0
+# A tokenizer without a limit says so with a huge number.
+_NO_LIMIT = 10**6
+
+
+class TrainerFacingConfig(MusicgenConfig):
+    """A MusicGen configuration that can be asked for "the" text configuration.
+
+    MusicGen has two candidates and refuses to choose, while TRL and transformers read it and write T5's token ids into
+    it. They get a throw-away copy of the decoder's. Saved, this is an ordinary MusicGen configuration.
+    """
+
+    def get_text_config(self, *_: Any, **__: Any):
+        return copy.deepcopy(self.decoder)
+
+
+def prepare_policy(
+    model: str | os.PathLike | nn.Module, args: CFGDiversityConfig
+) -> MusicgenForConditionalGeneration:
+    """Load or take the policy: float32, no dropout, encoders frozen, generation settings of a distilled model.
+
+    Raises:
+        ValueError: a `PeftModel`, or whatever `load_policy` refuses.
+    """
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "model is a ready-made PeftModel, of which TRL would add a second adapter as reference: pass the base model "
+            "and peft_config=LoraConfig(...) (merge an adapter that you want to continue from first)"
+        )
+    if isinstance(model, nn.Module):
+        policy = unwrap(model)
+        zero_dropout(policy)
+    else:
+        policy = load_policy(os.fspath(model))
+    freeze_encoders(policy)
+    policy.audio_encoder.float()
+    policy.config.__class__ = TrainerFacingConfig
+    if args.device.type == "cpu":
+        # At clip lengths of a CPU run, fused attention's backward pass is twice as slow as plain matrix products.
+        policy.decoder.set_attn_implementation("eager")
+    return policy
+
+
+def base_model_name(model: str | os.PathLike | nn.Module) -> str | None:
+    """Id or folder that the model came from; None for a model built in memory."""
+    if isinstance(model, nn.Module):
+        return getattr(model.config, "_name_or_path", None) or None
+    return os.fspath(model)
+
+
+def restore_token_ids(
+    policy: MusicgenForConditionalGeneration, sampling: dict[str, Any] | None = None
+) -> None:
+    """Write MusicGen's special token wherever a text trainer put T5's; guidance is 1.0, since the student has it inside.
+
+    With T5's ids `generate` would take code 0 for padding, and the saved model would carry the fault.
+    """
+    repair_token_ids(policy.config)
+    policy.generation_config = playing_config(policy.config, sampling, like=policy.generation_config)
+
+
+def lora_config(peft_config: PeftConfig | None) -> PeftConfig | None:
+    """The user's adapter with the decoder's own projections as default targets.
+
+    Raises:
+        ValueError: an adapter that cannot be merged exactly afterwards.
+    """
+    if peft_config is None:
+        return None
+    if not isinstance(peft_config, LoraConfig):
+        raise ValueError(f"peft_config is a {type(peft_config).__name__}; only LoraConfig is supported")
+    for flag, name in (("use_rslora", "rsLoRA"), ("use_dora", "DoRA")):
+        if getattr(peft_config, flag, False):
+            raise ValueError(
+                f"{flag}=True: merging is silently wrong with {name} adapters, so they are refused; use plain LoRA"
+            )
+    peft_config = copy.deepcopy(peft_config)
+    if peft_config.target_modules is None:
+        peft_config.target_modules = list(LORA_TARGET_MODULES)
+    if peft_config.target_modules == "all-linear":
+        raise ValueError(
+            "target_modules='all-linear' would also adapt the frozen text encoder and the heads; leave it unset, or name "
+            f"modules of the decoder: {', '.join(LORA_TARGET_MODULES)}"
+        )
+    if peft_config.lora_dropout:
+        raise ValueError(
+            f"lora_dropout={peft_config.lora_dropout}: the policy that is sampled must be the one that is trained; set 0"
+        )
+    return peft_config
+
+
+def clip_frames(policy: MusicgenForConditionalGeneration, clip_seconds: float | None) -> int:
+    """T of the training clips.
+
+    Args:
+        policy: the model, whose generation settings tell its own length.
+        clip_seconds: what the user asked for; None takes the model's own length, at most 10 s.
+
+    Raises:
+        ValueError: shorter than a frame, or longer than the model's positions.
+    """
+    decoder = policy.config.decoder
+    rate = frame_rate(policy)
+    if clip_seconds is None:
+        settings = policy.generation_config
+        own = tokens_to_seconds(settings.max_new_tokens or settings.max_length or 0, policy.config)
+        clip_seconds = min(own, LONGEST_DEFAULT_CLIP) if own > 0 else LONGEST_DEFAULT_CLIP
+    frames = round(clip_seconds * rate)
+    if frames < 1:
+        raise ValueError(f"clip_seconds={clip_seconds} is shorter than one frame ({1 / rate:g} s)")
+    steps = num_decoder_steps(frames, decoder.num_codebooks, decoder.audio_channels)
+    if steps > decoder.max_position_embeddings:
+        longest = (decoder.max_position_embeddings - (steps - frames)) / rate
+        raise ValueError(
+            f"clip_seconds={clip_seconds} needs {steps} positions, the model has "
+            f"{decoder.max_position_embeddings}: use at most {longest:g}"
+        )
+    return frames
+
+
+def prompt_dataset(data: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> Any:
+    """A dataset with a checked `prompt` column, from a dataset, a list of texts, a file or a Hub id.
+
+    Raises:
+        ValueError: no rows, no prompts, or a prompt that is longer than the text encoder takes.
+    """
+    if data is None or isinstance(data, IterableDataset):
+        return data
+    if isinstance(data, dict):  # several evaluation sets
+        return {key: prompt_dataset(value, tokenizer, f"{name}[{key!r}]") for key, value in data.items()}
+    if isinstance(data, Sequence) and not isinstance(data, str) and data and isinstance(data[0], dict):
+        data = Dataset.from_list(list(data))
+    dataset = load_prompts(data)
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty: there is no prompt to train on")
+    limit = tokenizer.model_max_length
+    if limit < _NO_LIMIT:
+        lengths = [len(ids) for ids in tokenizer(list(dataset["prompt"]), truncation=False)["input_ids"]]
+        longest = max(range(len(lengths)), key=lengths.__getitem__)
+        if lengths[longest] > limit:
+            raise ValueError(
+                f"{name}: prompt {longest} has {lengths[longest]} tokens, the text encoder takes {limit}: shorten it "
+                f"({dataset[longest]['prompt'][:60]!r}…)"
+            )
+    return dataset
+
+
+def check_reward_funcs(reward_funcs: Any, args: CFGDiversityConfig, base_model: str | None) -> list[Callable]:
+    """The reward functions as a list, the default one if there is none.
+
+    Raises:
+        ValueError: text reward models, an own weight for the diversity reward, or diversity without its reward.
+    """
+    if reward_funcs is None:
+        reward_funcs = [default_reward(args, base_model)] if args.diversity_coef > 0 else []
+    if not isinstance(reward_funcs, list | tuple):
+        reward_funcs = [reward_funcs]
+    for reward_func in reward_funcs:
+        if isinstance(reward_func, str | PreTrainedModel):
+            name = reward_func if isinstance(reward_func, str) else type(reward_func).__name__
+            raise ValueError(
+                f"reward function {name!r} is a text reward model, and clips are audio: pass a callable that takes "
+                "waveforms (see diverse_cfg.rewards)"
+            )
+        if not callable(reward_func):
+            raise ValueError(f"reward function {reward_func!r} is not callable")
+    pairwise = [is_pairwise(reward_func) for reward_func in reward_funcs]
+    if args.diversity_coef > 0 and not any(pairwise):
+        raise ValueError(
+            f"diversity_coef={args.diversity_coef} but no reward function measures diversity: add DiversityReward(...), "
+            "or set diversity_coef=0"
+        )
+    for weight, is_diversity in zip(args.reward_weights or [], pairwise, strict=False):
+        if is_diversity and weight != 1:
+            raise ValueError(
+                f"the diversity reward has reward_weights={weight}: its weight is diversity_coef, keep 1 here"
+            )
+    return list(reward_funcs)
+
+
+def default_reward(args: CFGDiversityConfig, base_model: str | None) -> DiversityReward:
+    """DiversityReward with the configured encoder, the shipped one for the nano base, or CLAP."""
+    return DiversityReward(args.diversity_embedder or default_embedder(base_model), args.guards)
+
+
+def default_embedder(base_model: str | None) -> str:
+    """The shipped reward encoder if the model is the nano base (or was trained from it), CLAP otherwise."""
+    try:
+        nano = nano_path()
+    except FileNotFoundError:
+        return DEFAULT_CLAP
+    if base_model and os.path.isdir(base_model) and os.path.realpath(base_model) == os.path.realpath(nano):
+        return str(nano_path("reward-encoder"))
+    return DEFAULT_CLAP

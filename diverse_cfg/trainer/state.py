@@ -1,0 +1,94 @@
+"""What a run remembers besides weights and optimiser: averaged weights, and clips that are still to be trained on.
+
+Everything is written as safetensors beside the checkpoint's other files, so that a killed run continues exactly.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+AVERAGE_FILE = "averaged_weights.safetensors"
+
+
+class WeightAverage:
+    """Exponential moving average of the trained weights.
+
+    Args:
+        model: whose trainable parameters are averaged.
+        decay: of the average; in the first steps it is smaller, (1 + t) / (10 + t), so that the initial weights do not
+            linger in short runs.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.updates = 0
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the current weights in; call after every optimiser step."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        averages = list(self.averages.values())
+        torch._foreach_lerp_(averages, [p.detach() for p in self.parameters.values()], 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model has the averaged weights while the context lasts."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, parameter in self.parameters.items():
+            raw = parameter.detach().clone()
+            parameter.copy_(self.averages[name])
+            self.averages[name].copy_(raw)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write the averages into a checkpoint folder."""
+        tensors = {name: average.contiguous().cpu() for name, average in self.averages.items()}
+        write_tensors(Path(folder) / AVERAGE_FILE, tensors, {"updates": str(self.updates)})
+
+    def load(self, folder: str | os.PathLike) -> None:
+        """Continue from a checkpoint folder.
+
+        Raises:
+            ValueError: the checkpoint was written without averages, or for other parameters.
+        """
+        path = Path(folder) / AVERAGE_FILE
+        if not path.is_file():
+            raise ValueError(
+                f"{folder} has no averaged weights: it was trained with ema_decay=0; resume with 0 too"
+            )
+        tensors, metadata = read_tensors(path)
+        if tensors.keys() != self.averages.keys():
+            raise ValueError(
+                f"{path} averages other parameters than this run trains: resume with the same peft_config"
+            )
+        for name, tensor in tensors.items():
+            self.averages[name].copy_(tensor)
+        self.updates = int(metadata["updates"])
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file so that a reader finds all of it or nothing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+    os.replace(temporary, path)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})

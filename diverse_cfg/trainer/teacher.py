@@ -1,0 +1,108 @@
+"""The teacher: the frozen initial policy, guided.
+
+With LoRA it is the student itself with its adapters disabled, so no second copy exists. With full weights it is a
+frozen copy of the decoder that shares the (frozen) text encoder and codec with the student.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import MusicgenForConditionalGeneration
+
+from diverse_cfg.functional.divergence import GuidedTeacher
+from diverse_cfg.musicgen.policy import code_hidden_states, head_weights, null_condition, unwrap
+from diverse_cfg.types import TextCondition
+
+
+def frozen_copy(model: MusicgenForConditionalGeneration) -> MusicgenForConditionalGeneration:
+    """Copy of the decoder (and the projection into it), without gradients; text encoder and codec are shared."""
+    shared = {id(module): module for module in (model.text_encoder, model.audio_encoder)}
+    teacher = copy.deepcopy(model, memo=shared)
+    return teacher.requires_grad_(False).eval()
+
+
+def share_encoders(
+    teacher: MusicgenForConditionalGeneration, student: MusicgenForConditionalGeneration
+) -> MusicgenForConditionalGeneration:
+    """Make a separately loaded teacher use the student's text encoder and codec.
+
+    Raises:
+        ValueError: the two do not agree on codes, text or codec, so that no divergence between them is defined.
+    """
+    for part in ("text_encoder", "audio_encoder"):
+        theirs, ours = getattr(teacher, part).state_dict(), getattr(student, part).state_dict()
+        same = theirs.keys() == ours.keys() and all(torch.equal(theirs[k].cpu(), ours[k].cpu()) for k in ours)
+        if not same:
+            raise ValueError(
+                f"teacher_model has another {part} than the model that is trained: it must be a checkpoint of the "
+                "same base"
+            )
+        setattr(teacher, part, getattr(student, part))
+    for name in ("num_codebooks", "vocab_size", "audio_channels"):
+        wanted, found = getattr(student.config.decoder, name), getattr(teacher.config.decoder, name)
+        if wanted != found:
+            raise ValueError(f"teacher_model has {name}={found}, the model that is trained has {wanted}")
+    return teacher.requires_grad_(False).eval()
+
+
+def stack_conditions(first: TextCondition, second: TextCondition) -> TextCondition:
+    """Rows of both, padded to the longer text; padding is masked and so changes nothing."""
+    length = max(first.hidden_states.shape[1], second.hidden_states.shape[1])
+    hidden, masks = [], []
+    for condition in (first, second):
+        missing = length - condition.hidden_states.shape[1]
+        hidden.append(nn.functional.pad(condition.hidden_states, (0, 0, 0, missing)))
+        masks.append(nn.functional.pad(condition.attention_mask, (0, missing)))
+    return TextCondition(torch.cat(hidden), torch.cat(masks))
+
+
+class Teacher:
+    """π_γ,θ0: guided hidden states for the loss, and the policy that samples when clips come from the teacher.
+
+    Args:
+        model: the frozen copy; or, with LoRA, the `PeftModel` whose disabled adapters leave θ0.
+        guidance_scale: γ.
+        negative: condition of the negative prompt [1, Lt, Dt]; None is the null prompt.
+    """
+
+    def __init__(self, model: nn.Module, guidance_scale: float, negative: TextCondition | None = None):
+        self.model = model
+        self.guidance_scale = guidance_scale
+        self.negative = negative
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether the teacher is the student without its adapters."""
+        return isinstance(self.model, PeftModel)
+
+    @contextlib.contextmanager
+    def policy(self) -> Iterator[nn.Module]:
+        """The teacher's plain MusicGen, its adapters disabled while the context lasts."""
+        with self.model.disable_adapter() if self.shares_weights else contextlib.nullcontext():
+            yield unwrap(self.model)
+
+    def unconditional(self, condition: TextCondition) -> TextCondition:
+        """The null or negative prompt, one row for each row of `condition`."""
+        if self.negative is None:
+            return null_condition(condition)
+        return self.negative.select([0] * len(condition))
+
+    @torch.no_grad()
+    def __call__(self, codes: Tensor, condition: TextCondition) -> GuidedTeacher:
+        """Run [cond; null] in one forward pass.
+
+        Args:
+            codes: [N, K, T].
+            condition: N rows.
+        """
+        with self.policy() as policy:
+            heads = head_weights(policy).detach()
+            if self.guidance_scale == 1:
+                return GuidedTeacher(code_hidden_states(policy, codes, condition), None, heads, 1.0)
+            rows = stack_conditions(condition, self.unconditional(condition))
+            cond, uncond = code_hidden_states(policy, codes.repeat(2, 1, 1), rows).chunk(2)
+            return GuidedTeacher(cond, uncond, heads, self.guidance_scale)

@@ -1,0 +1,464 @@
+"""`CFGDiversityTrainer`: prompts → rollout → teacher → distillation loss + diversity reward → update.
+
+TRL's `RLOOTrainer` brings prompt groups, reward functions, accumulation, distribution, checkpoints and logging. It knows
+one stream of text tokens, so a clip's codes [K, T] travel through it flattened *time-major* to T·K "completion ids";
+TRL only pads, shuffles, splits and counts that stream and hands it back to the few methods below, which fold it again.
+Only real codes are stored: no end token, no padding, no delay pattern.
+
+Left out on purpose: a sequence-level importance ratio (meaningless over thousands of codes: ratios are per code), a
+reference model (the teacher is the anchor), and the second forward pass for old log-probs where they equal the new ones.
+"""
+
+import contextlib
+import functools
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from peft import PeftConfig
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from trl import RLOOTrainer
+from trl.trainer.utils import is_async_callable
+
+from diverse_cfg.config import CFGDiversityConfig
+from diverse_cfg.musicgen.policy import encode_text, frame_rate, load_policy, load_processor, unwrap
+from diverse_cfg.musicgen.rollout import decode_codes, sample_codes
+from diverse_cfg.rewards import checked, is_pairwise, reads_waveforms
+from diverse_cfg.trainer import saving, setup
+from diverse_cfg.trainer.advantages import Advantages
+from diverse_cfg.trainer.objective import (
+    LossBatch,
+    LossSettings,
+    route_forward,
+    student_terms,
+    term_gradient_norms,
+)
+from diverse_cfg.trainer.state import WeightAverage
+from diverse_cfg.trainer.teacher import Teacher, frozen_copy, share_encoders
+from diverse_cfg.types import Rollout, TextCondition
+
+logger = logging.getLogger(__name__)
+
+
+class CFGDiversityTrainer(RLOOTrainer):
+    """Diversity-rewarded CFG distillation of MusicGen (arXiv 2410.06084), with TRL's interface.
+
+    Args:
+        model: Hub id, folder, or `MusicgenForConditionalGeneration`. It is the student's start and, unless
+            `args.teacher_model` says otherwise, the teacher θ0.
+        reward_funcs: callables with TRL's reward interface (see `diverse_cfg.rewards`), sync or async. None takes
+            `DiversityReward` with the shipped encoder (nano base) or CLAP.
+        args: a `CFGDiversityConfig`.
+        train_dataset: prompts: a dataset with a `prompt` column, a list of texts, a file, or a Hub id.
+        eval_dataset: the same, or a dict of them.
+        processing_class: the model's `MusicgenProcessor` or its tokenizer; needed when `model` is a live model that
+            does not remember its folder.
+        callbacks: further callbacks.
+        optimizers: optimiser and scheduler, as in transformers.
+        peft_config: a `LoraConfig`; its default targets are the decoder's own projections.
+
+    Raises:
+        ValueError: whatever cannot work is refused here, before the first step, naming the option and the remedy.
+    """
+
+    _tag_names = ["diverse-cfg", "trl", "musicgen", "arxiv:2410.06084"]
+    _name = "Diversity-Rewarded CFG Distillation"
+
+    def __init__(
+        self,
+        model: str | os.PathLike | nn.Module,
+        reward_funcs: Callable | list[Callable] | None = None,
+        args: CFGDiversityConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (
+            None,
+            None,
+        ),
+        peft_config: PeftConfig | None = None,
+    ):
+        self._base_model = setup.base_model_name(model)
+        if args is None:
+            args = CFGDiversityConfig(output_dir=f"{Path(self._base_model or 'musicgen').name}-diverse-cfg")
+        if not isinstance(args, CFGDiversityConfig):
+            raise ValueError(f"args is a {type(args).__name__}; pass a CFGDiversityConfig")
+        peft_config = setup.lora_config(peft_config)
+        policy = setup.prepare_policy(model, args)
+        self._num_frames = setup.clip_frames(policy, args.clip_seconds)
+        self._num_codebooks = policy.config.decoder.num_codebooks
+        args.max_completion_length = self._num_frames * self._num_codebooks
+        self._processor = (
+            processing_class if processing_class is not None else load_processor(self._base_model)
+        )
+        tokenizer = getattr(self._processor, "tokenizer", self._processor)
+        reward_funcs = setup.check_reward_funcs(reward_funcs, args, self._base_model)
+        frozen = self._separate_teacher(policy, args, peft_config is not None)
+
+        self.args = args  # seams that TRL calls while it is built read it
+        super().__init__(
+            model=policy,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=setup.prompt_dataset(train_dataset, tokenizer, "train_dataset"),
+            eval_dataset=setup.prompt_dataset(eval_dataset, tokenizer, "eval_dataset"),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
+        )
+        policy.__dict__.pop("forward", None)  # TRL's fused LM head, which reads a single head
+        route_forward(policy)
+        self._sampling = {"temperature": args.temperature, "top_k": 0, "num_frames": self._num_frames}
+        setup.restore_token_ids(policy, self._sampling)
+        self._teacher = self._guided_teacher(frozen, tokenizer)
+        self._prepare_run(policy)
+
+    # ---- construction -----------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _separate_teacher(policy, args: CFGDiversityConfig, lora: bool):
+        """A frozen model of its own, or None when it is the student without adapters.
+
+        Taken before TRL wraps `policy.forward`: a later copy would run the original's weights.
+        """
+        if args.teacher_model is not None:
+            return share_encoders(load_policy(args.teacher_model), policy)
+        return None if lora else frozen_copy(policy)
+
+    def _guided_teacher(self, frozen, tokenizer) -> Teacher:
+        if frozen is not None:
+            frozen.decoder.to(self.accelerator.device)
+            if hasattr(frozen, "enc_to_dec_proj"):
+                frozen.enc_to_dec_proj.to(self.accelerator.device)
+        negative = None
+        if self.args.negative_prompt is not None:
+            negative = encode_text(unwrap(self.model), tokenizer, [self.args.negative_prompt])
+        return Teacher(frozen if frozen is not None else self.model, self.args.guidance_scale, negative)
+
+    def _prepare_run(self, policy) -> None:
+        args = self.args
+        self._loss_settings = LossSettings(
+            divergence=args.divergence,
+            alpha=args.jsd_alpha,
+            temperature=args.temperature,
+            epsilon=args.epsilon,
+            epsilon_high=args.epsilon_high,
+            audio_channels=policy.config.decoder.audio_channels,
+            chunk_size=args.loss_chunk_size,
+        )
+        self._advantages = Advantages(args, self.reward_funcs, self.reward_weights)
+        self._average = WeightAverage(self.model, args.ema_decay) if args.ema_decay > 0 else None
+        self._rollout: Rollout | None = None
+        self._pending: dict[str, Any] = {}
+        self._evaluation_batch = 0
+        self._generation_seconds = 0.0
+        self.add_callback(_Housekeeping(self))
+
+    @property
+    def _on_policy(self) -> bool:
+        """Every clip is trained on before the policy that sampled it changes."""
+        return (
+            self.num_iterations == 1
+            and self.args.steps_per_generation <= self.args.gradient_accumulation_steps
+        )
+
+    # ---- rollout ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _generate(self, prompts: list[str]):
+        """Sample one clip per row; the rows of a prompt are adjacent."""
+        started = time.perf_counter()
+        training = self.model.training
+        condition = encode_text(unwrap(self.model), self._tokenizer, prompts)
+        rows = torch.arange(len(prompts), device=condition.hidden_states.device)
+        sample_ids = rows + self.accelerator.process_index * len(prompts)
+        from_teacher = (
+            self._teacher_rows(len(prompts)) if training else torch.zeros_like(rows, dtype=torch.bool)
+        )
+        seed = self._noise_seed(training)
+
+        codes = torch.empty(
+            len(prompts), self._num_codebooks, self._num_frames, dtype=torch.long, device=rows.device
+        )
+        for is_teacher in (False, True):
+            chosen = rows[from_teacher == is_teacher]
+            if len(chosen):
+                codes[chosen] = self._sample(condition.select(chosen), sample_ids[chosen], seed, is_teacher)
+        rate = unwrap(self.model).config.audio_encoder.sampling_rate
+        self._rollout = Rollout(codes, None, None, rate)
+        self._pending = {"condition": condition, "from_teacher": from_teacher}
+        mode = "train" if training else "eval"
+        self._metrics[mode]["time/rollout"].append(time.perf_counter() - started)
+        # Prompt ids are not read: the text condition travels with the batch, already encoded.
+        labels = [f"clip {int(index)}, seed {seed}" for index in sample_ids]
+        return [[0]] * len(prompts), codes.transpose(1, 2).flatten(1).tolist(), labels
+
+    def _sample(self, condition: TextCondition, sample_ids: Tensor, seed: int, is_teacher: bool) -> Tensor:
+        """Codes [N, K, T] from the student without guidance, or from the guided teacher."""
+        batch = self.args.rollout_batch_size or len(condition)
+        with contextlib.ExitStack() as stack:
+            if is_teacher:
+                policy = stack.enter_context(self._teacher.policy())
+            else:
+                policy = unwrap(self.model)
+            codes = [
+                sample_codes(
+                    policy,
+                    condition.select(part),
+                    self._num_frames,
+                    guidance_scale=self.args.guidance_scale if is_teacher else 1.0,
+                    temperature=self.args.temperature,
+                    seed=seed,
+                    sample_ids=sample_ids[part],
+                ).codes
+                for part in torch.arange(len(condition), device=sample_ids.device).split(batch)
+            ]
+        return torch.cat(codes)
+
+    def _teacher_rows(self, num_rows: int) -> Tensor:
+        """Rows whose clips the teacher plays: whole prompts, evenly spread, the same for any number of processes."""
+        args, device = self.args, self.accelerator.device
+        share = {"student": 0.0, "teacher": 1.0, "mix": args.teacher_fraction}[args.rollout_source]
+        local = num_rows // self.num_generations
+        first = self._generation_index() * self.accelerator.num_processes * local
+        first += self.accelerator.process_index * local
+        prompt = torch.arange(first, first + local, dtype=torch.float64)
+        chosen = ((prompt + 1) * share).floor() > (prompt * share).floor()
+        return chosen.repeat_interleave(self.num_generations).to(device)
+
+    def _generation_index(self) -> int:
+        return self._step // (self.args.steps_per_generation * self.num_iterations)
+
+    def _noise_seed(self, training: bool) -> int:
+        """Seed of this rollout: with a clip's global index it fixes the clip, whatever the batch or process count.
+
+        Every evaluation hears the same noise, so that its curves differ by the policy alone.
+        """
+        stream = f"train/{self._generation_index()}" if training else f"eval/{self._evaluation_batch}"
+        self._evaluation_batch += not training
+        digest = hashlib.blake2b(f"{self.args.seed}/{stream}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") >> 1
+
+    # ---- rewards ----------------------------------------------------------------------------------------------------
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        """Hand the reward functions audio, group size and sampling rate; returns the gathered rewards [N, F]."""
+        started = time.perf_counter()
+        rollout, mode = self._rollout, "train" if self.model.training else "eval"
+        assert rollout is not None
+        if not self.reward_funcs:
+            self._pending["rewards"] = torch.zeros(len(prompts), 0)
+            return self.accelerator.gather(torch.zeros(len(prompts), 1, device=self.accelerator.device))
+        waveforms = None
+        if any(reads_waveforms(reward_func) for reward_func in self.reward_funcs):
+            waveforms = decode_codes(unwrap(self.model), rollout.codes)
+        context = {
+            "num_generations": self.num_generations if mode == "train" else self.num_generations_eval,
+            "sampling_rate": rollout.sampling_rate,
+            "codes": rollout.codes,
+            "waveforms": waveforms,
+        }
+        clips = list(rollout.codes if waveforms is None else waveforms)
+        reward_funcs = self.reward_funcs
+        self.reward_funcs = [
+            checked(function, name, prompts, is_async_callable(function), context)
+            for function, name in zip(reward_funcs, self.reward_func_names, strict=True)
+        ]
+        try:
+            rewards = super()._calculate_rewards(inputs, prompts, clips, completion_ids_list)
+        finally:
+            self.reward_funcs = reward_funcs
+        local = slice(
+            self.accelerator.process_index * len(prompts), (self.accelerator.process_index + 1) * len(prompts)
+        )
+        self._pending["rewards"] = rewards[local]
+        self._metrics[mode]["time/reward"].append(time.perf_counter() - started)
+        return rewards
+
+    def _generate_and_score_completions(self, inputs):
+        """TRL's batch, plus what it has no room for: the text condition, and one advantage per code."""
+        started = time.perf_counter()
+        output = super()._generate_and_score_completions(inputs)
+        mode = "train" if self.model.training else "eval"
+        pending, rollout = self._pending, self._rollout
+        assert rollout is not None
+        num_generations = self.num_generations if mode == "train" else self.num_generations_eval
+        advantages, metrics = self._advantages(
+            pending["rewards"], rollout, num_generations, pending["from_teacher"], training=mode == "train"
+        )
+        self._log_means(mode, metrics)
+        output["advantages"] = advantages.flatten(1)
+        output["condition_hidden"] = pending["condition"].hidden_states
+        output["condition_mask"] = pending["condition"].attention_mask
+        if "old_logps" in pending:
+            output["old_per_token_logps"] = pending["old_logps"]
+        self._rollout, self._pending = None, {}
+        if mode == "train":
+            self._generation_seconds = time.perf_counter() - started
+        return output
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **_
+    ):
+        """Old log-probs, where they can differ from the new ones; TRL asks for them after every rollout."""
+        if self._on_policy or not self.model.training:
+            return torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device), None, None
+        codes, condition = self._rollout.codes, self._pending["condition"]
+        logps = []
+        for part in torch.arange(len(codes), device=codes.device).split(batch_size or len(codes)):
+            batch = LossBatch(codes[part], condition.select(part))
+            with self.accelerator.autocast():
+                terms, _ = student_terms(unwrap(model), batch, self._loss_settings)
+            logps.append(terms.logps)
+        self._pending["old_logps"] = torch.cat(logps).flatten(1)
+        return self._pending["old_logps"], None, None
+
+    # ---- loss -------------------------------------------------------------------------------------------------------
+
+    def _compute_loss(self, model, inputs):
+        mode, args = "train" if self.model.training else "eval", self.args
+        codes = (
+            inputs["completion_ids"]
+            .unflatten(1, (self._num_frames, self._num_codebooks))
+            .transpose(1, 2)
+            .contiguous()
+        )
+        condition = TextCondition(inputs["condition_hidden"], inputs["condition_mask"])
+        started = time.perf_counter()
+        with self.accelerator.autocast():
+            teacher = self._teacher(codes, condition)
+        after_teacher = time.perf_counter()
+        old_logps = inputs.get("old_per_token_logps")
+        batch = LossBatch(
+            codes,
+            condition,
+            teacher,
+            divergence_weight=args.distillation_coef / codes.numel(),
+            advantages=inputs["advantages"].view_as(codes) if self._advantages.wanted else None,
+            old_logps=None if old_logps is None else old_logps.view_as(codes),
+        )
+        probe = mode == "train" and self._probe_now() and batch.advantages is not None
+        terms, losses = model(
+            run=functools.partial(student_terms, batch=batch, settings=self._loss_settings, probe=probe)
+        )
+        metrics = self._loss_metrics(batch, terms)
+        if losses is not None:
+            metrics |= term_gradient_norms(self.model, losses)
+        if mode == "train":
+            metrics["time/teacher"] = after_teacher - started
+            metrics["time/student"] = time.perf_counter() - after_teacher
+        self._log_means(mode, metrics)
+        return terms.loss
+
+    def _probe_now(self) -> bool:
+        every = self.args.term_norm_steps
+        first = self._step % self.args.gradient_accumulation_steps == 0
+        return every > 0 and first and self.state.global_step % every == 0
+
+    def _loss_metrics(self, batch: LossBatch, terms) -> dict[str, Tensor]:
+        """Means over the micro-batch; all in nats per code unless the name says clip."""
+        per_codebook = terms.divergences.mean(dim=(0, 2))
+        entropies = terms.entropies.mean(dim=(0, 2))
+        distillation = per_codebook.mean()
+        metrics = {
+            "loss/distillation": distillation,
+            "kl/clip": distillation * batch.codes[0].numel(),
+            "entropy": entropies.mean(),
+        }
+        metrics |= {f"kl/codebook_{k}": value for k, value in enumerate(per_codebook)}
+        metrics |= {f"entropy/codebook_{k}": value for k, value in enumerate(entropies)}
+        if batch.advantages is not None:
+            metrics["loss/policy_gradient"] = -(batch.advantages * terms.logps).mean()
+        if batch.old_logps is not None:
+            ratios = (terms.logps - batch.old_logps).exp()
+            metrics["ratio/mean"], metrics["ratio/max"] = ratios.mean(), ratios.max()
+        return metrics
+
+    def _log_means(self, mode: str, values: dict[str, Tensor | float]) -> None:
+        """Average metrics over the processes, in one message."""
+        if not values:
+            return
+        device = self.accelerator.device
+        packed = torch.stack([torch.as_tensor(v, device=device).detach().float() for v in values.values()])
+        packed = self.accelerator.reduce(packed, reduction="mean")
+        for name, value in zip(values, packed.tolist(), strict=True):
+            self._metrics[mode][name].append(value)
+
+    # ---- loop -------------------------------------------------------------------------------------------------------
+
+    def train(self, *args, **kwargs):
+        """As `Trainer.train`; the tokenizer is out of sight, or transformers would write its ids over MusicGen's."""
+        with self._without_tokenizer():
+            return super().train(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _without_tokenizer(self) -> Iterator[None]:
+        tokenizer, self.processing_class = self.processing_class, None
+        try:
+            yield
+        finally:
+            self.processing_class = tokenizer
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self._generation_seconds = 0.0
+        started = time.perf_counter()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        update = time.perf_counter() - started - self._generation_seconds
+        self._metrics["train"]["time/forward_backward"].append(update)
+        if self.accelerator.device.type == "cuda":
+            self._metrics["train"]["memory/peak_gb"].append(torch.cuda.max_memory_allocated() / 2**30)
+        return loss
+
+    def evaluate(self, *args, **kwargs):
+        """As `Trainer.evaluate`, with the averaged weights if there are any, and the same noise every time."""
+        self._evaluation_batch = 0
+        with self._averaged_weights():
+            return super().evaluate(*args, **kwargs)
+
+    def _averaged_weights(self):
+        return self._average.applied() if self._average is not None else contextlib.nullcontext()
+
+    # ---- saving -----------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the student: the averaged weights if there are any. Checkpoints (an internal call) hold the raw ones."""
+        with contextlib.nullcontext() if _internal_call else self._averaged_weights():
+            super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        output_dir = output_dir or self.args.output_dir
+        with self._without_tokenizer():
+            super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            policy = unwrap(self.model)
+            seconds = self._num_frames / frame_rate(policy)
+            provenance = saving.student_provenance(
+                self.args, self._base_model, self._sampling, self.state.global_step, seconds
+            )
+            saving.write_companions(output_dir, policy, self._processor, provenance)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Not TRL's: its template calls the model a text generator."""
+
+
+class _Housekeeping(TrainerCallback):
+    """The trainer's own events: token ids after transformers touched them, and the average of the weights."""
+
+    def __init__(self, trainer: CFGDiversityTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        setup.restore_token_ids(unwrap(self.trainer.model), self.trainer._sampling)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer._average is not None:
+            self.trainer._average.update()
