@@ -8,6 +8,7 @@ Nothing here knows a model, a file or a trainer; every function can be read besi
 | `codebooks` | MusicGen's delay pattern: apply, revert, which cells are real |
 | `divergence` | reverse and forward KL, generalised Jensen-Shannon; the chunked loss with analytic gradient |
 | `diversity` | cosine distances in a group, the reward, its unbiased advantages, Vendi |
+| `prefix_baseline` | a variance reducer for it, from embeddings of the beginnings of the clips |
 | `policy_gradient` | leave-one-out advantages, per-code ratios, REINFORCE and its clipped surrogate |
 | `interpolation` | weighted sums of state dicts and of LoRA factors |
 | `statistics` | bootstrap by prompt, Fréchet, MMD, Pareto front, hypervolume, win rate |

@@ -189,7 +189,7 @@ def chunked_distillation_loss(
     alpha: float = 0.5,
     temperature: float = 1.0,
     audio_channels: int = 1,
-    chunk_size: int | None = 256,
+    chunk_size: int | None = 512,
 ) -> DistillationTerms:
     """Distillation and policy-gradient loss from hidden states, a chunk of the distributions at a time.
 
@@ -322,7 +322,8 @@ def _teacher_logits(
     require_ndim("the teacher's head_weights", teacher.head_weights, "K V H")
     if cond.shape[:2] != (len(like), num_steps):
         raise ValueError(
-            f"cond_hidden_states must be [{len(like)}, {num_steps}, H] as the student's, got {tuple(cond.shape)}"
+            f"cond_hidden_states must be [{len(like)}, {num_steps}, H] like the student's, "
+            f"got {tuple(cond.shape)}"
         )
     if teacher.head_weights.shape != (*student_heads.shape[:2], cond.shape[2]):
         raise ValueError(
