@@ -26,6 +26,7 @@ __all__ = [
     "delays",
     "effective_weight",
     "encode_text",
+    "evaluating",
     "frame_rate",
     "freeze_encoders",
     "head_weights",
@@ -34,6 +35,7 @@ __all__ = [
     "load_processor",
     "null_condition",
     "pad_token_id",
+    "project_text",
     "unwrap",
     "zero_dropout",
 ]
@@ -100,7 +102,7 @@ def encode_text(model: nn.Module, tokenizer: Any, prompts: Sequence[str]) -> Tex
     tokens = getattr(tokenizer, "tokenizer", tokenizer)(distinct, padding=True, return_tensors="pt").to(
         policy.device
     )
-    with _evaluating(policy.text_encoder):
+    with evaluating(policy.text_encoder):
         hidden = [
             policy.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
             for ids, mask in zip(
@@ -233,7 +235,7 @@ def effective_weight(module: nn.Module) -> Tensor:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Eval mode for a while; every submodule gets its own mode back."""
     training = [child for child in module.modules() if child.training]
     module.eval()

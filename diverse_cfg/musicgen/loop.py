@@ -1,0 +1,145 @@
+"""The sampling loop: a decoder step, a draw, the next step; all state on static buffers, the host never waits.
+
+Everything a step reads is a tensor, its own position included, so one body runs in three ways:
+
+    eager    the context grows by one each step (CPU: no masked work)
+    static   the context is rounded up to a bucket and masked (what a graph needs; testable without a GPU)
+    graph    the static body captured once per bucket into a CUDA graph, then replayed (GPU: no launch overhead)
+
+What has to be checked (were the logits finite?) is written down on the way and read once, at the end.
+"""
+
+import logging
+
+import torch
+from torch import Tensor
+
+from diverse_cfg.musicgen.sampling import SamplingSettings, draw, sampling_logits
+from diverse_cfg.musicgen.static_decoder import RolloutWeights, StaticDecoder
+from diverse_cfg.types import TextCondition
+
+logger = logging.getLogger(__name__)
+
+BUCKET = 256
+"""Contexts are rounded up to a multiple of this in the static body: few graphs, and little masked work."""
+
+_failed_captures: set[str] = set()
+
+
+class DecodeLoop:
+    """Samples one batch of clips; may be started again for another batch of the same shape.
+
+    After `run`, the grids `codes`, `logps` and `totals` [S, N, K] hold what each step drew; the cells in which the
+    delay pattern has no code hold junk.
+
+    Args:
+        weights: the decoder.
+        condition: see `StaticDecoder`.
+        num_clips: N.
+        num_frames: T.
+        settings: of the draws.
+        mode: "eager", "static" or "graph"; by default graph on a GPU and eager elsewhere.
+    """
+
+    def __init__(
+        self,
+        weights: RolloutWeights,
+        condition: TextCondition,
+        num_clips: int,
+        num_frames: int,
+        settings: SamplingSettings,
+        mode: str | None = None,
+    ) -> None:
+        shape, device = weights.shape, weights.device
+        self.settings = settings
+        self.num_frames = num_frames
+        self.delays = shape.delays
+        self.num_steps = num_frames + max(self.delays)
+        self.pad = shape.vocab_size
+        self.mode = mode or ("graph" if device.type == "cuda" else "eager")
+        self.decoder = StaticDecoder(weights, num_clips, self.num_steps, condition, settings.guided)
+        cells = (self.num_steps, num_clips, shape.num_codebooks)
+        self.position = torch.zeros(1, dtype=torch.long, device=device)
+        self.steps = torch.arange(self.num_steps, device=device)
+        self.ids = torch.empty(cells[1:], dtype=torch.long, device=device)
+        frame = torch.arange(self.num_steps)[:, None] - torch.tensor(self.delays)
+        self.has_code = ((frame >= 0) & (frame < num_frames))[:, None].to(device)
+        self.uniforms = torch.zeros(cells, device=device)
+        self.codes = torch.zeros(cells, dtype=torch.long, device=device)
+        self.logps = torch.zeros(cells, device=device)
+        self.totals = torch.zeros(cells, device=device)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def reset(self, condition: TextCondition) -> None:
+        """Take another batch: same number of clips, frames and text tokens."""
+        self.decoder.reset(condition)
+
+    @torch.no_grad()
+    def run(self, uniforms: Tensor) -> None:
+        """Sample all clips.
+
+        Args:
+            uniforms: one random number per code [N, K, T].
+        """
+        for codebook, delay in enumerate(self.delays):
+            self.uniforms[delay : delay + self.num_frames, :, codebook] = uniforms[:, codebook].T
+        if self.mode == "graph" and not self._graphs:
+            self._capture()
+        self._rewind()
+        for step in range(self.num_steps):
+            if self.mode == "graph":
+                self._graphs[self._bucket(step)].replay()
+            elif self.mode == "static":
+                self._advance(self._bucket(step), masked=True)
+            else:
+                self._advance(step + 1, masked=False)
+
+    def _advance(self, length: int, masked: bool) -> None:
+        """One step for all clips, on device tensors only."""
+        bias = None
+        if masked:
+            bias = torch.zeros(length, dtype=self.decoder.cache_dtype, device=self.position.device)
+            bias.masked_fill_(self.steps[:length] > self.position, -torch.inf)
+        logits = self.decoder.step(self.ids, self.position, length, bias)
+        uniforms = self.uniforms.index_select(0, self.position)[0]
+        codes, logps, totals = draw(sampling_logits(logits, self.settings), uniforms, self.settings.greedy)
+        self.codes.index_copy_(0, self.position, codes[None])
+        self.logps.index_copy_(0, self.position, logps[None].to(self.logps.dtype))
+        self.totals.index_copy_(0, self.position, totals[None].to(self.totals.dtype))
+        self.ids.copy_(torch.where(self.has_code.index_select(0, self.position)[0], codes, self.pad))
+        self.position.add_(1)
+
+    def _rewind(self) -> None:
+        self.position.zero_()
+        self.ids.fill_(self.pad)
+
+    def _bucket(self, step: int) -> int:
+        return min((step // BUCKET + 1) * BUCKET, self.num_steps)
+
+    def _capture(self) -> None:
+        """Record the static body for every bucket; where that fails, say why once and run eagerly."""
+        try:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            pool = torch.cuda.graph_pool_handle()
+            for length in sorted({self._bucket(step) for step in range(self.num_steps)}):
+                # Libraries allocate their workspaces on first use, which a capture must not see.
+                with torch.cuda.stream(stream):
+                    for _ in range(2):
+                        self._rewind()
+                        self._advance(length, masked=True)
+                torch.cuda.current_stream().wait_stream(stream)
+                self._rewind()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool):
+                    self._advance(length, masked=True)
+                self._graphs[length] = graph
+        except torch.OutOfMemoryError:
+            raise  # a smaller batch is the remedy, not another mode
+        except RuntimeError as error:
+            self._graphs, self.mode = {}, "eager"
+            if str(error) not in _failed_captures:
+                _failed_captures.add(str(error))
+                logger.warning(
+                    "CUDA graph capture failed, the rollout launches its kernels one by one: %s", error
+                )

@@ -1,0 +1,365 @@
+"""Rollouts: prompts in, clips out.
+
+`fast_generate` is what users and the trainer call: it encodes each distinct prompt once, samples codes in batches
+with the package's own loop (`loop`, `static_decoder`, `sampling`) and decodes them to audio. A clip depends on its
+prompt, the settings, the seed and its sample id only: not on the batch it is in, nor on the number of processes.
+Stock `generate` is the reference backend (`reference`), driven by the same random numbers.
+"""
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from diverse_cfg.functional.codebooks import num_decoder_steps, revert_delay_pattern
+from diverse_cfg.musicgen.loop import DecodeLoop
+from diverse_cfg.musicgen.policy import encode_text, frame_rate, unwrap
+from diverse_cfg.musicgen.reference import generate_codes
+from diverse_cfg.musicgen.sampling import SamplingSettings, keyed_uniforms
+from diverse_cfg.musicgen.static_decoder import RolloutWeights
+from diverse_cfg.types import Rollout, TextCondition
+
+__all__ = ["RolloutWeights", "SamplingSettings", "decode_codes", "fast_generate", "sample_codes"]
+
+logger = logging.getLogger(__name__)
+
+MAX_SECONDS = 30
+"""What MusicGen was trained on; longer music needs a sliding window, which is out of scope for now."""
+
+ROLLOUT_BACKENDS = ("fast", "transformers")
+
+_LARGEST_BATCH = {"cuda": 256}
+_TEXT_BUCKET = 32
+
+T = TypeVar("T")
+
+
+def fast_generate(
+    model: nn.Module,
+    prompts: str | Sequence[str],
+    *,
+    processor: Any,
+    num_frames: int,
+    guidance_scale: float = 1.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int | None = None,
+    num_generations: int = 1,
+    batch_size: int | None = None,
+    rollout_backend: str = "fast",
+    negative_prompt: str | None = None,
+    sample_ids: Sequence[int] | None = None,
+    return_logps: bool = False,
+    decode: bool = True,
+    weights: RolloutWeights | None = None,
+    dtype: torch.dtype | None = None,
+) -> Rollout:
+    """Generate clips for prompts.
+
+    Args:
+        model: a MusicGen, e.g. of `load_policy`; also inside a `PeftModel`. It is only read.
+        prompts: P texts.
+        processor: its processor or tokenizer.
+        num_frames: T; seconds × `frame_rate(model)`.
+        guidance_scale: γ; 1 for a distilled model, 3 is usual for a base model, at twice the cost.
+        temperature: 0 is greedy.
+        top_k: keep this many codes; 0 keeps all.
+        top_p: keep the most likely codes up to this mass; 1 keeps all.
+        min_p: drop codes less likely than this fraction of the likeliest; 0 keeps all.
+        seed: same seed, same clips; None takes one from torch's global generator (`torch.manual_seed`).
+        num_generations: G clips per prompt.
+        batch_size: clips at once; by default 64 on a CPU and 256 on a GPU. Halved when memory runs out.
+        rollout_backend: "fast", or "transformers" for stock `generate` (same clips, slowly).
+        negative_prompt: text in the place of the null prompt (only with guidance).
+        sample_ids: which clip of the run each row is [N]; 0 … N − 1 by default.
+        return_logps: record log-probabilities.
+        decode: also make waveforms.
+        weights: a snapshot to sample from; taken now by default. The fast backend only.
+        dtype: of a snapshot taken now; bfloat16 is faster where the hardware has it.
+
+    Returns:
+        N = P·G clips on the model's device, those of one prompt adjacent.
+
+    Raises:
+        ValueError: a prompt, number, length or backend that cannot work; nothing has been computed then.
+        FloatingPointError: logits that are not finite; names prompt and step.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    settings = SamplingSettings(guidance_scale, temperature, top_k, top_p, min_p)
+    _check_length(model, num_frames)
+    for name, value in (("num_generations", num_generations), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if rollout_backend not in ROLLOUT_BACKENDS:
+        raise ValueError(f"rollout_backend={rollout_backend!r} must be one of {', '.join(ROLLOUT_BACKENDS)}")
+    if negative_prompt is not None and not settings.guided:
+        raise ValueError(f"negative_prompt={negative_prompt!r} needs guidance: set guidance_scale above 1")
+    condition, negative = _encode(model, processor, prompts, negative_prompt)
+    num_clips = len(prompts) * num_generations
+    if seed is None:
+        seed = int(torch.randint(2**62, ()))
+    uniforms = _uniforms(model, seed, _checked_ids(sample_ids, num_clips), num_frames)
+    if rollout_backend == "fast" and weights is None:
+        weights = RolloutWeights.from_model(model, dtype)
+
+    def sample(rows: slice) -> tuple[Tensor, Tensor]:
+        prompt_rows = [clip // num_generations for clip in range(num_clips)[rows]]
+        text, avoided = (
+            condition.select(prompt_rows),
+            negative.select([0] * len(prompt_rows)) if negative else None,
+        )
+        if weights is None or rollout_backend == "transformers":
+            return generate_codes(model, text, num_frames, settings, uniforms[rows], avoided)
+        names = [repr(prompts[row]) for row in prompt_rows]
+        return _sample(weights, text, num_frames, settings, uniforms[rows], avoided, names)
+
+    device = unwrap(model).device.type
+    batches = _in_batches(num_clips, batch_size or _LARGEST_BATCH.get(device, 64), sample)
+    codes = torch.cat([codes for codes, _ in batches])
+    logps = torch.cat([logps for _, logps in batches]) if return_logps else None
+    waveforms = decode_codes(model, codes) if decode else None
+    return Rollout(codes, logps, waveforms, _sampling_rate(model))
+
+
+def sample_codes(
+    model: nn.Module,
+    condition: TextCondition,
+    num_frames: int,
+    *,
+    guidance_scale: float = 1.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 0,
+    sample_ids: Sequence[int] | None = None,
+    return_logps: bool = False,
+    negative_condition: TextCondition | None = None,
+    weights: RolloutWeights | None = None,
+    dtype: torch.dtype | None = None,
+) -> Rollout:
+    """Sample one clip of codes per row of `condition`, all in one batch.
+
+    The model is only read; its mode, gradients and the global random state stay as they were.
+
+    Args:
+        model: the policy, also inside a `PeftModel`, whose active adapters count.
+        condition: N rows; repeat a prompt's row for several clips of it. Null rows sample without a prompt.
+        num_frames: T.
+        guidance_scale: see `fast_generate`; so are temperature, top_k, top_p, min_p, weights and dtype.
+        temperature: 0 is greedy.
+        top_k: 0 keeps all codes.
+        top_p: 1 keeps all codes.
+        min_p: 0 keeps all codes.
+        seed: of the run.
+        sample_ids: which clip of the run each row is [N]; 0 … N − 1 by default. A trainer keeps counting over steps
+            and processes. Rows with the same seed and id share their random numbers.
+        return_logps: record the log-probability of every code under the distribution it was drawn from.
+        negative_condition: N rows in the place of the null prompt.
+        weights: a snapshot to sample from; refresh it when the model has changed.
+        dtype: of a snapshot taken now.
+
+    Returns:
+        Rollout without waveforms.
+
+    Raises:
+        ValueError: no rows, settings out of range, or more frames than the model can play.
+        FloatingPointError: logits that are not finite; names row and step.
+    """
+    settings = SamplingSettings(guidance_scale, temperature, top_k, top_p, min_p)
+    _check_length(model, num_frames)
+    if len(condition) == 0:
+        raise ValueError("the condition has no rows: there is nothing to sample")
+    if negative_condition is not None and len(negative_condition) != len(condition):
+        raise ValueError(f"{len(negative_condition)} negative conditions for {len(condition)} clips")
+    uniforms = _uniforms(model, seed, _checked_ids(sample_ids, len(condition)), num_frames)
+    weights = weights or RolloutWeights.from_model(model, dtype)
+    names = [f"row {row} of the condition" for row in range(len(condition))]
+    codes, logps = _sample(weights, condition, num_frames, settings, uniforms, negative_condition, names)
+    return Rollout(codes, logps if return_logps else None, None, _sampling_rate(model))
+
+
+@torch.no_grad()
+def decode_codes(model: nn.Module, codes: Tensor, *, batch_size: int = 16) -> Tensor:
+    """Turn codes into audio with the policy's codec.
+
+    Args:
+        model: the policy.
+        codes: [N, K, T]; stereo has left and right codebooks in turn.
+        batch_size: clips at once; halved when memory runs out.
+
+    Returns:
+        Waveforms on the codec's device, mono [N, L], stereo [N, 2, L].
+
+    Raises:
+        ValueError: codes of another shape, or that the codec does not have.
+    """
+    policy = unwrap(model)
+    config, codec = policy.decoder.config, policy.audio_encoder
+    if codes.ndim != 3 or codes.shape[1] != config.num_codebooks or 0 in codes.shape:
+        raise ValueError(f"codes must have shape [N, {config.num_codebooks}, T], got {tuple(codes.shape)}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    low, high = int(codes.min()), int(codes.max())
+    if low < 0 or high >= codec.config.codebook_size:
+        raise ValueError(
+            f"codes must lie in 0 … {codec.config.codebook_size - 1}, got {low} … {high}: special tokens and cells of "
+            "the delay pattern are no codes"
+        )
+    codes = codes.to(codec.device)
+    stereo = config.audio_channels == 2
+
+    def decode(rows: slice) -> Tensor:
+        channels = (codes[rows, 0::2], codes[rows, 1::2]) if stereo else (codes[rows],)
+        audio = [codec.decode(channel[None], [None]).audio_values for channel in channels]
+        return torch.cat(audio, dim=1) if stereo else audio[0][:, 0]
+
+    return torch.cat(_in_batches(len(codes), batch_size, decode))
+
+
+@torch.no_grad()
+def _sample(
+    weights: RolloutWeights,
+    condition: TextCondition,
+    num_frames: int,
+    settings: SamplingSettings,
+    uniforms: Tensor,
+    negative: TextCondition | None,
+    names: list[str],
+) -> tuple[Tensor, Tensor]:
+    """One batch through the loop: codes and log-probabilities [N, K, T]."""
+    num_clips = len(condition)
+    if negative is not None and settings.guided:
+        condition = _stacked(condition, negative)
+    # The caller's autocast must not reach in: the dtype of the rollout is that of its weights.
+    with torch.autocast(weights.device.type, enabled=False):
+        loop = _loop_for(weights, condition, num_clips, num_frames, settings)
+        loop.run(uniforms)
+    unusable = ~torch.isfinite(loop.totals)
+    if unusable.any():
+        step, clip, codebook = unusable.nonzero()[0].tolist()
+        raise FloatingPointError(
+            f"the logits of clip {clip} ({names[clip]}) are not finite at step {step} of {loop.num_steps}, codebook "
+            f"{codebook}: the weights are broken, or overflow in {weights.dtype}"
+        )
+    channels = weights.shape.audio_channels
+    codes = revert_delay_pattern(loop.codes.permute(1, 2, 0), num_frames, channels)
+    return codes, revert_delay_pattern(loop.logps.permute(1, 2, 0), num_frames, channels)
+
+
+def _loop_for(
+    weights: RolloutWeights,
+    condition: TextCondition,
+    num_clips: int,
+    num_frames: int,
+    settings: SamplingSettings,
+) -> DecodeLoop:
+    """A loop for this batch; on a GPU the last one is kept with its graphs, and fits any text of similar length."""
+    if weights.device.type != "cuda":
+        return DecodeLoop(weights, condition, num_clips, num_frames, settings)
+    num_tokens = condition.attention_mask.shape[1]
+    condition = _padded(condition, -(-num_tokens // _TEXT_BUCKET) * _TEXT_BUCKET)
+    key = (condition.attention_mask.shape, num_clips, num_frames, settings)
+    if key in weights.loops:
+        weights.loops[key].reset(condition)
+    else:
+        weights.loops.clear()  # two sets of caches would not fit where one just does
+        weights.loops[key] = DecodeLoop(weights, condition, num_clips, num_frames, settings)
+    return weights.loops[key]
+
+
+def _in_batches(total: int, batch_size: int, run: Callable[[slice], T]) -> list[T]:
+    """Call `run` on consecutive slices of `total` rows; when memory runs out, go on with half the rows."""
+    results: list[T] = []
+    start = 0
+    while start < total:
+        batch_size = min(batch_size, total - start)
+        try:
+            results.append(run(slice(start, start + batch_size)))
+        except (RuntimeError, MemoryError) as error:
+            if batch_size == 1 or not _out_of_memory(error):
+                raise
+            message = str(error)
+        else:
+            start += batch_size
+            continue
+        # Outside of the handler: inside, the traceback would keep the failed batch's tensors alive.
+        batch_size = (batch_size + 1) // 2
+        logger.warning("out of memory, going on with %d clips at once: %s", batch_size, message)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return results
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _check_length(model: nn.Module, num_frames: int) -> None:
+    config = unwrap(model).decoder.config
+    num_steps = num_decoder_steps(num_frames, config.num_codebooks, config.audio_channels)
+    seconds = num_frames / frame_rate(model)
+    if seconds > MAX_SECONDS:
+        raise ValueError(
+            f"num_frames={num_frames} is {seconds:.1f} s; MusicGen plays at most {MAX_SECONDS} s at once, and longer "
+            f"music is not supported: ask for at most {int(MAX_SECONDS * frame_rate(model))} frames"
+        )
+    if num_steps > config.max_position_embeddings:
+        raise ValueError(
+            f"num_frames={num_frames} needs {num_steps} positions, the model has {config.max_position_embeddings}: "
+            f"ask for at most {num_frames - num_steps + config.max_position_embeddings} frames"
+        )
+
+
+def _checked_ids(sample_ids: Sequence[int] | None, num_clips: int) -> Sequence[int]:
+    if sample_ids is None:
+        return range(num_clips)
+    if len(sample_ids) != num_clips:
+        raise ValueError(f"{len(sample_ids)} sample_ids for {num_clips} clips")
+    return [int(sample_id) for sample_id in sample_ids]
+
+
+def _uniforms(model: nn.Module, seed: int, sample_ids: Sequence[int], num_frames: int) -> Tensor:
+    policy = unwrap(model)
+    return keyed_uniforms(seed, sample_ids, policy.decoder.config.num_codebooks, num_frames).to(policy.device)
+
+
+def _encode(
+    model: nn.Module, processor: Any, prompts: list[str], negative_prompt: str | None
+) -> tuple[TextCondition, TextCondition | None]:
+    """Conditions of the prompts [P rows] and of the negative prompt [1 row], in one call of the text encoder."""
+    if negative_prompt is None:
+        return encode_text(model, processor, prompts), None
+    both = (
+        encode_text(model, processor, [*prompts, negative_prompt])
+        if prompts
+        else encode_text(model, processor, [])
+    )
+    return both.select(slice(0, len(prompts))), both.select(slice(len(prompts), None))
+
+
+def _padded(condition: TextCondition, num_tokens: int) -> TextCondition:
+    missing = num_tokens - condition.attention_mask.shape[1]
+    return TextCondition(
+        nn.functional.pad(condition.hidden_states, (0, 0, 0, missing)),
+        nn.functional.pad(condition.attention_mask, (0, missing)),
+    )
+
+
+def _stacked(condition: TextCondition, other: TextCondition) -> TextCondition:
+    num_tokens = max(condition.attention_mask.shape[1], other.attention_mask.shape[1])
+    first, second = _padded(condition, num_tokens), _padded(other, num_tokens)
+    return TextCondition(
+        torch.cat([first.hidden_states, second.hidden_states]),
+        torch.cat([first.attention_mask, second.attention_mask]),
+    )
+
+
+def _sampling_rate(model: nn.Module) -> int:
+    return unwrap(model).config.audio_encoder.sampling_rate

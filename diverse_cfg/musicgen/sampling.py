@@ -1,0 +1,177 @@
+"""From logits to codes: filters, and draws whose randomness belongs to the clip and not to its batch.
+
+A code is drawn by inverting the cumulative distribution at one uniform number. So a clip's whole randomness is a table
+[K, T] of uniforms, made by a counter-based generator (Philox) from (seed, sample id) alone: the clip is the same in
+every batch, order, process and backend, and a longer clip begins like a shorter one. The global random state is never
+read. Drawing by Gumbel noise or `multinomial` would need V numbers per code instead of one, and costs more than the
+softmax on a CPU.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diverse_cfg.functional.guidance import guided_logits
+
+# Largest uniform that is handed out: u · total must stay below total after rounding, or the draw would fall off the end.
+_LARGEST_UNIFORM = 1 - 2**-22
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How codes are drawn from logits, checked once; applied in the order of the fields, as `generate` does.
+
+    Args:
+        guidance_scale: γ of `uncond + γ·(cond − uncond)`; 1 samples the conditional model alone, at half the cost.
+        temperature: divides the logits; 0 takes the most likely code (greedy).
+        top_k: keep this many codes (and those tied with the last); 0 keeps all.
+        top_p: keep the most likely codes up to this probability mass; 1 keeps all.
+        min_p: drop codes less likely than this fraction of the most likely one; 0 keeps all.
+    """
+
+    guidance_scale: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 1):
+            raise ValueError(
+                f"guidance_scale={self.guidance_scale} must be a finite number ≥ 1: 1 samples the prompt alone, the "
+                "paper's γ is 3, and clips without a prompt come from null_condition"
+            )
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature={self.temperature} must be a finite number ≥ 0 (0 is greedy)")
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must be an integer ≥ 0 (0 keeps all codes)")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1 (1 keeps all codes)")
+        if not 0 <= self.min_p < 1:
+            raise ValueError(f"min_p={self.min_p} must be at least 0 and below 1 (0 keeps all codes)")
+
+    @property
+    def guided(self) -> bool:
+        """Whether null (or negative) rows are decoded beside the prompt's."""
+        return self.guidance_scale != 1
+
+    @property
+    def greedy(self) -> bool:
+        """Whether no randomness is used."""
+        return self.temperature == 0
+
+
+def keyed_uniforms(seed: int, sample_ids: Sequence[int], num_codebooks: int, num_frames: int) -> Tensor:
+    """The random numbers of the given clips.
+
+    Args:
+        seed: of the run, any integer from 0 to 2⁶⁴ − 1.
+        sample_ids: which clip of the run each row is, from 0 to 2⁶⁴ − 1. Trainers count on over steps.
+        num_codebooks: K.
+        num_frames: T.
+
+    Returns:
+        Uniforms in [0, 1), float32 [N, K, T] on the CPU. The first T frames of a longer table are the same.
+
+    Raises:
+        ValueError: a number that does not fit 64 bits.
+    """
+    for name, value in [("seed", seed), *(("sample id", sample_id) for sample_id in sample_ids)]:
+        if not 0 <= value < 2**64:
+            raise ValueError(f"{name} {value} must be an integer from 0 to 2**64 - 1")
+    table = np.empty((len(sample_ids), num_frames, num_codebooks), dtype=np.float32)
+    for row, sample_id in zip(table, sample_ids, strict=True):
+        key = np.array([seed, sample_id], dtype=np.uint64)
+        np.random.Generator(np.random.Philox(key=key)).random(dtype=np.float32, out=row)
+    return torch.from_numpy(table).clamp_(max=_LARGEST_UNIFORM).transpose(1, 2)
+
+
+def sampling_logits(logits: Tensor, settings: SamplingSettings) -> Tensor:
+    """Guided, tempered and filtered logits: their softmax is what a code is drawn from.
+
+    Args:
+        logits: [N, ..., V], or [2·N, ..., V] when guided: rows under the prompt, then as many under the null prompt.
+        settings: of the draw; with temperature 0 nothing is filtered.
+
+    Returns:
+        float32 [N, ..., V]; dropped codes are −inf.
+    """
+    if settings.guided:
+        cond, uncond = logits.chunk(2)
+        logits = guided_logits(cond, uncond, settings.guidance_scale)
+    logits = logits.float()
+    if settings.greedy:
+        return logits
+    if settings.temperature != 1:
+        logits = logits / settings.temperature
+    if 0 < settings.top_k < logits.shape[-1]:
+        logits = _keep_from(logits, _kth_largest(logits, settings.top_k))
+    if settings.top_p < 1:
+        ascending = _sorted(logits)
+        dropped = ascending.softmax(-1).cumsum(-1) <= 1 - settings.top_p
+        dropped[..., -1] = False
+        logits = _keep_from(logits, ascending.gather(-1, dropped.sum(-1, keepdim=True)))
+    if settings.min_p > 0:
+        logits = _keep_from(logits, logits.amax(-1, keepdim=True) + math.log(settings.min_p))
+    return logits
+
+
+def draw(logits: Tensor, uniforms: Tensor, greedy: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw one code per distribution.
+
+    Args:
+        logits: [..., V], as `sampling_logits` returns them.
+        uniforms: u in [0, 1) [...].
+        greedy: take the most likely code instead.
+
+    Returns:
+        Codes int64 [...]; their log-probabilities [...] (0 when greedy); and a total [...] that is finite exactly
+        when the logits were usable, to be looked at once after the loop, since a look costs a synchronisation.
+    """
+    if greedy:
+        total, codes = logits.max(-1)
+        return codes, torch.zeros_like(total), total
+    return invert(logits.softmax(-1), uniforms)
+
+
+def invert(probabilities: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The code at which the cumulative distribution passes a uniform number.
+
+        code = min{v : Σ_{w ≤ v} p_w > u · Σ_w p_w}
+
+    Args:
+        probabilities: p [..., V]; codes of probability 0 are never drawn.
+        uniforms: u in [0, 1) [...].
+
+    Returns:
+        As `draw`.
+    """
+    cumulative = probabilities.cumsum(-1)
+    total = cumulative[..., -1:]
+    codes = torch.searchsorted(cumulative, uniforms.unsqueeze(-1) * total, right=True)
+    codes = codes.clamp_(max=probabilities.shape[-1] - 1)  # only NaN gets there; tables must not be overrun
+    return codes.squeeze(-1), probabilities.gather(-1, codes).log().squeeze(-1), total.squeeze(-1)
+
+
+def _keep_from(logits: Tensor, threshold: Tensor) -> Tensor:
+    return logits.masked_fill(logits < threshold, -torch.inf)
+
+
+def _on_numpy(logits: Tensor) -> bool:
+    """NumPy's vectorised partition and sort are about ten times as fast as torch's on a CPU, and cannot be compiled."""
+    return logits.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _kth_largest(logits: Tensor, k: int) -> Tensor:
+    if _on_numpy(logits):
+        place = logits.shape[-1] - k
+        return torch.from_numpy(np.partition(logits.numpy(), place, axis=-1)[..., place : place + 1])
+    return logits.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+
+
+def _sorted(logits: Tensor) -> Tensor:
+    return torch.from_numpy(np.sort(logits.numpy(), axis=-1)) if _on_numpy(logits) else logits.sort(-1).values
