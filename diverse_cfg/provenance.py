@@ -18,10 +18,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from diverse_cfg import __version__
+
 PROVENANCE_FILE = "diverse_cfg.json"
 KINDS = ("student", "merge")
 # Libraries whose version changes what the weights mean or how they were trained.
-_LIBRARIES = ("diverse-cfg", "torch", "transformers", "trl", "peft")
+_LIBRARIES = ("torch", "transformers", "trl", "peft")
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,12 @@ class Provenance:
 
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that decide what a checkpoint means, for `Provenance.versions`."""
-    versions = {"python": platform.python_version()}
+    versions = {"diverse-cfg": __version__, "python": platform.python_version()}
     for library in _LIBRARIES:
         try:
             versions[library] = version(library)
         except PackageNotFoundError:
-            continue  # e.g. the package itself, run from a source tree that was never installed
+            continue
     return versions
 
 

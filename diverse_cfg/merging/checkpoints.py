@@ -119,13 +119,15 @@ class FullCheckpoint(Checkpoint):
                 raise ValueError(f"{self.source}: tensor {stored_name} is not part of a MusicGen model")
             if info.shape != shapes[name]:
                 raise ValueError(
-                    f"{self.source}: tensor {stored_name} has shape {info.shape}, but its config.json asks for "
+                    f"{self.source}: tensor {stored_name} has shape {info.shape}, but its config.json asks "
+                    "for "
                     f"{shapes[name]}"
                 )
             tensors[name] = info
         if missing := [name for name in shapes if name not in tensors]:
             raise ValueError(
-                f"{self.source} lacks {len(missing)} tensor(s) of its model, e.g. {missing[0]}: it is incomplete"
+                f"{self.source} lacks {len(missing)} tensor(s) of its model, e.g. {missing[0]}: it is "
+                "incomplete"
             )
         return {name: tensors[name] for name in shapes}
 
@@ -189,7 +191,8 @@ class AdapterCheckpoint(Checkpoint):
                 )
             if name not in self.base.tensors:
                 raise ValueError(
-                    f"{self.source} adapts {path}, which its base {self.base.source} does not have: it was trained "
+                    f"{self.source} adapts {path}, which its base {self.base.source} does not have: it was "
+                    "trained "
                     "on another model"
                 )
             self.factors[name] = (pair["A"], pair["B"])
@@ -204,7 +207,8 @@ class AdapterCheckpoint(Checkpoint):
                 product = product[::-1]
             if product != shape or lora_a.shape[0] != rank or lora_b.shape[1] != rank:
                 raise ValueError(
-                    f"{self.source}: the LoRA factors {lora_b.shape} · {lora_a.shape} of {name} (rank {rank}) do "
+                    f"{self.source}: the LoRA factors {lora_b.shape} · {lora_a.shape} of {name} (rank "
+                    f"{rank}) do "
                     f"not fit its base's {shape}: it was trained on another model"
                 )
         for name, info in self.replaced.items():
@@ -241,10 +245,15 @@ class AdapterCheckpoint(Checkpoint):
         alpha = pattern.get(get_pattern_key(list(pattern), self._module(name)), self.lora.lora_alpha)
         return alpha / self.rank(name)
 
-    def lora_factors(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A [r, in] and B [out, r] of one adapted layer (for an embedding, of its transpose)."""
+    def lora_factors(self, name: str, dtype: torch.dtype) -> interpolation.LoraFactors:
+        """A [r, in], B [out, r] and scaling of one adapted layer (for an embedding, of its transpose)."""
         lora_a, lora_b = (self._read(info).to(dtype) for info in self.factors[name])
-        return lora_a, lora_b
+        return interpolation.LoraFactors(lora_a, lora_b, self.scaling(name))
+
+    def factor_key(self, name: str, half: str) -> str:
+        """PEFT's name for one half ("A" or "B") of the factors of a layer."""
+        kind = f"lora_embedding_{half}" if self._is_embedding(name) else f"lora_{half}.weight"
+        return f"{_ADAPTER_PREFIX}{self._module(name)}.{kind}"
 
     def _sources(self, name: str) -> list[TensorInfo]:
         if name in self.factors:
@@ -255,7 +264,7 @@ class AdapterCheckpoint(Checkpoint):
         return name in self.factors or name in self.replaced
 
     def _product(self, name: str, dtype: torch.dtype) -> Tensor:
-        delta = interpolation.lora_delta(*self.lora_factors(name, dtype), self.scaling(name))
+        delta = interpolation.lora_delta(*self.lora_factors(name, dtype))
         return delta.T if self._is_embedding(name) else delta
 
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
@@ -350,7 +359,8 @@ def _lora_config(source: str | os.PathLike, folder: Path) -> LoraConfig:
     if used:
         raise ValueError(
             f"{source} uses {', '.join(used)}: its difference from the base is not a plain LoRA product, so "
-            "mixing it would be silently wrong. Load it with PEFT, call merge_and_unload(), save the full model, "
+            "mixing it would be silently wrong. Load it with PEFT, call merge_and_unload(), save the full "
+            "model, "
             "and merge that"
         )
     return config

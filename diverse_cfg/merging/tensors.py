@@ -107,7 +107,8 @@ def find_tensors(folder: Path, stem: str) -> dict[str, TensorInfo]:
         pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
         if pickles:
             raise ValueError(
-                f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when opened and is "
+                f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when opened "
+                "and is "
                 "never read here; save it again with save_pretrained(...), which writes safetensors"
             )
         raise FileNotFoundError(f"{folder} has no {single.name} (nor {index.name}): is it a model folder?")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, MusicgenConfig, MusicgenForConditionalGeneration
+from transformers import AutoTokenizer, GenerationConfig, MusicgenConfig, MusicgenForConditionalGeneration
 
 # The codec gives the codes their meaning: codecs are compared, never interpolated.
 CODEC_PREFIX = "audio_encoder."
@@ -41,6 +41,16 @@ _NOT_ARCHITECTURE = {
     "transformers_version",
     "use_cache",
 }
+# What makes text readable to the model: tokenizer and processor.
+PROCESSOR_FILES = (
+    "added_tokens.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 # Tables that older versions saved although they are computed.
 _COMPUTED = ("embed_positions.weights", "position_ids")
 _OLD_WEIGHT_NORM = {
@@ -115,6 +125,21 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def has_processor(folder: Path) -> bool:
+    """Whether a folder holds both a tokenizer and a processor configuration."""
+    names = {name for name in PROCESSOR_FILES if (folder / name).is_file()}
+    return bool(names & {"tokenizer.json", "spiece.model"}) and bool(
+        names & {"processor_config.json", "preprocessor_config.json"}
+    )
+
+
+def tokenizer_vocabulary(folder: Path) -> dict[str, int] | None:
+    """Piece → id of the tokenizer in a folder; None where there is none."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+        return None
+    return AutoTokenizer.from_pretrained(str(folder)).get_vocab()
 
 
 def num_frames_to_tokens(num_frames: int, config: MusicgenConfig) -> int:

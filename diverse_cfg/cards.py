@@ -1,0 +1,341 @@
+"""Model cards: what a folder says about itself, as the README.md that the Hub shows.
+
+Everything on a card comes from files in the folder: `diverse_cfg.json` (what it is),
+`generation_config.json` (how it is played), `evaluation.json` (metrics), `samples/` (clips to hear),
+`trainer_state.json` (training curves). What is not there is not claimed. Trainer, merging and publishing
+render the same card through `write_card`.
+"""
+
+import html
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from transformers import GenerationConfig
+
+from diverse_cfg.musicgen import layout
+from diverse_cfg.provenance import Provenance, read_provenance, write_text
+
+CARD_FILE = "README.md"
+METRICS_FILE = "evaluation.json"
+SAMPLES_FILE = "samples/samples.json"
+CURVES_FILE = "training_curves.png"
+PAPER = "arxiv:2410.06084"
+
+# Licences of weights whose card cannot be read without a network.
+_KNOWN_LICENSES = {"facebook/musicgen-": "cc-by-nc-4.0"}
+_TEMPLATES = Path(__file__).parent / "templates"
+_DEFAULT_PROMPT = "a calm piano piece"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number on a card, with its interval.
+
+    Args:
+        name: what was measured, e.g. "within-prompt diversity".
+        value: the mean.
+        low: lower end of the 95 % interval.
+        high: upper end.
+        judge: encoder or model that measured it.
+        better: "higher" or "lower"; None where neither is.
+    """
+
+    name: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    judge: str | None = None
+    better: str | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One clip on a card: `file` is relative to the model folder."""
+
+    file: str
+    prompt: str
+    seed: int | None = None
+
+
+def write_metrics(
+    folder: str | os.PathLike, metrics: Sequence[Metric], *, prompts: str, num_clips: int
+) -> Path:
+    """Put evaluation results beside the weights, for the card.
+
+    Args:
+        folder: the model folder.
+        metrics: the numbers.
+        prompts: what they were measured on, e.g. "nano test prompts (48)".
+        num_clips: generated clips that went into them.
+    """
+    content = {"prompts": prompts, "num_clips": num_clips, "metrics": [asdict(metric) for metric in metrics]}
+    return write_text(Path(folder) / METRICS_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_samples(folder: str | os.PathLike, samples: Sequence[Sample]) -> Path:
+    """List clips that were written below `folder`, so that the card plays them."""
+    for sample in samples:
+        if not (Path(folder) / sample.file).is_file():
+            raise FileNotFoundError(f"sample {sample.file} is not in {folder}")
+    path = Path(folder) / SAMPLES_FILE
+    path.parent.mkdir(exist_ok=True)
+    return write_text(path, json.dumps([asdict(s) for s in samples], indent=2, ensure_ascii=False) + "\n")
+
+
+def write_card(
+    folder: str | os.PathLike,
+    *,
+    repo_id: str | None = None,
+    license: str | None = None,
+    tags: Sequence[str] = (),
+) -> Path:
+    """Render README.md into a model folder (after PEFT, which writes its own), replacing the one that is
+    there."""
+    return write_text(
+        Path(folder) / CARD_FILE, render_card(folder, repo_id=repo_id, license=license, tags=tags)
+    )
+
+
+def render_card(
+    folder: str | os.PathLike,
+    *,
+    repo_id: str | None = None,
+    license: str | None = None,
+    tags: Sequence[str] = (),
+) -> str:
+    """The card of a model folder.
+
+    Args:
+        folder: student or merge, full or adapter, with its `diverse_cfg.json`.
+        repo_id: Hub id that the snippets load; by default the folder's own name.
+        license: licence of the weights; by default the base's, which they inherit.
+        tags: more Hub tags.
+
+    Returns:
+        Metadata block and text.
+
+    Raises:
+        ValueError: the folder does not say what it is.
+    """
+    folder = Path(folder)
+    provenance = read_provenance(folder)
+    if provenance is None:
+        raise ValueError(f"{folder} has no diverse_cfg.json, so that a card could only guess what it is")
+    adapter = (folder / "adapter_config.json").is_file()
+    name = repo_id or folder.resolve().name
+    base = _base_name(folder, provenance)
+    license = license or base_license(base, folder)
+    evaluation = _read_json(folder / METRICS_FILE) or {}
+    metrics = [Metric(**metric) for metric in evaluation.get("metrics", [])]
+    samples = [Sample(**sample) for sample in _read_json(folder / SAMPLES_FILE) or []]
+    data = _metadata(name, provenance, adapter, base, license, metrics, evaluation, samples, tags)
+    body = (
+        _environment()
+        .get_template("model_card.md.jinja")
+        .render(
+            name=name,
+            title=name.split("/")[-1],
+            p=provenance,
+            training={key: _public(value) for key, value in provenance.training.items() if value is not None},
+            adapter=adapter,
+            base=_public(base) or "the base model",
+            base_is_id=_is_hub_id(base),
+            base_path=base or "",
+            license=license,
+            evaluation=evaluation,
+            metrics=metrics,
+            samples=samples,
+            prompt=samples[0].prompt if samples else _DEFAULT_PROMPT,
+            curves=CURVES_FILE if (folder / CURVES_FILE).is_file() else None,
+            generation=_generation(folder),
+            seconds=_clip_seconds(folder),
+            paper=PAPER,
+        )
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{body.strip()}\n"
+
+
+def base_license(base: str | None, near: str | os.PathLike | None = None) -> str | None:
+    """Licence of a base's weights: from its card where that is at hand (folder or cache), else from a short
+    list.
+
+    Returns:
+        None when it is not known; a card then says so, and publishing asks.
+    """
+    if base is None:
+        return None
+    candidates = [Path(base)] + ([Path(near) / base] if near is not None else [])
+    cards = [path / CARD_FILE for path in candidates]
+    if _is_hub_id(base):
+        cached = try_to_load_from_cache(base, CARD_FILE)
+        cards += [Path(cached)] if isinstance(cached, str) else []
+    for card in cards:
+        if card.is_file():
+            license = ModelCard.load(card).data.license
+            if license:
+                return license
+    return next((license for prefix, license in _KNOWN_LICENSES.items() if base.startswith(prefix)), None)
+
+
+def plot_training_curves(folder: str | os.PathLike, log_history: Sequence[Mapping[str, Any]]) -> Path | None:
+    """Draw what the trainer logged (divergence, diversity, loss over steps) into `training_curves.png`.
+
+    Args:
+        folder: the model folder.
+        log_history: `trainer.state.log_history`.
+
+    Returns:
+        The picture, or None when nothing of interest was logged.
+    """
+    wanted = {
+        "kl": "divergence to the guided teacher (nats per code)",
+        "reward/diversity": "within-prompt diversity",
+        "loss": "loss",
+    }
+    series = {
+        label: [(row["step"], row[key]) for row in log_history if key in row and "step" in row]
+        for key, label in wanted.items()
+    }
+    series = {label: points for label, points in series.items() if len(points) > 1}
+    if not series:
+        return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(series), 3), layout="constrained")
+    FigureCanvasAgg(figure)  # no pyplot: a library must not choose the caller's backend
+    for axis, (label, points) in zip(
+        figure.subplots(1, len(series), squeeze=False)[0], series.items(), strict=True
+    ):
+        axis.plot(*zip(*points, strict=True), color="black", linewidth=1)
+        axis.set_xlabel("step")
+        axis.set_title(label, fontsize=9)
+        axis.grid(alpha=0.3)
+    path = Path(folder) / CURVES_FILE
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def snippets(card: str) -> list[str]:
+    """The Python code blocks of a card, in order (tests and users run them)."""
+    return re.findall(r"^```python\n(.*?)^```", card, flags=re.DOTALL | re.MULTILINE)
+
+
+def _metadata(
+    name: str,
+    provenance: Provenance,
+    adapter: bool,
+    base: str | None,
+    license: str | None,
+    metrics: Sequence[Metric],
+    evaluation: Mapping[str, Any],
+    samples: Sequence[Sample],
+    tags: Sequence[str],
+) -> ModelCardData:
+    relation = "adapter" if adapter else "merge" if provenance.kind == "merge" else "finetune"
+    results = [
+        EvalResult(
+            task_type="text-to-audio",
+            task_name="Text-to-music generation",
+            dataset_type="custom",
+            dataset_name=evaluation["prompts"],
+            metric_type=re.sub(r"[^a-z0-9]+", "-", metric.name.lower()).strip("-"),
+            metric_name=metric.name + (f" ({metric.judge})" if metric.judge else ""),
+            metric_value=metric.value,
+        )
+        for metric in metrics
+    ]
+    optional: dict[str, Any] = {}
+    if _is_hub_id(base):
+        optional |= {"base_model": base, "base_model_relation": relation}
+    if results:
+        optional |= {"eval_results": results, "model_name": name.split("/")[-1]}
+    if samples:
+        optional["widget"] = [{"text": s.prompt, "output": {"url": s.file}} for s in samples]
+    own = ["musicgen", "text-to-audio", "music", "cfg-distillation", "diverse-cfg", PAPER]
+    return ModelCardData(
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-to-audio",
+        license=license,
+        tags=[*own, *(["merge"] if provenance.kind == "merge" else []), *tags],
+        **optional,
+    )
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["number"] = lambda value: "—" if value is None else f"{value:.4g}"
+    environment.filters["python"] = lambda value: json.dumps(value, ensure_ascii=False)
+    environment.filters["python_dict"] = lambda settings: (
+        "{" + ", ".join(f'"{key}": {value!r}' for key, value in settings.items()) + "}"
+    )
+    environment.filters["text"] = _markdown_text
+    return environment
+
+
+def _markdown_text(value: Any) -> str:
+    """Free text inside a line or table cell of Markdown: no HTML, no new cells, no code blocks."""
+    flat = " ".join(str(value).split())
+    return re.sub(r"([\\`*_|\[\]])", r"\\\1", html.escape(flat, quote=False))
+
+
+def _read_json(path: Path) -> Any:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
+
+
+def _base_name(folder: Path, provenance: Provenance) -> str | None:
+    adapter = _read_json(folder / "adapter_config.json") or {}
+    return adapter.get("base_model_name_or_path") or provenance.base_model
+
+
+def _public(value: Any) -> Any:
+    """A local path without the folders above it, which are nobody else's business; anything else as it is."""
+    if isinstance(value, str) and (os.path.isabs(value) or Path(value).is_dir()):
+        return Path(value).name
+    return value
+
+
+def _is_hub_id(name: str | None) -> bool:
+    if name is None or name.count("/") != 1 or Path(name).exists():
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _generation(folder: Path) -> dict[str, Any]:
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no generation_config.json: how it is sampled belongs to the model")
+    config = GenerationConfig.from_pretrained(str(folder))
+    names = ("do_sample", "guidance_scale", "temperature", "top_k", "top_p", "min_p", "max_new_tokens")
+    return {name: value for name in names if (value := getattr(config, name, None)) is not None}
+
+
+def _clip_seconds(folder: Path) -> float | None:
+    tokens = _generation(folder).get("max_new_tokens")
+    if tokens is None or not (folder / "config.json").is_file():
+        return None
+    return layout.tokens_to_seconds(tokens, layout.load_config(folder))

@@ -1,0 +1,211 @@
+"""Several checkpoints that may be mixed: opened together, compared, and interpolated tensor by tensor.
+
+    θ = θ_ref + Σ_i w_i · (θ_i − θ_ref)
+
+which is Σ_i w_i · θ_i when the weights sum to 1, whatever the reference. Written this way, tensors that no
+expert changed stay as they are to the bit, and a LoRA adapter contributes its product B·A without going
+through a full model.
+"""
+
+import os
+from collections.abc import Sequence
+from functools import reduce
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diverse_cfg.functional import interpolation
+from diverse_cfg.merging.checkpoints import (
+    AdapterCheckpoint,
+    Checkpoint,
+    FullCheckpoint,
+    base_name,
+    locate,
+    open_base,
+    open_checkpoint,
+    same_base,
+)
+from diverse_cfg.musicgen import layout
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+class Experts:
+    """Checkpoints of one architecture and the reference that their differences are taken from."""
+
+    def __init__(
+        self, checkpoints: Sequence[FullCheckpoint | AdapterCheckpoint], base: FullCheckpoint | None
+    ) -> None:
+        self.checkpoints = list(checkpoints)
+        self.base = base
+        self.reference = base or next(c for c in checkpoints if isinstance(c, FullCheckpoint))
+        self.config = self.reference.config
+        self.adapters = [c for c in self.checkpoints if isinstance(c, AdapterCheckpoint)]
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor of the merged model."""
+        return list(self.reference.tensors)
+
+    def default_dtype(self) -> torch.dtype:
+        """The widest type that one of the experts is stored in: nothing that was trained is rounded away."""
+        stored = {
+            checkpoint.stored_dtype(name)
+            for checkpoint in (self.reference, *self.checkpoints)
+            for name in self.names
+            if not name.startswith(layout.CODEC_PREFIX)
+        }
+        return reduce(torch.promote_types, [d for d in stored if d is not None and d.is_floating_point])
+
+    def output_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """The type in which a tensor of the merged model is stored when `dtype` was asked for.
+
+        The codec keeps at least the precision that it has: half precision is heard there, and it is small.
+        """
+        stored = self.reference.tensors[name].dtype
+        if not stored.is_floating_point:
+            return stored
+        return torch.promote_types(stored, dtype) if name.startswith(layout.CODEC_PREFIX) else dtype
+
+    def require_base(self, weights: Sequence[float]) -> None:
+        """Refuse weights whose meaning depends on a base that is not known."""
+        if self.base is None and abs(sum(weights) - 1) > 1e-6:
+            raise ValueError(
+                f"merge weights {list(weights)} sum to {sum(weights):g}, which scales the differences from "
+                "the base; "
+                "full checkpoints do not name theirs: pass base=…"
+            )
+
+    def changes(self, name: str) -> bool:
+        """Whether the merge weights can make a difference to this tensor."""
+        return any(c is not self.reference and c.changes(name) for c in self.checkpoints)
+
+    def interpolate(self, name: str, weights: Sequence[float], dtype: torch.dtype) -> Tensor:
+        """One tensor of the merged model, accumulated in float32 (or in float64 when that is the output).
+
+        Raises:
+            ValueError: the result is not finite; the message says whose fault it is.
+        """
+        terms = [(c, w) for c, w in zip(self.checkpoints, weights, strict=True) if w != 0]
+        if len(terms) == 1 and terms[0][1] == 1:
+            merged = terms[0][0].tensor(name, dtype)  # the parent itself, to the bit
+        else:
+            precise = torch.promote_types(dtype, torch.float32)
+            reference = self.reference.tensor(name, precise)
+            merged = reference
+            differences = [(c.difference(name, reference), w) for c, w in terms if c is not self.reference]
+            changed = [({name: difference}, w) for difference, w in differences if difference is not None]
+            if changed and reference.is_floating_point():
+                parts, factors = zip(*changed, strict=True)
+                merged = reference + interpolation.weighted_sum(parts, factors, precise)[name]
+            merged = merged.to(dtype)
+        self._require_finite(name, merged, [c for c, _ in terms])
+        return merged
+
+    def _require_finite(self, name: str, merged: Tensor, used: Sequence[Checkpoint]) -> None:
+        if torch.isfinite(merged.sum(dtype=torch.float64)):
+            return
+        if torch.isfinite(merged).all():
+            return  # only the sum overflowed
+        for checkpoint in (*used, self.reference):
+            if not torch.isfinite(checkpoint.tensor(name, torch.float64)).all():
+                raise ValueError(
+                    f"{checkpoint.source} has NaN or infinite values in {name}: its training broke"
+                )
+        raise ValueError(
+            f"{name} overflows {merged.dtype} after merging: choose bfloat16 or float32, or smaller weights"
+        )
+
+
+def open_experts(sources: Sequence[str | os.PathLike], *, base: str | os.PathLike | None = None) -> Experts:
+    """Open checkpoints and refuse any that cannot be mixed exactly.
+
+    Args:
+        sources: folders or Hub ids of full models, LoRA adapters, or the base itself.
+        base: the base, where the adapters do not name it or name a place where it no longer is.
+
+    Raises:
+        ValueError, FileNotFoundError: which checkpoint cannot be used, and why.
+    """
+    common = FullCheckpoint(base, locate(base)) if base is not None else _common_base(sources)
+    checkpoints = [_open(source, common) for source in sources]
+    experts = Experts(checkpoints, common)
+    for checkpoint in checkpoints:
+        if isinstance(checkpoint, AdapterCheckpoint):
+            _require_codec_untouched(checkpoint)
+            _require_same_tokenizer(experts.reference, checkpoint)
+        elif checkpoint is not experts.reference:
+            _require_same_model(experts.reference, checkpoint)
+    return experts
+
+
+def _common_base(sources: Sequence[str | os.PathLike]) -> FullCheckpoint | None:
+    """The one base that all adapters among the sources name; None without adapters."""
+    named: list[tuple[str, str, Path]] = []
+    for source in sources:
+        folder = locate(source)
+        if (folder / "adapter_config.json").is_file():
+            named.append((os.fspath(source), base_name(source, folder) or "", folder))
+    for source, name, _ in named[1:]:
+        if not same_base(name, named[0][1]):
+            raise ValueError(
+                f"{named[0][0]} was trained on the base {named[0][1]!r} and {source} on {name!r}: adapters "
+                "of different "
+                "bases cannot be mixed (if both names mean one model, pass base=…)"
+            )
+    return open_base(named[0][0], named[0][2]) if named else None
+
+
+def _open(source: str | os.PathLike, base: FullCheckpoint | None) -> FullCheckpoint | AdapterCheckpoint:
+    if base is not None and locate(source).resolve() == base.folder.resolve():
+        return base  # the base is an expert like any other
+    return open_checkpoint(source, base=base)
+
+
+def _require_same_model(first: FullCheckpoint, second: FullCheckpoint) -> None:
+    left, right = layout.architecture(first.config), layout.architecture(second.config)
+    for key in sorted(left.keys() | right.keys()):
+        if left.get(key) != right.get(key):
+            raise ValueError(
+                f"{first.source} and {second.source} differ in {key} ({left.get(key)!r} and "
+                f"{right.get(key)!r}): only "
+                "checkpoints of one architecture can be mixed"
+            )
+    for name in first.tensors:
+        if name.startswith(layout.CODEC_PREFIX) and not _same_values(first, second, name):
+            raise ValueError(
+                f"{first.source} and {second.source} have different codecs ({name} differs): their codes "
+                "mean different "
+                "sounds and cannot be mixed"
+            )
+    _require_same_tokenizer(first, second)
+
+
+def _require_same_tokenizer(first: Checkpoint, second: Checkpoint) -> None:
+    vocabularies = [layout.tokenizer_vocabulary(c.folder) for c in (first, second)]
+    if None not in vocabularies and vocabularies[0] != vocabularies[1]:
+        raise ValueError(
+            f"{first.source} and {second.source} have different tokenizers: they read prompts differently"
+        )
+
+
+def _same_values(first: FullCheckpoint, second: FullCheckpoint, name: str) -> bool:
+    # Copies of one codec may be stored in different precisions: compare in the coarser of the two.
+    dtypes = sorted((c.tensors[name].dtype for c in (first, second)), key=lambda dtype: dtype.itemsize)
+    a, b = (c.tensor(name, dtypes[0]) for c in (first, second))
+    return torch.equal(a, b)
+
+
+def _require_codec_untouched(adapter: AdapterCheckpoint) -> None:
+    for name in (*adapter.factors, *adapter.replaced):
+        if name.startswith(layout.CODEC_PREFIX):
+            raise ValueError(
+                f"{adapter.source} adapts the codec ({name}): codes would mean different sounds, not "
+                "supported"
+            )

@@ -1,0 +1,235 @@
+"""What a checkpoint is, and the proof that its training changed something.
+
+A LoRA adapter that was never trained, saved too early or loaded by a program that ignores it sounds exactly
+like its base. So the report measures how far the weights lie from the base's, part by part.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from diverse_cfg.merging.checkpoints import (
+    AdapterCheckpoint,
+    Checkpoint,
+    FullCheckpoint,
+    locate,
+    open_checkpoint,
+)
+from diverse_cfg.musicgen import layout
+
+
+def inspect_checkpoint(path: str | os.PathLike, *, base: str | os.PathLike | None = None) -> dict[str, Any]:
+    """Describe a model folder or Hub id, without building the model.
+
+    Args:
+        path: full model or adapter.
+        base: what to compare with, if the checkpoint does not name its base or names a place where it is not.
+
+    Returns:
+        kind ("base", "student", "merge" or "full", of unknown origin), format ("full" or "adapter"),
+        base_model, guidance_scale (γ of the teacher, inside the weights), generation_guidance_scale (what
+        it will be generated with), diversity_coef, parents with their merge weights, sampling, versions,
+        architecture, number of parameters, stored types, and `difference`: relative distance from the base
+        per part, or None with `difference_note` where the base cannot be found.
+
+    Raises:
+        ValueError, FileNotFoundError: not a MusicGen checkpoint, or a damaged one.
+    """
+    given = FullCheckpoint(base, locate(base)) if base is not None else None
+    checkpoint = open_checkpoint(path, base=given)
+    config = checkpoint.base.config if isinstance(checkpoint, AdapterCheckpoint) else checkpoint.config
+    provenance = checkpoint.provenance
+    report: dict[str, Any] = {
+        "name": checkpoint.name,
+        "kind": _kind(checkpoint),
+        "format": checkpoint.kind,
+        "base_model": _base_model(checkpoint),
+        "guidance_scale": provenance.guidance_scale if provenance else None,
+        "generation_guidance_scale": _generation_guidance(checkpoint),
+        "diversity_coef": provenance.diversity_coef if provenance else None,
+        "parents": (provenance.merge or {}).get("experts", []) if provenance else [],
+        "sampling": provenance.sampling if provenance else {},
+        "versions": provenance.versions if provenance else {},
+        "architecture": {
+            "decoder_layers": config.decoder.num_hidden_layers,
+            "hidden_size": config.decoder.hidden_size,
+            "codebooks": config.decoder.num_codebooks,
+            "codebook_size": config.decoder.vocab_size,
+            "audio_channels": config.decoder.audio_channels,
+            "sampling_rate": config.audio_encoder.sampling_rate,
+        },
+        **_size(checkpoint),
+    }
+    return report | _difference(checkpoint, given)
+
+
+def format_report(report: Mapping[str, Any]) -> str:
+    """The report of `inspect_checkpoint` as lines for a terminal."""
+    shape = report["architecture"]
+    rows = [
+        ("checkpoint", report["name"]),
+        ("kind", f"{report['kind']} ({report['format']})"),
+        ("base", report["base_model"] or "not recorded"),
+        (
+            "distilled from γ",
+            "not recorded" if report["guidance_scale"] is None else f"{report['guidance_scale']:g}",
+        ),
+        ("generates with γ", _generation_text(report)),
+    ]
+    if report["diversity_coef"] is not None:
+        rows.append(("diversity_coef β", f"{report['diversity_coef']:g}"))
+    rows += [("parent", f"{p['name']} × {p['weight']:g}") for p in report["parents"]]
+    if report["sampling"]:
+        rows.append(("sampling", ", ".join(f"{key} {value}" for key, value in report["sampling"].items())))
+    rows += [
+        (
+            "model",
+            f"{shape['decoder_layers']} layers × {shape['hidden_size']}, {shape['codebooks']} codebooks × "
+            f"{shape['codebook_size']}, {shape['sampling_rate']} Hz, {shape['audio_channels']} channel(s)",
+        ),
+        ("stored", f"{report['num_parameters']:,} parameters, {', '.join(report['dtypes'])}"),
+    ]
+    if report["difference"] is None:
+        rows.append(("against the base", report["difference_note"]))
+    else:
+        total = report["difference"]
+        verdict = "differs from the base" if report["active"] else "IDENTICAL TO THE BASE: it has no effect"
+        rows.append(
+            (
+                "against the base",
+                f"{verdict}; ‖Δ‖ / ‖θ‖ = {total['relative']:.3g}, "
+                f"{total['changed_tensors']} of {total['tensors']} tensors changed",
+            )
+        )
+        rows += [
+            (f"  {part}", f"{values['relative']:.3g} ({values['changed_tensors']} of {values['tensors']})")
+            for part, values in total["parts"].items()
+        ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _generation_text(report: Mapping[str, Any]) -> str:
+    scale = report["generation_guidance_scale"]
+    text = "1 (no guidance)" if scale in (None, 1) else f"{scale:g}"
+    if scale in (None, 1) or report["kind"] in ("base", "full"):
+        return text
+    if report["format"] == "adapter":
+        return (
+            f"1 here; other programs take its base's {text} and guide twice, unless given guidance_scale=1.0"
+        )
+    return f"{text}: GUIDED TWICE, pass guidance_scale=1.0"
+
+
+def _kind(checkpoint: Checkpoint) -> str:
+    if checkpoint.provenance is not None:
+        return checkpoint.provenance.kind
+    if isinstance(checkpoint, AdapterCheckpoint):
+        return "student"
+    # The released checkpoints, and the nano base, ask for guidance in their own generation config.
+    guidance = _generation_guidance(checkpoint)
+    return "base" if guidance is not None and guidance > 1 else "full"
+
+
+def _base_model(checkpoint: Checkpoint) -> str | None:
+    if isinstance(checkpoint, AdapterCheckpoint):
+        return checkpoint.lora.base_model_name_or_path or checkpoint.base.name
+    return checkpoint.provenance.base_model if checkpoint.provenance else None
+
+
+def _generation_guidance(checkpoint: Checkpoint) -> float | None:
+    # Programs other than ours take an adapter's generation config from its base.
+    folder = checkpoint.base.folder if isinstance(checkpoint, AdapterCheckpoint) else checkpoint.folder
+    if not (folder / "generation_config.json").is_file():
+        return None
+    return GenerationConfig.from_pretrained(str(folder)).guidance_scale
+
+
+def _size(checkpoint: FullCheckpoint | AdapterCheckpoint) -> dict[str, Any]:
+    if isinstance(checkpoint, FullCheckpoint):
+        infos = list(checkpoint.tensors.values())
+    else:
+        infos = [info for pair in checkpoint.factors.values() for info in pair] + list(
+            checkpoint.replaced.values()
+        )
+    size: dict[str, Any] = {
+        "num_parameters": sum(info.num_bytes // info.dtype.itemsize for info in infos),
+        "dtypes": sorted({str(info.dtype).removeprefix("torch.") for info in infos}),
+    }
+    if isinstance(checkpoint, AdapterCheckpoint):
+        size["lora_rank"] = checkpoint.lora.r
+        size["lora_modules"] = len(checkpoint.factors)
+    return size
+
+
+def _difference(
+    checkpoint: FullCheckpoint | AdapterCheckpoint, given: FullCheckpoint | None
+) -> dict[str, Any]:
+    """How far the weights lie from the base's: ‖θ − θ_base‖ / ‖θ_base‖, in all and per part of the model."""
+    if isinstance(checkpoint, AdapterCheckpoint):
+        base = checkpoint.base
+    elif given is not None:
+        base = given
+    else:
+        named = _base_model(checkpoint)
+        if named is None:
+            return {"difference": None, "difference_note": "it does not name a base: pass one to compare"}
+        try:
+            base = FullCheckpoint(named, locate(named, near=checkpoint.folder))
+        except (ValueError, OSError) as error:
+            return {"difference": None, "difference_note": f"not compared: {error}"}
+    if isinstance(checkpoint, FullCheckpoint) and layout.architecture(base.config) != layout.architecture(
+        checkpoint.config
+    ):
+        raise ValueError(f"{checkpoint.source} and {base.source} have different architectures: not its base")
+    parts: dict[str, dict[str, float]] = {}
+    for name in base.tensors:
+        part = parts.setdefault(
+            _part(name), {"difference": 0.0, "base": 0.0, "tensors": 0, "changed_tensors": 0}
+        )
+        reference = base.tensor(name, torch.float32)
+        change = checkpoint.difference(name, reference) if checkpoint.changes(name) else None
+        squared = 0.0 if change is None else change.double().square().sum().item()
+        part["difference"] += squared
+        part["base"] += reference.double().square().sum().item()
+        part["tensors"] += 1
+        part["changed_tensors"] += squared > 0
+    total = {
+        key: sum(part[key] for part in parts.values())
+        for key in ("difference", "base", "tensors", "changed_tensors")
+    }
+    summary = _relative(total) | {"parts": {name: _relative(part) for name, part in parts.items()}}
+    return {"difference": summary, "active": total["changed_tensors"] > 0}
+
+
+def _relative(part: Mapping[str, float]) -> dict[str, Any]:
+    relative = (part["difference"] / part["base"]) ** 0.5 if part["base"] else float(part["difference"] > 0)
+    return {
+        "relative": relative,
+        "changed_tensors": int(part["changed_tensors"]),
+        "tensors": int(part["tensors"]),
+    }
+
+
+def _part(name: str) -> str:
+    """The part of the model that a tensor belongs to, in words a musician's engineer would use."""
+    for prefix, part in (
+        ("text_encoder.", "text encoder"),
+        ("audio_encoder.", "codec"),
+        ("enc_to_dec_proj.", "text projection"),
+        ("decoder.lm_heads.", "heads"),
+        ("decoder.model.decoder.embed", "code embeddings"),
+    ):
+        if name.startswith(prefix):
+            return part
+    for piece, part in (
+        ("self_attn", "self-attention"),
+        ("encoder_attn", "cross-attention"),
+        ("fc", "feed-forward"),
+    ):
+        if f".{piece}" in name and "norm" not in name:
+            return part
+    return "norms"

@@ -1,0 +1,301 @@
+"""Checkpoints in, one interpolated checkpoint out (the paper's LERP, arXiv 2410.06084, and its uniform
+average).
+
+    θ_LERP = (1 − λ) · θ_quality + λ · θ_diversity
+
+λ is `merge_weight`, the weight of the second checkpoint. The output folder is written tensor by tensor,
+appears only when it is complete, and says in `merge.yaml` and `diverse_cfg.json` how it was made.
+"""
+
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from transformers import GenerationConfig
+
+from diverse_cfg.cards import write_card
+from diverse_cfg.merging.adapter import write_adapter
+from diverse_cfg.merging.checkpoints import AdapterCheckpoint, Checkpoint
+from diverse_cfg.merging.experts import DTYPES, Experts, open_experts
+from diverse_cfg.merging.output import new_folder, require_new
+from diverse_cfg.merging.tensors import TensorSpec, write_safetensors
+from diverse_cfg.merging.weights import resolve_weights
+from diverse_cfg.musicgen import layout
+from diverse_cfg.provenance import Provenance, write_provenance
+
+RECIPE_FILE = "merge.yaml"
+Format = Literal["full", "adapter"]
+logger = logging.getLogger(__name__)
+
+
+def merge_checkpoints(
+    checkpoints: Sequence[str | os.PathLike],
+    weights: float | Sequence[float] | None = None,
+    output: str | os.PathLike = "merged",
+    *,
+    base: str | os.PathLike | None = None,
+    dtype: str | torch.dtype | None = None,
+    extrapolate: bool = False,
+    unnormalized: bool = False,
+    format: Format = "full",
+) -> Path:
+    """Interpolate the weights of checkpoints and write the result as a model that plain transformers loads.
+
+        θ = θ_base + Σ_i w_i · (θ_i − θ_base)
+
+    Exact for full models, for LoRA adapters of one base (the products B·A are mixed, not the factors) and
+    for mixtures of both; the base itself is a valid expert. A weight of 1 gives that parent back to the
+    bit.
+
+    Args:
+        checkpoints: folders or Hub ids of the experts.
+        weights: None for the uniform average; one number for two experts, the weight λ of the second; or
+            one number per expert.
+        output: folder to create; it must not exist.
+        base: the adapters' base, if it is not where they say; or the base of full models whose weights do
+            not sum to 1. dtype: "float32", "bfloat16", "float16" or "float64" of the stored weights; by
+            default the widest that an expert is stored in. The codec is never narrowed.
+        extrapolate: allow weights outside [0, 1].
+        unnormalized: allow weights that do not sum to 1.
+        format: "full" for a complete model, "adapter" for one LoRA adapter whose rank is the sum of the
+            experts'.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        ValueError: experts that cannot be mixed exactly, or weights that were not asked for.
+        FileNotFoundError, FileExistsError, OSError: a missing expert, an existing output, no space.
+    """
+    require_new(output)
+    if not checkpoints:
+        raise ValueError("there is nothing to merge: give at least one checkpoint")
+    resolved = resolve_weights(weights, len(checkpoints), extrapolate=extrapolate, unnormalized=unnormalized)
+    experts = open_experts(checkpoints, base=base)
+    experts.require_base(resolved)
+    return _write(experts, resolved, Path(output), _resolve_dtype(dtype, experts), format)
+
+
+def merge_sweep(
+    checkpoints: Sequence[str | os.PathLike],
+    points: Sequence[float],
+    output: str | os.PathLike,
+    *,
+    base: str | os.PathLike | None = None,
+    dtype: str | torch.dtype | None = None,
+    extrapolate: bool = False,
+    format: Format = "full",
+) -> list[Path]:
+    """Merge two checkpoints at several weights: `output/weight-0.05`, `output/weight-0.1`…
+
+    Merges that are there already with the same recipe are kept, so that an interrupted sweep goes on.
+
+    Args:
+        checkpoints: two experts.
+        points: weights λ of the second; `weights.parse_sweep` reads them from "0:1:0.05".
+        output: folder of the merges.
+        base, dtype, extrapolate, format: as in `merge_checkpoints`.
+
+    Returns:
+        One folder per weight, in order.
+    """
+    if len(checkpoints) != 2:
+        raise ValueError(f"a sweep moves between two checkpoints, got {len(checkpoints)}")
+    pairs = [resolve_weights(point, 2, extrapolate=extrapolate) for point in points]
+    experts = open_experts(checkpoints, base=base)
+    precision = _resolve_dtype(dtype, experts)
+    folders = [Path(output) / f"weight-{point:g}" for point in points]
+    missing = []
+    for folder, weights in zip(folders, pairs, strict=True):
+        recipe = _recipe(experts, weights, folder, precision, format)
+        if not folder.exists():
+            missing.append((folder, weights))
+        elif read_recipe(folder) != recipe:
+            raise FileExistsError(f"{folder} exists and was not made by this sweep: choose another output")
+    for folder, weights in missing:
+        _write(experts, weights, folder, precision, format)
+    return folders
+
+
+def read_recipe(folder: str | os.PathLike) -> dict[str, Any] | None:
+    """`merge.yaml` of a merged folder, None where there is none."""
+    path = Path(folder) / RECIPE_FILE
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _resolve_dtype(dtype: str | torch.dtype | None, experts: Experts) -> torch.dtype:
+    if dtype is None:
+        return experts.default_dtype()
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        return DTYPES[dtype]
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+    return dtype
+
+
+def _write(experts: Experts, weights: list[float], output: Path, dtype: torch.dtype, format: Format) -> Path:
+    if format not in ("full", "adapter"):
+        raise ValueError(f"format must be 'full' or 'adapter', got {format!r}")
+    specs = _tensor_specs(experts, dtype) if format == "full" else []
+    with new_folder(output, sum(spec.num_bytes for spec in specs)) as folder:
+        if format == "full":
+            _write_model(experts, weights, specs, folder, dtype)
+        else:
+            write_adapter(experts, weights, folder, dtype)
+        _copy_processor(experts, folder)
+        provenance = _provenance(experts, weights, dtype, format)
+        generation = layout.playing_config(experts.config, provenance.sampling, _generation_like(experts))
+        generation.save_pretrained(folder)
+        write_provenance(folder, provenance)
+        recipe = _recipe(experts, weights, output, dtype, format)
+        (folder / RECIPE_FILE).write_text(
+            "# θ = θ_base + Σ weight · (θ_checkpoint − θ_base), interpolated by diverse-cfg\n"
+            + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
+            encoding="utf-8",
+        )
+        write_card(folder, repo_id=output.resolve().name)
+    logger.info("merged %s into %s", ", ".join(c.source for c in experts.checkpoints), output)
+    return output
+
+
+def _tensor_specs(experts: Experts, dtype: torch.dtype) -> list[TensorSpec]:
+    specs = [
+        TensorSpec(name, experts.output_dtype(name, dtype), experts.reference.tensors[name].shape)
+        for name in experts.names
+    ]
+    return sorted(specs, key=lambda spec: -spec.dtype.itemsize)  # stable: keeps every tensor aligned
+
+
+def _write_model(
+    experts: Experts, weights: list[float], specs: list[TensorSpec], folder: Path, dtype: torch.dtype
+) -> None:
+    dtypes = {spec.name: spec.dtype for spec in specs}
+    with torch.no_grad():
+        write_safetensors(
+            folder / "model.safetensors",
+            specs,
+            lambda name: experts.interpolate(name, weights, dtypes[name]),
+        )
+    config = layout.repair_token_ids(type(experts.config).from_dict(experts.config.to_dict()))
+    config.dtype = config.text_encoder.dtype = config.decoder.dtype = dtype
+    config.save_pretrained(folder)
+
+
+def _copy_processor(experts: Experts, folder: Path) -> None:
+    candidates = [experts.reference, *experts.checkpoints]
+    source = next((c.folder for c in candidates if layout.has_processor(c.folder)), None)
+    if source is None:
+        raise ValueError(
+            f"none of {', '.join(c.source for c in candidates)} has a tokenizer and a processor, without "
+            "which the merged "
+            "model cannot read prompts: copy them from the base into one of the folders, or pass base=…"
+        )
+    for name in layout.PROCESSOR_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _generation_like(experts: Experts) -> GenerationConfig | None:
+    # A student knows best how it is sampled; the base's settings are for guided sampling.
+    students = [c for c in experts.checkpoints if c is not experts.reference]
+    for checkpoint in (*students, experts.reference):
+        if (checkpoint.folder / "generation_config.json").is_file():
+            return GenerationConfig.from_pretrained(str(checkpoint.folder))
+    return None
+
+
+def _recipe(
+    experts: Experts, weights: list[float], output: Path, dtype: torch.dtype, format: Format
+) -> dict[str, Any]:
+    recipe: dict[str, Any] = {
+        "method": "linear",
+        "format": format,
+        "dtype": str(dtype).removeprefix("torch."),
+        "experts": [
+            {"checkpoint": _reachable(c, output), "weight": w, "kind": c.kind}
+            for c, w in zip(experts.checkpoints, weights, strict=True)
+        ],
+    }
+    if experts.adapters:
+        recipe["base"] = _reachable(experts.reference, output)
+    return recipe
+
+
+def _reachable(checkpoint: Checkpoint, output: Path) -> str:
+    """A path from the output that can be followed if the folders stay together, and that tells nothing else.
+
+    Merges are published, so that an absolute path (with the user's name in it) must not end up in their
+    recipe.
+    """
+    if not Path(checkpoint.source).exists():
+        return checkpoint.name
+    relative = os.path.relpath(checkpoint.folder.resolve(), output.resolve())
+    return relative if relative.count("..") <= 2 else checkpoint.name
+
+
+def _provenance(experts: Experts, weights: list[float], dtype: torch.dtype, format: Format) -> Provenance:
+    known = [c.provenance for c in experts.checkpoints if c.provenance is not None]
+    if len(experts.checkpoints) == 1 and known:
+        return known[0]  # an adapter folded into its base is the student that it was
+    if not known and not experts.adapters:
+        warnings.warn(
+            "none of the checkpoints says that it was distilled (no diverse_cfg.json); the merged model is "
+            "saved with "
+            "guidance_scale=1.0 all the same. Pass guidance_scale when generating if it needs guidance.",
+            UserWarning,
+            stacklevel=4,
+        )
+    scales = {p.guidance_scale for p in known}
+    samplings = [p.sampling for p in known]
+    if any(sampling != samplings[0] for sampling in samplings[1:]):
+        warnings.warn(
+            f"the checkpoints were trained with different sampling settings {samplings}; the merged model "
+            "is saved with "
+            "the first",
+            UserWarning,
+            stacklevel=4,
+        )
+    return Provenance(
+        kind="merge",
+        base_model=_base_model(experts, known),
+        guidance_scale=scales.pop() if len(scales) == 1 else None,
+        merge={
+            "method": "linear",
+            "format": format,
+            "dtype": str(dtype).removeprefix("torch."),
+            "experts": [_parent(c, w) for c, w in zip(experts.checkpoints, weights, strict=True)],
+        },
+        sampling=samplings[0] if samplings else {},
+    )
+
+
+def _base_model(experts: Experts, known: list[Provenance]) -> str | None:
+    names = {p.base_model for p in known}
+    if len(names) == 1:
+        return names.pop()
+    return (
+        experts.adapters[0].lora.base_model_name_or_path or experts.reference.name
+        if experts.adapters
+        else None
+    )
+
+
+def _parent(checkpoint: Checkpoint, weight: float) -> dict[str, Any]:
+    parent: dict[str, Any] = {"name": checkpoint.name, "weight": weight, "kind": checkpoint.kind}
+    if checkpoint.provenance is not None:
+        parent["kind"] = checkpoint.provenance.kind
+        parent["guidance_scale"] = checkpoint.provenance.guidance_scale
+        parent["diversity_coef"] = checkpoint.provenance.diversity_coef
+        if checkpoint.provenance.merge:
+            parent["experts"] = checkpoint.provenance.merge.get("experts", [])
+    elif not isinstance(checkpoint, AdapterCheckpoint):
+        parent["kind"] = "full"
+    return parent
