@@ -1,8 +1,8 @@
 """From rewards to one advantage per code.
 
 The diversity reward of a clip contains its distances to the others, so it takes the pairwise estimator of
-`functional.diversity`; every other reward takes the ordinary leave-one-out baseline. `diversity_coef` (β) multiplies the
-former, `reward_weights` the latter.
+`functional.diversity`; every other reward takes the ordinary leave-one-out baseline. `diversity_coef` (β)
+multiplies the former, `reward_weights` the latter.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,86 @@ from torch import Tensor
 from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.functional.diversity import diversity_advantages
 from diverse_cfg.functional.policy_gradient import leave_one_out_advantages
+from diverse_cfg.functional.prefix_baseline import (
+    RidgeStatistics,
+    code_segments,
+    explained_variance,
+    predict_values,
+    prefix_rewards,
+    ridge_statistics,
+    segment_advantages,
+    update_ridge,
+)
 from diverse_cfg.rewards import is_pairwise
-from diverse_cfg.types import Rollout
+
+PREFIX_FRACTIONS = (0.13, 0.27, 0.40, 0.60, 0.80)
+
+Embed = Callable[[Tensor], Tensor]
+"""Codes [N, K, F] -> embeddings [N, D], from those codes alone."""
+
+
+class PrefixBaseline:
+    """Online regression of a clip's diversity advantage on the beginnings of the clip.
+
+    Args:
+        num_frames: T.
+        gae_lambda: λ of the segment-wise estimate; 1 is unbiased.
+        audio_channels: of the model.
+        all_reduce: sums a tensor over the processes.
+    """
+
+    def __init__(
+        self, num_frames: int, gae_lambda: float, audio_channels: int, all_reduce: Callable[[Tensor], Tensor]
+    ):
+        frames = sorted({round(fraction * num_frames) for fraction in PREFIX_FRACTIONS})
+        self.frames = [frame for frame in frames if 1 <= frame < num_frames]
+        if not self.frames:
+            raise ValueError(f"prefix_baseline needs clips of at least 2 frames, got {num_frames}")
+        self.num_frames = num_frames
+        self.gae_lambda = gae_lambda
+        self.audio_channels = audio_channels
+        self.all_reduce = all_reduce
+        self.statistics: RidgeStatistics | None = None
+
+    def __call__(
+        self, advantages: Tensor, embeddings: Tensor, codes: Tensor, embed: Embed
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Advantages per code, and how much each prefix explains.
+
+        Args:
+            advantages: of the whole clips [P, G].
+            embeddings: of the whole clips [N, D].
+            codes: [N, K, T].
+            embed: embeds prefixes.
+
+        Returns:
+            Advantages [N, K, T], and metrics.
+        """
+        prefixes = torch.stack([embed(codes[..., :frames]) for frames in self.frames], dim=1)
+        groups = advantages.shape
+        features = prefix_rewards(prefixes.unflatten(0, groups), embeddings.unflatten(0, groups))
+        # Predict first, learn afterwards: a regression that has seen these clips would be biased.
+        values = predict_values(self.statistics, features)
+        explained = explained_variance(values, advantages)
+        new = ridge_statistics(features, advantages)
+        summed = RidgeStatistics(self.all_reduce(new.gram), self.all_reduce(new.moments))
+        self.statistics = update_ridge(self.statistics, summed)
+
+        segments = code_segments(self.frames, self.num_frames, codes.shape[1], self.audio_channels)
+        per_segment = segment_advantages(values, advantages, self.gae_lambda).flatten(0, 1)
+        metrics = {
+            f"prefix_baseline/explained_variance_{frames}": value
+            for frames, value in zip(self.frames, explained.tolist(), strict=True)
+        }
+        return per_segment[:, segments.to(per_segment.device)], metrics
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint needs."""
+        return {} if self.statistics is None else self.statistics._asdict()
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Continue from a checkpoint."""
+        self.statistics = RidgeStatistics(state["gram"], state["moments"]) if state else None
 
 
 class Advantages:
@@ -24,10 +102,18 @@ class Advantages:
         args: the run's settings.
         reward_funcs: in the order of the rewards' columns.
         reward_weights: one per function; the pairwise ones are 1 (their weight is `args.diversity_coef`).
+        prefix: variance reducer of the pairwise rewards, or None.
     """
 
-    def __init__(self, args: CFGDiversityConfig, reward_funcs: list[Callable], reward_weights: Tensor):
+    def __init__(
+        self,
+        args: CFGDiversityConfig,
+        reward_funcs: list[Callable],
+        reward_weights: Tensor,
+        prefix: PrefixBaseline | None = None,
+    ):
         self.reward_funcs = reward_funcs
+        self.prefix = prefix
         self.pairwise = [is_pairwise(reward_func) for reward_func in reward_funcs]
         self.coefs = [
             args.diversity_coef if pairwise else float(weight)
@@ -38,39 +124,51 @@ class Advantages:
         self.wanted = any(self.coefs) and args.rollout_source != "teacher"
 
     def __call__(
-        self, rewards: Tensor, rollout: Rollout, num_generations: int, from_teacher: Tensor, training: bool
+        self, rewards: Tensor, codes: Tensor, num_generations: int, from_teacher: Tensor, embed: Embed
     ) -> tuple[Tensor, dict[str, float]]:
         """Advantages with all coefficients applied, and what is worth logging.
 
         Args:
             rewards: of this process's clips [N, F]; NaN where a function does not apply.
-            rollout: the clips [N, K, T].
+            codes: [N, K, T].
             num_generations: G.
             from_teacher: rows that the student did not sample [N]; they get no policy gradient.
-            training: False leaves the advantages at zero: an evaluation has nothing to follow.
+            embed: embeds the beginnings of the clips, for the prefix baseline.
 
         Returns:
             Advantages [N, K, T], and metrics.
         """
-        advantages = torch.zeros(rollout.codes.shape, device=rollout.codes.device)
+        advantages = torch.zeros(codes.shape, device=codes.device)
         metrics: dict[str, float] = {}
-        groups = rewards.to(advantages.device).float().unflatten(0, (-1, num_generations))
+        groups = rewards.to(codes.device).float().unflatten(0, (-1, num_generations))
         for index, (pairwise, coef) in enumerate(zip(self.pairwise, self.coefs, strict=True)):
-            column = groups[..., index]
-            if pairwise:
-                metrics["reward/diversity"] = column.mean().item()
-                if num_generations > 1:
-                    metrics["reward/diversity_variance"] = column.var(dim=1).mean().item()
-            if not (training and self.wanted and coef):
+            if not (self.wanted and coef):
                 continue
+            column = groups[..., index]
             estimate = diversity_advantages(column) if pairwise else _leave_one_out(column)
-            advantages += coef * estimate.flatten()[:, None, None]
+            if pairwise and self.prefix is not None:
+                embeddings = self.reward_funcs[index].embeddings
+                per_code, metrics = self.prefix(estimate, embeddings, codes, embed)
+            else:
+                per_code = estimate.flatten()[:, None, None]
+            advantages += coef * per_code
         advantages[from_teacher] = 0
         return advantages / self.student_share, metrics
 
+    def reward_metrics(self, rewards: Tensor, num_generations: int) -> dict[str, float]:
+        """Mean diversity and its variance within prompts, which says what the policy gradient has to work with."""
+        metrics: dict[str, float] = {}
+        for index, pairwise in enumerate(self.pairwise):
+            if pairwise:
+                column = rewards[:, index].float().unflatten(0, (-1, num_generations))
+                metrics["reward/diversity"] = column.mean().item()
+                if num_generations > 1:
+                    metrics["reward/diversity_variance"] = column.var(dim=1).mean().item()
+        return metrics
+
 
 def _leave_one_out(rewards: Tensor) -> Tensor:
-    """Leave-one-out advantages [P, G]; a clip whose reward is missing (NaN) neither gets one nor counts for others."""
+    """Leave-one-out advantages [P, G]; a clip without a reward (NaN) gets none and does not count for others."""
     missing = rewards.isnan()
     if not bool(missing.any()):
         return leave_one_out_advantages(rewards)

@@ -29,10 +29,10 @@ from trl.trainer.utils import is_async_callable
 
 from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.musicgen.policy import encode_text, frame_rate, load_policy, load_processor, unwrap
-from diverse_cfg.musicgen.rollout import decode_codes, sample_codes
-from diverse_cfg.rewards import checked, is_pairwise, reads_waveforms
+from diverse_cfg.musicgen.rollout import RolloutWeights, decode_codes, sample_codes
+from diverse_cfg.rewards import checked, embed_clips, is_pairwise, reads_waveforms
 from diverse_cfg.trainer import saving, setup
-from diverse_cfg.trainer.advantages import Advantages
+from diverse_cfg.trainer.advantages import Advantages, PrefixBaseline
 from diverse_cfg.trainer.objective import (
     LossBatch,
     LossSettings,
@@ -122,7 +122,7 @@ class CFGDiversityTrainer(RLOOTrainer):
         self._teacher = self._guided_teacher(frozen, tokenizer)
         self._prepare_run(policy)
 
-    # ---- construction -----------------------------------------------------------------------------------------------
+    # ---- construction -----------------------------------------------------------------------------------------
 
     @staticmethod
     def _separate_teacher(policy, args: CFGDiversityConfig, lora: bool):
@@ -155,7 +155,11 @@ class CFGDiversityTrainer(RLOOTrainer):
             audio_channels=policy.config.decoder.audio_channels,
             chunk_size=args.loss_chunk_size,
         )
-        self._advantages = Advantages(args, self.reward_funcs, self.reward_weights)
+        prefix = None
+        if args.prefix_baseline and args.diversity_coef > 0:
+            channels = policy.config.decoder.audio_channels
+            prefix = PrefixBaseline(self._num_frames, args.prefix_lambda, channels, self.accelerator.reduce)
+        self._advantages = Advantages(args, self.reward_funcs, self.reward_weights, prefix)
         self._average = WeightAverage(self.model, args.ema_decay) if args.ema_decay > 0 else None
         self._rollout: Rollout | None = None
         self._pending: dict[str, Any] = {}
@@ -171,7 +175,7 @@ class CFGDiversityTrainer(RLOOTrainer):
             and self.args.steps_per_generation <= self.args.gradient_accumulation_steps
         )
 
-    # ---- rollout ----------------------------------------------------------------------------------------------------
+    # ---- rollout -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _generate(self, prompts: list[str]):
@@ -197,7 +201,7 @@ class CFGDiversityTrainer(RLOOTrainer):
         self._rollout = Rollout(codes, None, None, rate)
         self._pending = {"condition": condition, "from_teacher": from_teacher}
         mode = "train" if training else "eval"
-        self._metrics[mode]["time/rollout"].append(time.perf_counter() - started)
+        self._log_time(mode, "rollout", started)
         # Prompt ids are not read: the text condition travels with the batch, already encoded.
         labels = [f"clip {int(index)}, seed {seed}" for index in sample_ids]
         return [[0]] * len(prompts), codes.transpose(1, 2).flatten(1).tolist(), labels
@@ -205,22 +209,24 @@ class CFGDiversityTrainer(RLOOTrainer):
     def _sample(self, condition: TextCondition, sample_ids: Tensor, seed: int, is_teacher: bool) -> Tensor:
         """Codes [N, K, T] from the student without guidance, or from the guided teacher."""
         batch = self.args.rollout_batch_size or len(condition)
-        with contextlib.ExitStack() as stack:
-            if is_teacher:
-                policy = stack.enter_context(self._teacher.policy())
-            else:
-                policy = unwrap(self.model)
+        negative = self._teacher.unconditional(condition) if is_teacher and self._teacher.negative else None
+        dtype = torch.bfloat16 if self.args.bf16 else None
+        student = contextlib.nullcontext(unwrap(self.model))
+        with self._teacher.policy() if is_teacher else student as policy:
+            weights = RolloutWeights.from_model(policy, dtype)
             codes = [
                 sample_codes(
                     policy,
-                    condition.select(part),
+                    condition.select(rows),
                     self._num_frames,
                     guidance_scale=self.args.guidance_scale if is_teacher else 1.0,
                     temperature=self.args.temperature,
                     seed=seed,
-                    sample_ids=sample_ids[part],
+                    sample_ids=sample_ids[rows].tolist(),
+                    negative_condition=None if negative is None else negative.select(rows),
+                    weights=weights,
                 ).codes
-                for part in torch.arange(len(condition), device=sample_ids.device).split(batch)
+                for rows in torch.arange(len(condition), device=sample_ids.device).split(batch)
             ]
         return torch.cat(codes)
 
@@ -248,7 +254,7 @@ class CFGDiversityTrainer(RLOOTrainer):
         digest = hashlib.blake2b(f"{self.args.seed}/{stream}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") >> 1
 
-    # ---- rewards ----------------------------------------------------------------------------------------------------
+    # ---- rewards -----------------------------------------------------------------------------------------
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         """Hand the reward functions audio, group size and sampling rate; returns the gathered rewards [N, F]."""
@@ -281,8 +287,16 @@ class CFGDiversityTrainer(RLOOTrainer):
             self.accelerator.process_index * len(prompts), (self.accelerator.process_index + 1) * len(prompts)
         )
         self._pending["rewards"] = rewards[local]
-        self._metrics[mode]["time/reward"].append(time.perf_counter() - started)
+        self._log_time(mode, "reward", started)
         return rewards
+
+    def _embed_codes(self, codes: Tensor) -> Tensor:
+        """Embeddings of beginnings of clips under the diversity reward's encoder."""
+        reward_func = next(function for function in self.reward_funcs if is_pairwise(function))
+        policy = unwrap(self.model)
+        # Cut codes are decoded anew: a decoded clip that is cut has heard what comes later.
+        inputs = codes if reward_func.reads == "codes" else decode_codes(policy, codes)
+        return embed_clips(reward_func.embedder, inputs, policy.config.audio_encoder.sampling_rate)
 
     def _generate_and_score_completions(self, inputs):
         """TRL's batch, plus what it has no room for: the text condition, and one advantage per code."""
@@ -292,10 +306,13 @@ class CFGDiversityTrainer(RLOOTrainer):
         pending, rollout = self._pending, self._rollout
         assert rollout is not None
         num_generations = self.num_generations if mode == "train" else self.num_generations_eval
-        advantages, metrics = self._advantages(
-            pending["rewards"], rollout, num_generations, pending["from_teacher"], training=mode == "train"
-        )
-        self._log_means(mode, metrics)
+        self._log_means(mode, self._advantages.reward_metrics(pending["rewards"], num_generations))
+        advantages = torch.zeros(rollout.codes.shape, device=rollout.codes.device)
+        if mode == "train":  # an evaluation has no gradient to follow
+            advantages, metrics = self._advantages(
+                pending["rewards"], rollout.codes, num_generations, pending["from_teacher"], self._embed_codes
+            )
+            self._log_means(mode, metrics)
         output["advantages"] = advantages.flatten(1)
         output["condition_hidden"] = pending["condition"].hidden_states
         output["condition_mask"] = pending["condition"].attention_mask
@@ -322,7 +339,7 @@ class CFGDiversityTrainer(RLOOTrainer):
         self._pending["old_logps"] = torch.cat(logps).flatten(1)
         return self._pending["old_logps"], None, None
 
-    # ---- loss -------------------------------------------------------------------------------------------------------
+    # ---- loss -----------------------------------------------------------------------------------------
 
     def _compute_loss(self, model, inputs):
         mode, args = "train" if self.model.training else "eval", self.args
@@ -393,7 +410,11 @@ class CFGDiversityTrainer(RLOOTrainer):
         for name, value in zip(values, packed.tolist(), strict=True):
             self._metrics[mode][name].append(value)
 
-    # ---- loop -------------------------------------------------------------------------------------------------------
+    def _log_time(self, mode: str, name: str, started: float) -> None:
+        """Seconds since `started`, of this process; on a GPU, kernels still queued count for a later part."""
+        self._metrics[mode][f"time/{name}"].append(time.perf_counter() - started)
+
+    # ---- loop -----------------------------------------------------------------------------------------
 
     def train(self, *args, **kwargs):
         """As `Trainer.train`; the tokenizer is out of sight, or transformers would write its ids over MusicGen's."""
@@ -427,7 +448,7 @@ class CFGDiversityTrainer(RLOOTrainer):
     def _averaged_weights(self):
         return self._average.applied() if self._average is not None else contextlib.nullcontext()
 
-    # ---- saving -----------------------------------------------------------------------------------------------------
+    # ---- saving -----------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the student: the averaged weights if there are any. Checkpoints (an internal call) hold the raw ones."""
