@@ -1,6 +1,8 @@
 """`diverse-cfg`: wrong input is one line and code 2, a bug keeps its traceback, an interruption is 130."""
 
 import argparse
+import logging
+import warnings
 
 import pytest
 
@@ -61,6 +63,23 @@ def test_an_interruption_says_how_to_go_on(capsys):
     command = command_that(fail(KeyboardInterrupt()), resume="the same command resumes")
     assert main(["act"], [command]) == 130
     assert capsys.readouterr().err == "\ndiverse-cfg: interrupted; the same command resumes\n"
+
+
+def test_warnings_and_progress_speak_plainly(capsys):
+    """Catches source lines of ours between the user's lines, and a log that nobody sees."""
+
+    def action(args):
+        warnings.warn("clips are\n quiet", UserWarning, stacklevel=1)
+        logging.getLogger("diverse_cfg.musicgen").info("sampling 3 clips")
+
+    shown, logger = warnings.showwarning, logging.getLogger("diverse_cfg")
+    before = (logger.level, list(logger.handlers))
+    assert main(["act"], [command_that(action)]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "diverse-cfg: warning: clips are quiet\nsampling 3 clips\n"
+    assert captured.out == ""
+    assert warnings.showwarning is shown
+    assert (logger.level, logger.handlers) == before
 
 
 def test_success_is_zero_and_arguments_arrive():

@@ -107,8 +107,9 @@ def test_the_layer_test_sees(tmp_path, path, source, fault):
     assert fault in faults[0]
 
 
-def test_functional_is_torch_and_standard_library_only():
-    allowed = {"torch", "diverse_cfg", *sys.stdlib_module_names}
+def test_the_mathematics_needs_no_framework():
+    """torch for tensors, scipy for distributions: no model, trainer or file format."""
+    allowed = {"torch", "scipy", "diverse_cfg", *sys.stdlib_module_names}
     faults = [
         f"{path.name}:{line}: {name}"
         for path in module_files(PACKAGE / "functional")

@@ -6,14 +6,18 @@ instant.
 """
 
 import argparse
+import contextlib
+import logging
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 
 from diverse_cfg import __version__
+from diverse_cfg.cli import inspect, merge, train
 from diverse_cfg.cli.command import Command
 
-COMMANDS: tuple[Command, ...] = ()
+COMMANDS: tuple[Command, ...] = (train.COMMAND, merge.COMMAND, inspect.COMMAND)
 
 # What a person can put right: one line, no traceback. Everything else is our bug and keeps its traceback.
 USER_ERRORS = (ValueError, OSError, ImportError)
@@ -57,7 +61,8 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
     args.rest = rest
     debug = args.debug or os.environ.get("DIVERSE_CFG_DEBUG", "") not in ("", "0")
     try:
-        command.run(args)
+        with _speaking_plainly():
+            command.run(args)
     except USER_ERRORS as error:
         if debug:
             raise
@@ -70,3 +75,27 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
         print(f"\ndiverse-cfg: interrupted; {command.resume}", file=sys.stderr)
         return 130
     return 0
+
+
+@contextlib.contextmanager
+def _speaking_plainly() -> Iterator[None]:
+    """Warnings as one line without our source code, and the package's own log, both on stderr."""
+    logger = logging.getLogger("diverse_cfg")
+    handler, level = logging.StreamHandler(), logger.level
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message, category, filename, lineno, file=None, line=None):
+            if not issubclass(category, UserWarning):
+                return usual(message, category, filename, lineno, file, line)
+            print(f"diverse-cfg: warning: {' '.join(str(message).split())}", file=file or sys.stderr)
+
+        warnings.showwarning = show
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)

@@ -1,0 +1,75 @@
+"""`diverse-cfg merge`: checkpoints in, one interpolated checkpoint (or a sweep of them) out."""
+
+import argparse
+
+from diverse_cfg.cli.command import Command, model_source
+
+
+def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoints",
+        nargs="+",
+        help="folders or Hub ids: full models, LoRA adapters, or `nano` for the shipped base",
+    )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--merge-weight",
+        type=float,
+        metavar="λ",
+        help="weight of the second of two: (1 − λ)·first + λ·second",
+    )
+    how.add_argument("--weights", type=float, nargs="+", metavar="w", help="one weight per checkpoint")
+    how.add_argument(
+        "--sweep", metavar="START:STOP:STEP", help="several λ at once, e.g. 0:1:0.05, one folder each"
+    )
+    parser.add_argument(
+        "--output", required=True, help="folder to create (a sweep continues in an existing one)"
+    )
+    parser.add_argument("--base", help="the adapters' base, where it is not what they name")
+    parser.add_argument(
+        "--dtype",
+        help="float32, bfloat16, float16 or float64; by default the widest a checkpoint is stored in",
+    )
+    parser.add_argument(
+        "--format", choices=["full", "adapter"], default="full", help="a complete model or one adapter"
+    )
+    parser.add_argument("--extrapolate", action="store_true", help="allow weights outside [0, 1]")
+    parser.add_argument("--unnormalized", action="store_true", help="allow weights that do not sum to 1")
+
+
+def run_merge(args: argparse.Namespace) -> None:
+    if args.sweep and args.unnormalized:
+        raise ValueError(
+            "--unnormalized has no meaning with --sweep, whose weights always sum to 1; leave it out"
+        )
+    if args.merge_weight is not None and len(args.checkpoints) != 2:
+        raise ValueError(
+            f"--merge-weight needs two checkpoints, got {len(args.checkpoints)}; give --weights, one for each"
+        )
+    from diverse_cfg.merging import merge_checkpoints, merge_sweep, parse_sweep
+
+    checkpoints = [model_source(checkpoint) for checkpoint in args.checkpoints]
+    shared = {
+        "base": args.base and model_source(args.base),
+        "dtype": args.dtype,
+        "extrapolate": args.extrapolate,
+        "format": args.format,
+    }
+    if args.sweep:
+        folders = merge_sweep(checkpoints, parse_sweep(args.sweep), args.output, **shared)
+    else:
+        weights = args.weights if args.merge_weight is None else args.merge_weight
+        folders = [
+            merge_checkpoints(checkpoints, weights, args.output, unnormalized=args.unnormalized, **shared)
+        ]
+    for folder in folders:
+        print(folder)
+
+
+COMMAND = Command(
+    name="merge",
+    summary="interpolate checkpoints into one model, e.g. a quality student and a diversity student",
+    add_arguments=add_merge_arguments,
+    run=run_merge,
+    resume="nothing half-written is left; a sweep goes on where it stopped when run again",
+)

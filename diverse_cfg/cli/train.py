@@ -1,0 +1,133 @@
+"""`diverse-cfg train`: a student from prompts, set up by flags or a YAML recipe as with TRL's own scripts.
+
+The command only parses, builds, trains and saves. On several devices it is the same program:
+`accelerate launch -m diverse_cfg train --config recipe.yaml`.
+"""
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from diverse_cfg.cli.command import Command, model_source
+
+USAGE = (
+    "diverse-cfg train [--config recipe.yaml] --model_name_or_path MODEL --dataset_name PROMPTS "
+    "--output_dir FOLDER [--setting value …]"
+)
+
+
+@dataclass
+class TrainArguments:
+    """What `CFGDiversityConfig` does not hold: model, prompts and LoRA, named as in TRL's scripts."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "Student's start and teacher: Hub id, folder, or `nano` for the shipped base."}
+    )
+    dataset_name: str = field(
+        metadata={"help": "Prompts: Hub dataset id, folder or file (see load_prompts)."}
+    )
+    dataset_train_split: str = field(default="train", metadata={"help": "Split of the prompts to train on."})
+    dataset_prompt_column: str | None = field(
+        default=None, metadata={"help": "Column that holds the prompts. Default: prompt."}
+    )
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Held-out prompts. Default: dataset_name, if dataset_test_split is set."},
+    )
+    dataset_test_split: str | None = field(default=None, metadata={"help": "Split of the held-out prompts."})
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter is lora_alpha / lora_r."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules to adapt. Default: the decoder's own projections."}
+    )
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """None here: TRL's parser knows them, and importing it takes seconds."""
+
+
+def run_train(args: argparse.Namespace) -> None:
+    from trl import TrlParser
+
+    from diverse_cfg.config import CFGDiversityConfig
+
+    parser = TrlParser(
+        (TrainArguments, CFGDiversityConfig), prog="diverse-cfg train", usage=USAGE, allow_abbrev=False
+    )
+    if args.rest and args.rest[-1] == "--config":
+        raise ValueError("--config needs the path of a YAML file")
+    train_args, config = parser.parse_args_and_config(args.rest)
+    train(train_args, config)
+
+
+def train(args: TrainArguments, config) -> None:
+    """Build the trainer, train or continue, and write the student to `config.output_dir`."""
+    resume = _checkpoint(config)  # before anything is loaded
+    from diverse_cfg.prompts import load_prompts
+    from diverse_cfg.trainer import CFGDiversityTrainer
+
+    model = model_source(args.model_name_or_path)
+    prompts = load_prompts(
+        args.dataset_name, split=args.dataset_train_split, column=args.dataset_prompt_column
+    )
+    trainer = CFGDiversityTrainer(
+        model,
+        args=config,
+        train_dataset=prompts,
+        eval_dataset=_held_out(args),
+        peft_config=_lora(args),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        print(config.output_dir)
+
+
+def _held_out(args: TrainArguments):
+    from diverse_cfg.prompts import load_prompts
+
+    if args.eval_dataset_name is None and args.dataset_test_split is None:
+        return None
+    source = args.eval_dataset_name or args.dataset_name
+    return load_prompts(source, split=args.dataset_test_split or "test", column=args.dataset_prompt_column)
+
+
+def _lora(args: TrainArguments):
+    if not args.use_peft:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=args.lora_target_modules)
+
+
+def _checkpoint(config) -> str | None:
+    """Where to continue; None to begin. A folder with something in it is not written over by accident."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    wanted = config.resume_from_checkpoint
+    output = Path(config.output_dir)
+    if wanted and str(wanted).lower() not in ("true", "false"):
+        if not Path(wanted).is_dir():
+            raise ValueError(
+                f"resume_from_checkpoint={wanted!r} is no folder; pass true for the last checkpoint"
+            )
+        return str(wanted)
+    if wanted and str(wanted).lower() == "true":
+        return get_last_checkpoint(str(output)) if output.is_dir() else None
+    # Only one process looks: another may already have begun to write.
+    if config.process_index == 0 and output.is_dir() and any(output.iterdir()):
+        raise FileExistsError(
+            f"output_dir {output} is not empty; add --resume_from_checkpoint true, or choose another"
+        )
+    return None
+
+
+COMMAND = Command(
+    name="train",
+    summary="train a student that needs no guidance: CFG distillation with a diversity reward",
+    add_arguments=add_train_arguments,
+    run=run_train,
+    resume="continue from the last checkpoint with --resume_from_checkpoint true",
+    parses_rest=True,
+)

@@ -1,0 +1,102 @@
+"""`diverse-cfg merge` and `inspect` on tiny checkpoints: flags arrive, faults become one line."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+from diverse_cfg.cli import main
+from tests.tiny import save_tiny
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Two checkpoints of one architecture (and one codec) that differ in their decoder."""
+    folder = tmp_path_factory.mktemp("pair")
+    first, second = save_tiny(folder / "first"), save_tiny(folder / "second")
+    from safetensors.torch import save_file
+
+    weights = load_file(f"{second}/model.safetensors")
+    weights = {name: w + 1 if name.startswith("decoder.lm_heads") else w for name, w in weights.items()}
+    save_file(weights, f"{second}/model.safetensors", metadata={"format": "pt"})
+    return first, second
+
+
+def heads(folder):
+    weights = load_file(f"{folder}/model.safetensors")
+    return next(w for name, w in sorted(weights.items()) if name.startswith("decoder.lm_heads"))
+
+
+def test_merge_weight_is_the_weight_of_the_second(pair, tmp_path, capsys):
+    """Catches λ handed to the wrong parent."""
+    first, second = pair
+    assert main(["merge", first, second, "--merge-weight", "0.25", "--output", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "out")
+    expected = 0.75 * heads(first) + 0.25 * heads(second)
+    assert (heads(tmp_path / "out") - expected).abs().max() < 1e-6
+
+
+def test_weights_dtype_and_extrapolation_arrive(pair, tmp_path):
+    first, second = pair
+    out = tmp_path / "out"
+    arguments = ["merge", first, second, "--weights", "-0.5", "1.5", "--output", str(out)]
+    assert main(arguments) == 2
+    assert not out.exists()
+    assert main([*arguments, "--extrapolate", "--dtype", "bfloat16"]) == 0
+    merged = heads(out)
+    assert str(merged.dtype) == "torch.bfloat16"
+    assert (merged.float() - (1.5 * heads(second) - 0.5 * heads(first))).abs().max() < 0.05
+
+
+def test_a_sweep_writes_one_folder_per_weight_and_goes_on(pair, tmp_path, capsys):
+    arguments = ["merge", *pair, "--sweep", "0:1:0.5", "--output", str(tmp_path / "sweep")]
+    for _ in range(2):  # the second run finds all of it done
+        assert main(arguments) == 0
+        folders = capsys.readouterr().out.split()
+        assert [folder.rsplit("/", 1)[1] for folder in folders] == ["weight-0", "weight-0.5", "weight-1"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--merge-weight", "1.5"], "pass extrapolate=True (--extrapolate)"),
+        (["--weights", "0.5"], "got 1 merge weights for 2 checkpoints"),
+        (["--dtype", "int8"], "dtype must be one of"),
+        (["--sweep", "0:1"], "a sweep is written start:stop:step"),
+        (["--sweep", "0:1:0.5", "--unnormalized"], "leave it out"),
+    ],
+)
+def test_wrong_merges_are_one_line(pair, tmp_path, capsys, extra, message):
+    assert main(["merge", *pair, "--output", str(tmp_path / "out"), *extra]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("diverse-cfg: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten(pair, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    assert main(["merge", *pair, "--output", str(tmp_path / "out")]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+def test_inspect_reports_the_difference_from_a_base(pair, capsys):
+    first, second = pair
+    assert main(["inspect", second, "--base", first]) == 0
+    text = capsys.readouterr().out
+    assert "heads" in text
+    assert main(["inspect", second, "--base", first, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["active"] is True
+    assert report["difference"]["parts"]["heads"]["changed_tensors"] == 4
+    assert report["difference"]["parts"]["codec"]["changed_tensors"] == 0
+
+
+def test_inspect_of_nothing_is_one_line(tmp_path, capsys):
+    assert main(["inspect", str(tmp_path / "nowhere")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("diverse-cfg: error: ")
+    assert "nowhere" in error
