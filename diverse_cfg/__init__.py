@@ -14,14 +14,25 @@ __version__ = "0.1.0"
 
 # Public name → module that defines it.
 _PUBLIC = {
+    "inspect_checkpoint": "diverse_cfg.merging",
     "load_prompts": "diverse_cfg.prompts",
+    "load_slider": "diverse_cfg.merging",
+    "merge_checkpoints": "diverse_cfg.merging",
     "nano_path": "diverse_cfg.assets",
 }
 
-__all__ = ["__version__", "load_prompts", "nano_path"]
+__all__ = [
+    "__version__",
+    "inspect_checkpoint",
+    "load_prompts",
+    "load_slider",
+    "merge_checkpoints",
+    "nano_path",
+]
 
 if TYPE_CHECKING:  # the same names, for type checkers and editors
     from diverse_cfg.assets import nano_path
+    from diverse_cfg.merging import inspect_checkpoint, load_slider, merge_checkpoints
     from diverse_cfg.prompts import load_prompts
 
 
