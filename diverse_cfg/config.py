@@ -6,8 +6,9 @@ transformers' name. The paper's symbols: γ is `guidance_scale`, β is `diversit
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from trl import RLOOConfig
@@ -23,7 +24,8 @@ class GuardConfig:
     Args:
         silence_dbfs: clips quieter than this RMS level earn no diversity: their distances count as 0.
         max_clipping: clips with a larger fraction of samples at full scale earn no diversity.
-        distance_cap: pairwise distances above this count as this much (the base model's 95th percentile, say).
+        distance_cap: pairwise distances above this count as this much (the base model's 95th percentile,
+            say).
         quality_product: name of a reward function; the diversity reward is multiplied by it (DARLING,
             arXiv 2509.02534) instead of being added to it.
     """
@@ -54,36 +56,38 @@ class GuardConfig:
 class CFGDiversityConfig(RLOOConfig):
     r"""Settings of `CFGDiversityTrainer`: maximise Q(θ) + β·D(θ) (arXiv 2410.06084).
 
-    Q is minus the divergence to the guided teacher, summed over the codes of a clip; D is the mean embedding distance
-    between two clips of one prompt. The loss divides *both* by the number of codes in a clip, so that `diversity_coef`
-    keeps the paper's meaning. Since the divergence grows with the clip and the distance does not, a value of
-    `diversity_coef` belongs to a clip length.
+    Q is minus the divergence to the guided teacher, summed over the codes of a clip; D is the mean
+    embedding distance between two clips of one prompt. The loss divides *both* by the number of codes in
+    a clip, so that `diversity_coef` keeps the paper's meaning. Since the divergence grows with the clip
+    and the distance does not, a value of `diversity_coef` belongs to a clip length.
 
     Args:
         guidance_scale: γ of the teacher, `l_null + γ·(l_cond − l_null)`; the paper uses 3.
-        diversity_coef: β, weight of the diversity reward in units of the KL summed over positions; the paper trains
-            {0, 5, 10, 15}. 0 is pure distillation.
+        diversity_coef: β, weight of the diversity reward in units of the KL summed over positions; the
+            paper trains {0, 5, 10, 15}. 0 is pure distillation.
         distillation_coef: weight of Q; 1 in the paper, 0 leaves pure diversity.
-        negative_prompt: text whose logits take the place of the null prompt's in the teacher ("bad audio quality").
+        negative_prompt: text whose logits take the place of the null prompt's in the teacher ("bad audio
+            quality").
         divergence: "reverse_kl" (the paper), "forward_kl" or "generalized_jsd".
         jsd_alpha: α of the generalised JSD, mixture α·student + (1 − α)·teacher.
         rollout_source: who samples the clips: "student" (the paper), "teacher" (guided), or "mix".
         teacher_fraction: share of the prompts whose clips come from the teacher when `rollout_source="mix"`.
-        teacher_model: θ0, id or folder, when the run does not start from it (a β > 0 run that continues a β = 0
-            student, say). None: the initial model.
+        teacher_model: θ0, id or folder, when the run does not start from it (a β > 0 run that continues a
+            β = 0 student, say). None: the initial model.
         clip_seconds: length of the training clips. None: the model's own length, at most 10 s.
-        diversity_embedder: id or folder of the encoder E of the default diversity reward. None: the encoder that is
-            shipped for the nano base, else CLAP.
+        diversity_embedder: id or folder of the encoder E of the default diversity reward. None: the
+            encoder that is shipped for the nano base, else CLAP.
         monitor_embedder: second encoder, never rewarded: its distance is logged and feeds the alarms.
-        prefix_baseline: subtract what the clip's first 13/27/40/60/80 % already tell about its reward. A variance
-            reducer that is not in the paper.
+        prefix_baseline: subtract what the clip's first 13/27/40/60/80 % already tell about its reward. A
+            variance reducer that is not in the paper.
         prefix_lambda: λ of its segment-wise generalised advantage estimate; 1 is unbiased, less is calmer.
         ema_decay: decay of an average of the weights; evaluation and the final save use it. 0 is off.
-        adaptive_clip: clip the gradient at this multiple of its running mean norm. None: `max_grad_norm` alone.
-        sequence_score: also differentiate through the sampling (the future divergence as a return, as in MiniLLM,
-            arXiv 2306.08543). An ablation: the paper and GKD stop that gradient.
-        term_norm_steps: every so many steps, log the gradient norms of both terms; costs two more backward passes
-            then. 0 is off.
+        adaptive_clip: clip the gradient at this multiple of its running mean norm. None: `max_grad_norm`
+            alone.
+        sequence_score: also differentiate through the sampling (the future divergence as a return, as in
+            MiniLLM, arXiv 2306.08543). An ablation: the paper and GKD stop that gradient.
+        term_norm_steps: every so many steps, log the gradient norms of both terms; costs two more
+            backward passes then. 0 is off.
         loss_chunk_size: decoder steps whose distributions are held at once.
         rollout_batch_size: clips sampled at once. None: all of a generation batch.
         audio_samples: clips written to disk and to the trackers at every evaluation.
@@ -91,7 +95,7 @@ class CFGDiversityConfig(RLOOConfig):
         guards: nested group, see `GuardConfig`.
     """
 
-    _VALID_DICT_FIELDS = [*RLOOConfig._VALID_DICT_FIELDS, "guards"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*RLOOConfig._VALID_DICT_FIELDS, "guards"]
 
     # TRL's defaults that do not fit this method.
     num_generations: int | None = field(
@@ -175,9 +179,9 @@ class CFGDiversityConfig(RLOOConfig):
         self._check_unsupported()
         if self.max_completion_length is not None:
             raise ValueError(
-                f"max_completion_length={self.max_completion_length} is a text setting: set clip_seconds instead"
+                f"max_completion_length={self.max_completion_length} is a setting for text: set clip_seconds"
             )
-        # TRL reads an integer in a few places; the trainer sets it to the codes of a clip once the model is known.
+        # TRL reads an integer in a few places; the trainer sets it to the codes of a clip.
         self.max_completion_length = 1
         self._choose_bf16()
         super().__post_init__()
@@ -205,76 +209,30 @@ class CFGDiversityConfig(RLOOConfig):
             self.use_cpu = True  # transformers refuses bf16 without a GPU unless the CPU is chosen outright
 
     def _check_numbers(self) -> None:
-        _require(
-            self.guidance_scale >= 1 and math.isfinite(self.guidance_scale),
-            "guidance_scale",
-            self.guidance_scale,
-            "a finite number ≥ 1 (1 is no guidance)",
-        )
-        for name in ("diversity_coef", "distillation_coef"):
+        for name, (holds, wanted) in _RANGES.items():
             value = getattr(self, name)
-            _require(value >= 0 and math.isfinite(value), name, value, "a finite number ≥ 0")
-        _require(
-            self.diversity_coef > 0 or self.distillation_coef > 0,
-            "distillation_coef",
-            self.distillation_coef,
-            "positive when diversity_coef is 0: there is nothing to train",
-        )
-        _require(
-            self.divergence in DIVERGENCES, "divergence", self.divergence, f"one of {', '.join(DIVERGENCES)}"
-        )
-        _require(0 < self.jsd_alpha < 1, "jsd_alpha", self.jsd_alpha, "strictly between 0 and 1")
-        _require(
-            self.rollout_source in ROLLOUT_SOURCES,
-            "rollout_source",
-            self.rollout_source,
-            f"one of {', '.join(ROLLOUT_SOURCES)}",
-        )
-        _require(
-            0 < self.teacher_fraction < 1,
-            "teacher_fraction",
-            self.teacher_fraction,
-            "strictly between 0 and 1",
-        )
-        _require(
-            not (self.rollout_source == "teacher" and self.diversity_coef > 0),
-            "diversity_coef",
-            self.diversity_coef,
-            "0 with rollout_source='teacher': no clip is the student's own; use 'mix'",
-        )
-        _require(
-            self.clip_seconds is None or 0 < self.clip_seconds < math.inf,
-            "clip_seconds",
-            self.clip_seconds,
-            "a positive number of seconds",
-        )
-        _require(0 <= self.prefix_lambda <= 1, "prefix_lambda", self.prefix_lambda, "between 0 and 1")
-        _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "between 0 (off) and 1, 1 excluded")
-        _require(
-            self.adaptive_clip is None or self.adaptive_clip > 0,
-            "adaptive_clip",
-            self.adaptive_clip,
-            "positive",
-        )
-        for name in ("loss_chunk_size", "rollout_batch_size"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "at least 1")
-        for name in ("term_norm_steps", "audio_samples"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 (off) or more")
-        _require(self.temperature > 0, "temperature", self.temperature, "positive")
+            if not holds(value):
+                raise ValueError(f"{name}={value!r} must be {wanted}")
+        if self.diversity_coef == 0 and self.distillation_coef == 0:
+            raise ValueError("diversity_coef and distillation_coef are both 0: there is nothing to train")
+        if self.rollout_source == "teacher" and self.diversity_coef > 0:
+            raise ValueError(
+                f"diversity_coef={self.diversity_coef} with rollout_source='teacher': no clip is the student's "
+                "own, so there is no policy gradient; use 'student' or 'mix', or set diversity_coef=0"
+            )
 
     def _check_groups(self) -> None:
-        """Whole prompt groups on every process: reward functions see one process, and a group must be whole there."""
+        """Whole prompt groups on every process: a reward function sees the clips of one process."""
         if self.diversity_coef > 0 and self.num_generations < 3:
             raise ValueError(
-                f"num_generations={self.num_generations}: the diversity reward needs at least 3 clips per prompt (with "
-                "2 both earn the same, and the baseline cancels them); raise it, or set diversity_coef=0"
+                f"num_generations={self.num_generations}: the diversity reward needs at least 3 clips per prompt "
+                "(with 2 both earn the same, and the baseline cancels them); raise it, or set diversity_coef=0"
             )
         local = self.per_device_train_batch_size * self.steps_per_generation
         if local % self.num_generations:
             raise ValueError(
-                f"per_device_train_batch_size × steps_per_generation = {local} is not divisible by num_generations="
-                f"{self.num_generations}: a prompt's clips must stay on one process"
+                f"per_device_train_batch_size × steps_per_generation = {local} is not divisible by "
+                f"num_generations={self.num_generations}: a prompt's clips must stay on one process"
             )
 
     def _check_unsupported(self) -> None:
@@ -310,10 +268,10 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "reward_clip_range": ((None,), "clipping rewards biases the diversity gradient; leave it unset"),
     "repetition_penalty": ((1.0,), "the loss assumes the sampling distribution; leave it 1.0"),
-    "top_k": ((0,), "the loss assumes the full distribution; train with top_k=0 and set top_k at inference"),
+    "top_k": ((0,), "the loss assumes the full distribution; train with 0, set it at inference"),
     "top_p": (
         (1.0,),
-        "the loss assumes the full distribution; train with top_p=1.0 and set top_p at inference",
+        "the loss assumes the full distribution; train with 1.0, set it at inference",
     ),
     "min_p": ((None, 0.0), "the loss assumes the full distribution; leave it unset"),
     "generation_kwargs": ((None, {}), "sampling is set by temperature and clip_seconds; leave it unset"),
@@ -323,6 +281,30 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-def _require(condition: bool, name: str, value: Any, wanted: str) -> None:
-    if not condition:
-        raise ValueError(f"{name}={value!r} must be {wanted}")
+def _non_negative(value: float) -> bool:
+    return 0 <= value < math.inf
+
+
+def _unset_or_positive(value: float | None) -> bool:
+    return value is None or 0 < value < math.inf
+
+
+# field → (condition, which NaN never meets; what the message asks for)
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "guidance_scale": (lambda value: 1 <= value < math.inf, "a finite number ≥ 1 (1 is no guidance)"),
+    "diversity_coef": (_non_negative, "a finite number ≥ 0"),
+    "distillation_coef": (_non_negative, "a finite number ≥ 0"),
+    "divergence": (DIVERGENCES.__contains__, f"one of {', '.join(DIVERGENCES)}"),
+    "jsd_alpha": (lambda value: 0 < value < 1, "strictly between 0 and 1"),
+    "rollout_source": (ROLLOUT_SOURCES.__contains__, f"one of {', '.join(ROLLOUT_SOURCES)}"),
+    "teacher_fraction": (lambda value: 0 < value < 1, "strictly between 0 and 1"),
+    "clip_seconds": (_unset_or_positive, "a positive number of seconds"),
+    "prefix_lambda": (lambda value: 0 <= value <= 1, "between 0 and 1"),
+    "ema_decay": (lambda value: 0 <= value < 1, "at least 0 (off) and below 1"),
+    "adaptive_clip": (_unset_or_positive, "positive"),
+    "term_norm_steps": (_non_negative, "0 (off) or more"),
+    "audio_samples": (_non_negative, "0 (off) or more"),
+    "loss_chunk_size": (lambda value: value >= 1, "at least 1"),
+    "rollout_batch_size": (_unset_or_positive, "at least 1"),
+    "temperature": (lambda value: 0 < value < math.inf, "positive"),
+}
