@@ -57,6 +57,8 @@ def test_debug_shows_the_traceback(monkeypatch):
 def test_a_bug_is_not_dressed_up_as_wrong_input():
     with pytest.raises(ZeroDivisionError):
         main(["act"], [command_that(lambda args: 1 // 0)])
+    with pytest.raises(ImportError):
+        main(["act"], [command_that(fail(ImportError("gone", name="diverse_cfg.gone")))])
 
 
 def test_an_interruption_says_how_to_go_on(capsys):

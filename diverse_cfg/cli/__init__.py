@@ -20,7 +20,7 @@ from diverse_cfg.cli.command import Command
 COMMANDS: tuple[Command, ...] = (train.COMMAND, merge.COMMAND, inspect.COMMAND)
 
 # What a person can put right: one line, no traceback. Everything else is our bug and keeps its traceback.
-USER_ERRORS = (ValueError, OSError, ImportError)
+USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 
 
 def build_parser(commands: Sequence[Command] = COMMANDS) -> argparse.ArgumentParser:
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
         with _speaking_plainly():
             command.run(args)
     except USER_ERRORS as error:
-        if debug:
+        if debug or str(getattr(error, "name", "")).startswith("diverse_cfg"):  # our own module is missing
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"diverse-cfg: error: {message}", file=sys.stderr)

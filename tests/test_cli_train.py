@@ -1,0 +1,129 @@
+"""`diverse-cfg train`: recipe and flags become settings, nothing is written over, a tiny student trains."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from diverse_cfg.cli import main
+from diverse_cfg.cli import train as command
+from tests.tiny import PROMPTS
+
+RECIPE = """\
+model_name_or_path: some/model
+dataset_name: prompts.txt
+learning_rate: 1e-4
+diversity_coef: 0
+per_device_train_batch_size: 4
+guards: {distance_cap: 0.5}
+"""
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """What `train` would be called with."""
+    calls = []
+    monkeypatch.setattr(command, "train", lambda *args: calls.append(args))
+    return calls
+
+
+def test_a_recipe_sets_and_a_flag_overrides(parsed, tmp_path):
+    """Catches YAML numbers that stay strings (1e-4), lost nested groups, and a recipe that beats the flag."""
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    flags = ["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "run"), "--use_peft"]
+    assert main(["train", *flags, "--diversity_coef", "7", "--lora_target_modules", "q_proj", "v_proj"]) == 0
+    args, config = parsed[0]
+    assert args.model_name_or_path == "some/model"
+    assert (args.use_peft, args.lora_target_modules) == (True, ["q_proj", "v_proj"])
+    assert (config.learning_rate, config.diversity_coef, config.guidance_scale) == (1e-4, 7.0, 3.0)
+    assert config.guards.distance_cap == 0.5
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (RECIPE + "diversty_coef: 5\n", "'--diversty_coef'"),
+        (RECIPE + "guidance_scale: 0.5\n", "guidance_scale=0.5 must be"),
+        (RECIPE.replace("0.5}", "0.5, cap: 1}"), "guards has no field cap"),
+        ("- a\n- b\n", "must contain a YAML mapping"),
+    ],
+)
+def test_a_wrong_recipe_is_one_line(parsed, tmp_path, capsys, recipe, message):
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    assert (
+        main(["train", "--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "run")]) == 2
+    )
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("diverse-cfg: error: ")
+    assert message in error
+    assert parsed == []
+
+
+@pytest.mark.parametrize("flags", [["--config"], ["--config", "/no/such/recipe.yaml"]])
+def test_a_missing_recipe_is_one_line(parsed, capsys, flags):
+    assert main(["train", *flags]) == 2
+    assert capsys.readouterr().err.startswith("diverse-cfg: error: ")
+
+
+def test_a_missing_setting_shows_a_short_usage(parsed, capsys):
+    """Not the two hundred options of a trainer."""
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--output_dir", "run"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "--model_name_or_path" in error and "required" in error
+    assert len(error.splitlines()) < 10
+
+
+def test_help_comes_from_the_real_parser(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "--diversity_coef" in text and "--learning_rate" in text and "--dataset_name" in text
+
+
+def config_for(output, resume=None, process_index=0):
+    return SimpleNamespace(output_dir=str(output), resume_from_checkpoint=resume, process_index=process_index)
+
+
+def test_where_training_continues(tmp_path):
+    run = tmp_path / "run"
+    assert command._checkpoint(config_for(run)) is None
+    assert command._checkpoint(config_for(run, "true")) is None  # nothing there yet: begin
+    run.mkdir()
+    assert command._checkpoint(config_for(run)) is None
+    for step in (5, 10):
+        (run / f"checkpoint-{step}").mkdir()
+    with pytest.raises(
+        FileExistsError, match="not empty; add --resume_from_checkpoint true, or choose another"
+    ):
+        command._checkpoint(config_for(run))
+    assert command._checkpoint(config_for(run, "False", process_index=1)) is None
+    assert command._checkpoint(config_for(run, "true")) == str(run / "checkpoint-10")
+    assert command._checkpoint(config_for(run, str(run / "checkpoint-5"))) == str(run / "checkpoint-5")
+    with pytest.raises(ValueError, match="is no folder; pass true"):
+        command._checkpoint(config_for(run, "checkpoint-7"))
+
+
+def test_a_tiny_student_trains_is_saved_and_continues(tiny_folder, tmp_path, capsys):
+    """The whole command once, without diversity (which would need an encoder)."""
+    (tmp_path / "train.txt").write_text("\n".join(PROMPTS))
+    run = tmp_path / "run"
+    flags = [
+        *("--model_name_or_path", tiny_folder, "--dataset_name", str(tmp_path), "--output_dir", str(run)),
+        *("--diversity_coef", "0", "--clip_seconds", "0.2", "--per_device_train_batch_size", "4"),
+        *("--num_generations", "2", "--save_steps", "1", "--logging_steps", "1", "--audio_samples", "0"),
+    ]
+    assert main(["train", *flags, "--max_steps", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(run)
+    provenance = json.loads((run / "diverse_cfg.json").read_text())
+    assert (provenance["kind"], provenance["guidance_scale"]) == ("student", 3.0)
+    assert json.loads((run / "generation_config.json").read_text())["guidance_scale"] == 1.0
+
+    assert main(["train", *flags, "--max_steps", "2"]) == 2  # the folder is not empty
+    assert "not empty" in capsys.readouterr().err
+    assert main(["train", *flags, "--max_steps", "2", "--resume_from_checkpoint", "true"]) == 0
+    state = json.loads((run / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+    assert [entry["step"] for entry in state["log_history"]][:2] == [1, 2]
