@@ -14,7 +14,14 @@ __version__ = "0.1.0"
 
 # Public name → module that defines it.
 _PUBLIC = {
+    "CFGDiversityConfig": "diverse_cfg.config",
+    "CFGDiversityTrainer": "diverse_cfg.trainer",
+    "DiversityReward": "diverse_cfg.rewards",
+    "fast_generate": "diverse_cfg.musicgen.rollout",
     "inspect_checkpoint": "diverse_cfg.merging",
+    "load_embedder": "diverse_cfg.embeddings",
+    "load_policy": "diverse_cfg.musicgen.loading",
+    "load_processor": "diverse_cfg.musicgen.loading",
     "load_prompts": "diverse_cfg.prompts",
     "load_slider": "diverse_cfg.merging",
     "merge_checkpoints": "diverse_cfg.merging",
@@ -22,8 +29,15 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "CFGDiversityConfig",
+    "CFGDiversityTrainer",
+    "DiversityReward",
     "__version__",
+    "fast_generate",
     "inspect_checkpoint",
+    "load_embedder",
+    "load_policy",
+    "load_processor",
     "load_prompts",
     "load_slider",
     "merge_checkpoints",
@@ -32,8 +46,14 @@ __all__ = [
 
 if TYPE_CHECKING:  # the same names, for type checkers and editors
     from diverse_cfg.assets import nano_path
+    from diverse_cfg.config import CFGDiversityConfig
+    from diverse_cfg.embeddings import load_embedder
     from diverse_cfg.merging import inspect_checkpoint, load_slider, merge_checkpoints
+    from diverse_cfg.musicgen.loading import load_policy, load_processor
+    from diverse_cfg.musicgen.rollout import fast_generate
     from diverse_cfg.prompts import load_prompts
+    from diverse_cfg.rewards import DiversityReward
+    from diverse_cfg.trainer import CFGDiversityTrainer
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
 """The README is run: every `bash` and `python` block, in order, in one empty folder, as a reader would.
 
-`console` blocks hold what a test must not do (set up a machine, publish to the Hub); they are checked against a
-short list instead, so that no broken command can hide there.
+`console` blocks hold what a test must not do (set up a machine, publish to the Hub); they are checked against
+a short list instead, so that no broken command can hide there.
 """
 
 import os
