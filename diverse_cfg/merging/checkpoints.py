@@ -156,6 +156,7 @@ class AdapterCheckpoint(Checkpoint):
         self.lora = _lora_config(self.source, folder)
         self.factors: dict[str, tuple[TensorInfo, TensorInfo]] = {}
         self.replaced: dict[str, TensorInfo] = {}
+        self._embeddings: set[str] = set()  # PEFT names and transposes their factors differently
         self._collect(find_tensors(folder, "adapter_model"))
         self._check()
 
@@ -196,6 +197,8 @@ class AdapterCheckpoint(Checkpoint):
                     "on another model"
                 )
             self.factors[name] = (pair["A"], pair["B"])
+            if f"{_ADAPTER_PREFIX}{self._module(path)}.lora_embedding_A" in found:
+                self._embeddings.add(name)
 
     def _check(self) -> None:
         if not self.factors and not self.replaced:
@@ -203,7 +206,7 @@ class AdapterCheckpoint(Checkpoint):
         for name, (lora_a, lora_b) in self.factors.items():
             shape, rank = self.base.tensors[name].shape, self.rank(name)
             product = (lora_b.shape[0], lora_a.shape[-1])
-            if self._is_embedding(name):
+            if name in self._embeddings:
                 product = product[::-1]
             if product != shape or lora_a.shape[0] != rank or lora_b.shape[1] != rank:
                 raise ValueError(
@@ -227,10 +230,6 @@ class AdapterCheckpoint(Checkpoint):
                 f"{missing[0]}: it is incomplete"
             )
 
-    def _is_embedding(self, name: str) -> bool:
-        # PEFT stores an embedding's factors transposed, and names them differently.
-        return "embed_tokens" in name or name.endswith("shared.weight")
-
     def _module(self, name: str) -> str:
         return name.removesuffix(".weight")
 
@@ -252,7 +251,7 @@ class AdapterCheckpoint(Checkpoint):
 
     def factor_key(self, name: str, half: str) -> str:
         """PEFT's name for one half ("A" or "B") of the factors of a layer."""
-        kind = f"lora_embedding_{half}" if self._is_embedding(name) else f"lora_{half}.weight"
+        kind = f"lora_embedding_{half}" if name in self._embeddings else f"lora_{half}.weight"
         return f"{_ADAPTER_PREFIX}{self._module(name)}.{kind}"
 
     def _sources(self, name: str) -> list[TensorInfo]:
@@ -265,7 +264,7 @@ class AdapterCheckpoint(Checkpoint):
 
     def _product(self, name: str, dtype: torch.dtype) -> Tensor:
         delta = interpolation.lora_delta(*self.lora_factors(name, dtype))
-        return delta.T if self._is_embedding(name) else delta
+        return delta.T if name in self._embeddings else delta
 
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
         """PEFT's `merge_and_unload` on a base loaded in `dtype`, to the bit."""
@@ -276,7 +275,7 @@ class AdapterCheckpoint(Checkpoint):
             return tensor
         delta = self._product(name, torch.promote_types(dtype, torch.float32))
         # PEFT rounds an embedding's product before adding it, a projection's sum only once.
-        return tensor.clone().add_(delta.to(dtype) if self._is_embedding(name) else delta)
+        return tensor.clone().add_(delta.to(dtype) if name in self._embeddings else delta)
 
     def difference(self, name: str, reference: Tensor) -> Tensor | None:
         if name in self.replaced:

@@ -64,14 +64,8 @@ class Experts:
         return reduce(torch.promote_types, [d for d in stored if d is not None and d.is_floating_point])
 
     def output_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
-        """The type in which a tensor of the merged model is stored when `dtype` was asked for.
-
-        The codec keeps at least the precision that it has: half precision is heard there, and it is small.
-        """
-        stored = self.reference.tensors[name].dtype
-        if not stored.is_floating_point:
-            return stored
-        return torch.promote_types(stored, dtype) if name.startswith(layout.CODEC_PREFIX) else dtype
+        """The type in which a tensor of the merged model is stored when `dtype` was asked for."""
+        return layout.storage_dtype(name, self.reference.tensors[name].dtype, dtype)
 
     def require_base(self, weights: Sequence[float]) -> None:
         """Refuse weights whose meaning depends on a base that is not known."""

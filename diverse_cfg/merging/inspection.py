@@ -188,7 +188,7 @@ def _difference(
     parts: dict[str, dict[str, float]] = {}
     for name in base.tensors:
         part = parts.setdefault(
-            _part(name), {"difference": 0.0, "base": 0.0, "tensors": 0, "changed_tensors": 0}
+            layout.part_of(name), {"difference": 0.0, "base": 0.0, "tensors": 0, "changed_tensors": 0}
         )
         reference = base.tensor(name, torch.float32)
         change = checkpoint.difference(name, reference) if checkpoint.changes(name) else None
@@ -212,24 +212,3 @@ def _relative(part: Mapping[str, float]) -> dict[str, Any]:
         "changed_tensors": int(part["changed_tensors"]),
         "tensors": int(part["tensors"]),
     }
-
-
-def _part(name: str) -> str:
-    """The part of the model that a tensor belongs to, in words a musician's engineer would use."""
-    for prefix, part in (
-        ("text_encoder.", "text encoder"),
-        ("audio_encoder.", "codec"),
-        ("enc_to_dec_proj.", "text projection"),
-        ("decoder.lm_heads.", "heads"),
-        ("decoder.model.decoder.embed", "code embeddings"),
-    ):
-        if name.startswith(prefix):
-            return part
-    for piece, part in (
-        ("self_attn", "self-attention"),
-        ("encoder_attn", "cross-attention"),
-        ("fc", "feed-forward"),
-    ):
-        if f".{piece}" in name and "norm" not in name:
-            return part
-    return "norms"

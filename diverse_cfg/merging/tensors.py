@@ -70,7 +70,13 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             raise ValueError(
                 f"{file} has an unreadable safetensors header ({error!r}); copy it again"
             ) from error
-    end = max((info.start + info.num_bytes for info in tensors.values()), default=8 + length)
+    end = 8 + length
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].num_bytes)):
+        if info.start != end:
+            raise ValueError(
+                f"{file}: tensor {name} does not lie where the one before it ends; copy the file again"
+            )
+        end += info.num_bytes
     if end != size:
         raise ValueError(
             f"{file} has {size} bytes where its header promises {end}: truncated or damaged; copy it again"
@@ -86,7 +92,7 @@ def _entries(file: Path, header: Mapping[str, Any], data_start: int) -> Iterator
             raise ValueError(f"{file}: tensor {name} has dtype {entry['dtype']}, which cannot be merged")
         start, end = entry["data_offsets"]
         info = TensorInfo(file, data_start + start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-        if end - start != info.num_bytes:
+        if end - start != info.num_bytes or min(info.shape, default=0) < 0:
             raise ValueError(
                 f"{file}: tensor {name} has {end - start} bytes, its shape needs {info.num_bytes}"
             )

@@ -112,6 +112,39 @@ def canonical_name(name: str, aliases: Mapping[str, str]) -> str | None:
     return aliases.get(name, name)
 
 
+def storage_dtype(name: str, stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """The type in which a tensor is saved when a model is asked for in `dtype`.
+
+    The codec keeps at least the precision that it has: half precision is heard there, and it is small. So
+    does what T5 cannot do in float16 and transformers therefore keeps in float32, the feed-forward outputs.
+    """
+    if not stored.is_floating_point:
+        return stored
+    fragile = dtype == torch.float16 and name.startswith("text_encoder.") and ".wo." in name
+    return torch.promote_types(stored, dtype) if fragile or name.startswith(CODEC_PREFIX) else dtype
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a tensor belongs to, in words a musician's engineer would use."""
+    for prefix, part in (
+        ("text_encoder.", "text encoder"),
+        ("audio_encoder.", "codec"),
+        ("enc_to_dec_proj.", "text projection"),
+        ("decoder.lm_heads.", "heads"),
+        ("decoder.model.decoder.embed", "code embeddings"),
+    ):
+        if name.startswith(prefix):
+            return part
+    for piece, part in (
+        ("self_attn", "self-attention"),
+        ("encoder_attn", "cross-attention"),
+        ("fc", "feed-forward"),
+    ):
+        if f".{piece}" in name and "norm" not in name:
+            return part
+    return "norms"
+
+
 def architecture(config: MusicgenConfig) -> dict[str, Any]:
     """Everything in a configuration that decides whether weights may be mixed, as dotted name → value."""
     return dict(_flatten(config.to_dict()))
