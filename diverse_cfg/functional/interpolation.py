@@ -23,9 +23,8 @@ def weighted_sum(
     Args:
         state_dicts: same names, shapes and devices.
         weights: one finite number per state dict.
-        dtype: precision of sum and result, float32 or float64. Half precision would lose what fine-tuning
-            changed (1e-4 relative), so a float64 input is cast down to float32 unless asked for, and a
-            bfloat16 one up.
+        dtype: of the result, float32 or float64; the sum itself is taken in float64. Half precision would
+            lose what fine-tuning changed (1e-4 relative), so that bfloat16 inputs are widened too.
 
     Returns:
         A new state dict; no memory is shared with the inputs. A weight of exactly 0 is skipped, so that an
@@ -48,10 +47,11 @@ def weighted_sum(
                 raise ValueError(f"{name} ({first.dtype}) differs between the state dicts and has no average")
             merged[name] = first.clone()
             continue
-        total = used[0][0][name].to(dtype) * used[0][1]
+        # In float64, so that what the models share (a frozen codec) comes out bit for bit.
+        total = used[0][0][name].double() * used[0][1]
         for state_dict, weight in used[1:]:
-            total.add_(state_dict[name].to(dtype), alpha=weight)
-        merged[name] = total
+            total.add_(state_dict[name].double(), alpha=weight)
+        merged[name] = total.to(dtype)
     return merged
 
 

@@ -1,0 +1,217 @@
+"""Intervals by simulation, distances by closed forms and loops, fronts by brute force."""
+
+import itertools
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from diverse_cfg.functional.statistics import (
+    bootstrap_mean,
+    bootstrap_statistic,
+    frechet_distance,
+    hypervolume,
+    mmd,
+    paired_difference,
+    pareto_front,
+    win_rate,
+)
+from tests import oracles
+
+
+def simulated(generator, num_prompts=20, num_seeds=3, num_clips=4, of_seeds=0.0):
+    """Clips of prompts and seeds around a true mean of 0: values, prompt ids, seed ids."""
+    values = generator.normal(size=(num_prompts, 1, 1)) + of_seeds * generator.normal(size=(1, num_seeds, 1))
+    values = values + generator.normal(size=(num_prompts, num_seeds, num_clips))
+    prompts, seeds, _ = np.indices(values.shape)
+    return torch.from_numpy(values.ravel()), prompts.ravel().tolist(), seeds.ravel().tolist()
+
+
+def coverage(ids_of, simulations=200, **kinds):
+    """How often the interval contains the true mean."""
+    generator = np.random.default_rng(0)
+    hits = 0
+    for _ in range(simulations):
+        values, prompts, seeds = simulated(generator, **kinds)
+        interval = bootstrap_mean(values, *ids_of(prompts, seeds), num_resamples=300)
+        hits += interval.low <= 0 <= interval.high
+    return hits / simulations
+
+
+def test_coverage_of_the_clustered_bootstrap():
+    """Catches intervals that are too narrow: 95 % of 200 simulations, give or take three errors."""
+    assert 0.90 <= coverage(lambda prompts, seeds: (prompts,)) <= 0.995
+
+
+def test_clips_and_seeds_are_no_clusters():
+    """Catches pooling by clip, or by prompt *and* seed: both promise more than they hold."""
+    assert coverage(lambda prompts, seeds: (range(len(prompts)),)) < 0.75
+    assert coverage(lambda prompts, seeds: (list(zip(prompts, seeds, strict=True)),)) < 0.85
+
+
+def test_seeds_that_differ_need_to_be_drawn():
+    """Catches an interval for new training seeds that was computed as if the seeds were fixed."""
+    assert coverage(lambda prompts, seeds: (prompts,), of_seeds=1.0) < 0.75
+    assert coverage(lambda prompts, seeds: (prompts, seeds), of_seeds=1.0) > 0.89
+
+
+def test_standard_error_has_its_closed_form():
+    """Catches resampling anything but whole prompts: se² = Σ (mean_p − mean)² / P² for equal clusters."""
+    values, prompts, _ = simulated(np.random.default_rng(1), num_prompts=15)
+    means = values.view(15, -1).mean(dim=1)
+    interval = bootstrap_mean(values, prompts, num_resamples=20000)
+    expected = (means - means.mean()).square().sum().sqrt().item() / 15
+    assert interval.standard_error == pytest.approx(expected, rel=0.03)
+    assert interval.estimate == pytest.approx(values.mean().item(), rel=1e-12)
+    # Hesterberg's widening: half as wide as Student's t allows, up to the skew of the resamples.
+    t = scipy.stats.t.ppf(0.975, 14) * means.std().item() / 15**0.5
+    assert (interval.high - interval.low) / 2 == pytest.approx(t, rel=0.06)
+
+
+def test_clusters_may_be_uneven_and_named():
+    """Catches a mean of prompt means where prompts have different numbers of clips, and ids tied to order."""
+    values = torch.tensor([1.0, 1.0, 1.0, 5.0])
+    interval = bootstrap_mean(values, ["piano", "piano", "piano", "drums"])
+    assert interval.estimate == 2.0
+    assert (interval.low, interval.high) == (1.0, 5.0)
+    shuffled = bootstrap_mean(values[[3, 0, 1, 2]], torch.tensor([9, 4, 4, 4]))
+    assert shuffled.estimate == 2.0
+
+
+def test_pairing_removes_what_the_prompt_does():
+    """Catches a difference taken between unpaired means, and its sign."""
+    values, prompts, seeds = simulated(np.random.default_rng(2))
+    better = values + 0.1 + 0.01 * torch.randn(len(values), dtype=torch.float64)
+    interval = paired_difference(better, values, prompts)
+    assert 0.09 < interval.low < 0.1 < interval.high < 0.11
+    assert bootstrap_mean(better, prompts).low < bootstrap_mean(values, prompts).high
+    with_seeds = paired_difference(better, values, prompts, seeds)
+    assert with_seeds.low < interval.low
+    with pytest.raises(ValueError, match=r"not paired: \(240,\) against \(239,\)"):
+        paired_difference(values, values[1:], prompts)
+
+
+def test_bootstrap_statistic_agrees_with_the_mean():
+    """Catches a statistic fed with anything but resampled prompts."""
+    values = torch.randn(30, dtype=torch.float64)
+    general = bootstrap_statistic(lambda prompts: values[prompts].mean().item(), 30, num_resamples=4000)
+    special = bootstrap_mean(values, range(30), num_resamples=4000)
+    assert general.estimate == pytest.approx(special.estimate)
+    assert general.standard_error == pytest.approx(special.standard_error, rel=0.05)
+    assert general.low == pytest.approx(special.low, abs=0.03)
+    again = bootstrap_statistic(lambda prompts: values[prompts].mean().item(), 30, num_resamples=4000)
+    assert again == general
+
+
+def test_bad_input_of_the_bootstrap_is_named():
+    """Catches intervals from one prompt, from NaN, and from an incomplete crossing of prompts and seeds."""
+    values = torch.zeros(6)
+    with pytest.raises(ValueError, match="prompt_ids needs at least 2 different ones, got 1"):
+        bootstrap_mean(values, [0] * 6)
+    with pytest.raises(ValueError, match="seed_ids needs at least 3 different ones, got 2"):
+        bootstrap_mean(values, [0, 0, 0, 1, 1, 1], [0, 1, 1, 0, 1, 1])
+    with pytest.raises(ValueError, match="1 of 2 prompts × 3 seeds have no value"):
+        bootstrap_mean(values, [0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 1])
+    with pytest.raises(ValueError, match="5 prompt_ids for 6 values"):
+        bootstrap_mean(values, range(5))
+    with pytest.raises(ValueError, match="1 of 6 values are not finite"):
+        bootstrap_mean(torch.tensor([0, 0, 0, 0, 0, float("nan")]), range(6))
+    with pytest.raises(ValueError, match="confidence must lie between 0 and 1, got 95"):
+        bootstrap_mean(values, range(6), confidence=95)
+    with pytest.raises(ValueError, match="num_resamples must be at least 100"):
+        bootstrap_mean(values, range(6), num_resamples=10)
+    with pytest.raises(ValueError, match="at least 2 of them, got 1"):
+        bootstrap_statistic(lambda prompts: 0.0, 1)
+    with pytest.raises(ValueError, match="not finite"):
+        bootstrap_statistic(lambda prompts: float("nan"), 5)
+
+
+def test_frechet_closed_forms():
+    """Catches a missing square, a missing factor 2 and covariances divided by the wrong count."""
+    x = torch.randn(40, 6, dtype=torch.float64)
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-8)
+    shift = torch.arange(6.0).double()
+    assert frechet_distance(x + shift, x) == pytest.approx(shift.square().sum().item(), rel=1e-9)
+    centre = x.mean(dim=0)
+    spread = x.var(dim=0).sum().item()
+    assert frechet_distance(centre + 3 * (x - centre), x) == pytest.approx(4 * spread, rel=1e-9)
+
+
+@pytest.mark.parametrize("count", [30, 5])
+def test_frechet_matches_scipy(count):
+    """Catches a root of the wrong product; with fewer clips than dimensions the covariances are singular."""
+    x, y = torch.randn(count, 6).double(), 0.5 + 2 * torch.randn(25, 6).double()
+    expected = oracles.frechet_distance(x.numpy(), y.numpy())
+    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("kernel", ["rbf", "polynomial"])
+def test_mmd_matches_the_loop(kernel):
+    """Catches the biased estimate (diagonals kept) and the bandwidth of the wrong set."""
+    x, y = torch.randn(7, 3, dtype=torch.float64), 1 + torch.randn(8, 3, dtype=torch.float64)
+    bandwidth = oracles.median_distance(y.numpy())
+    functions = {"rbf": lambda a, b: oracles.rbf(a, b, bandwidth), "polynomial": oracles.polynomial}
+    expected = oracles.mmd(x.numpy(), y.numpy(), functions[kernel])
+    assert mmd(x, y, kernel) == pytest.approx(expected, rel=1e-10)
+
+
+def test_mmd_is_unbiased():
+    """Catches any bias: over all samples of two and two out of three points, the mean is the true MMD²."""
+    points = np.array([[0.0, 1.0], [2.0, 0.5], [-1.0, 3.0]])
+    p, q = np.array([0.5, 0.3, 0.2]), np.array([0.1, 0.2, 0.7])
+    gram = np.array([[oracles.rbf(a, b, 1.5) for b in points] for a in points])
+    exact = (p - q) @ gram @ (p - q)
+    mean = 0.0
+    for a, b, c, d in itertools.product(range(3), repeat=4):
+        value = mmd(torch.tensor(points[[a, b]]), torch.tensor(points[[c, d]]), bandwidth=1.5)
+        mean += p[a] * p[b] * q[c] * q[d] * value
+    assert mean == pytest.approx(exact, rel=1e-10)
+
+
+def test_bad_sets_are_named():
+    """Catches embeddings of two encoders, sets of one, NaN, and a reference without any spread."""
+    x = torch.randn(4, 3)
+    for function in (frechet_distance, mmd):
+        with pytest.raises(ValueError, match="size 3 against a reference of size 2"):
+            function(x, x[:, :2])
+        with pytest.raises(ValueError, match="reference needs at least 2 rows, got 1"):
+            function(x, x[:1])
+        with pytest.raises(ValueError, match="embeddings holds values that are not finite"):
+            function(x / 0, x)
+    with pytest.raises(ValueError, match=r"bandwidth must be finite and above 0, got 0\.0"):
+        mmd(x, torch.ones(4, 3))
+    with pytest.raises(ValueError, match="got 'linear'"):
+        mmd(x, x, "linear")
+
+
+def test_front_and_hypervolume_match_brute_force():
+    """Catches dominated points kept, ties dropped, and strips counted twice."""
+    generator = np.random.default_rng(4)
+    for count in (1, 2, 5, 12):
+        points = generator.integers(-2, 7, size=(count, 2)).astype(float)
+        assert pareto_front(torch.from_numpy(points)).tolist() == oracles.pareto_front(points.tolist())
+        expected = oracles.hypervolume(points.tolist(), (0.0, 1.0))
+        assert hypervolume(torch.from_numpy(points), (0.0, 1.0)) == pytest.approx(expected, abs=1e-12)
+    three = torch.from_numpy(generator.integers(0, 4, size=(20, 3)))
+    assert pareto_front(three).tolist() == oracles.pareto_front(three.tolist())
+    assert hypervolume(torch.empty(0, 2), (0, 0)) == 0
+
+
+def test_bad_points_are_named():
+    """Catches a failed system (NaN) that would be drawn on the front."""
+    with pytest.raises(ValueError, match="point 1 is NaN"):
+        pareto_front(torch.tensor([[0.0, 1], [float("nan"), 2]]))
+    with pytest.raises(ValueError, match="NaN"):
+        hypervolume(torch.tensor([[float("nan"), 2]]), (0, 0))
+    with pytest.raises(ValueError, match=r"points \[C, 2\] and reference \[2\]"):
+        hypervolume(torch.zeros(3, 3), (0, 0))
+
+
+def test_win_rate():
+    """Catches ties that count as losses."""
+    assert win_rate(3, 2, 1) == pytest.approx(4 / 6)
+    assert win_rate(0, 5, 0) == 0.5
+    for counts in ((0, 0, 0), (3, -1, 1)):
+        with pytest.raises(ValueError, match="need votes"):
+            win_rate(*counts)
