@@ -217,7 +217,8 @@ class CFGDiversityConfig(RLOOConfig):
             raise ValueError("diversity_coef and distillation_coef are both 0: there is nothing to train")
         if self.rollout_source == "teacher" and self.diversity_coef > 0:
             raise ValueError(
-                f"diversity_coef={self.diversity_coef} with rollout_source='teacher': no clip is the student's "
+                f"diversity_coef={self.diversity_coef} with rollout_source='teacher': no clip is the "
+                "student's "
                 "own, so there is no policy gradient; use 'student' or 'mix', or set diversity_coef=0"
             )
 
@@ -225,8 +226,10 @@ class CFGDiversityConfig(RLOOConfig):
         """Whole prompt groups on every process: a reward function sees the clips of one process."""
         if self.diversity_coef > 0 and self.num_generations < 3:
             raise ValueError(
-                f"num_generations={self.num_generations}: the diversity reward needs at least 3 clips per prompt "
-                "(with 2 both earn the same, and the baseline cancels them); raise it, or set diversity_coef=0"
+                f"num_generations={self.num_generations}: the diversity reward needs at least 3 clips per "
+                "prompt "
+                "(with 2 both earn the same, and the baseline cancels them); raise it, or set "
+                "diversity_coef=0"
             )
         local = self.per_device_train_batch_size * self.steps_per_generation
         if local % self.num_generations:

@@ -1,9 +1,11 @@
 """Reward functions for the trainer, called as TRL calls any reward function, with audio instead of text.
 
-    reward(prompts=…, completions=…, num_generations=…, sampling_rate=…, codes=…, waveforms=…, **columns) -> list[float]
+    reward(prompts=…, completions=…, num_generations=…, sampling_rate=…, codes=…, waveforms=…, **columns) ->
+    list[float]
 
-`completions` holds one waveform per clip (one grid of codes when nothing asked for audio). The rows of a prompt are
-adjacent and complete. A function that declares `reads = "codes"` spares the decoding when no other wants audio.
+`completions` holds one waveform per clip (one grid of codes when nothing asked for audio). The rows of a
+prompt are adjacent and complete. A function that declares `reads = "codes"` spares the decoding when no other
+wants audio.
 """
 
 import math
@@ -55,7 +57,8 @@ class DiversityReward:
             inputs = torch.stack(list(completions))
         if len(inputs) % num_generations or num_generations < 2:
             raise ValueError(
-                f"DiversityReward got {len(inputs)} clips in groups of {num_generations}: it needs whole groups of at "
+                f"DiversityReward got {len(inputs)} clips in groups of {num_generations}: it needs whole "
+                "groups of at "
                 "least 2 clips per prompt"
             )
         self.embeddings = embed_clips(self.embedder, inputs, sampling_rate)
@@ -88,7 +91,8 @@ def embed_clips(embedder: Embedder, inputs: Tensor, sampling_rate: int) -> Tenso
     name = getattr(embedder, "name", type(embedder).__name__)
     if embeddings.ndim != 2 or len(embeddings) != len(inputs):
         raise ValueError(
-            f"embedder {name!r} returned shape {tuple(embeddings.shape)} for {len(inputs)} clips; it must return [B, D]"
+            f"embedder {name!r} returned shape {tuple(embeddings.shape)} for {len(inputs)} clips; it must "
+            "return [B, D]"
         )
     embeddings = embeddings.float()
     broken = ~torch.isfinite(embeddings).all(dim=1)
@@ -130,7 +134,8 @@ def checked(
 ) -> Callable:
     """Wrap a reward function: hand it the audio `context`, and refuse non-finite rewards by name.
 
-    TRL turns None into NaN and then drops NaN from the sum, so a broken reward would silently train something else.
+    TRL turns None into NaN and then drops NaN from the sum, so a broken reward would silently train something
+    else.
     """
 
     def verified(rewards: Any) -> list[float | None]:
@@ -139,7 +144,8 @@ def checked(
             if reward is not None and not math.isfinite(reward):
                 prompt = prompts[index] if index < len(prompts) else "?"
                 raise ValueError(
-                    f"reward function {name!r} returned {reward} for clip {index} (prompt {prompt!r}); return None if "
+                    f"reward function {name!r} returned {reward} for clip {index} (prompt {prompt!r}); "
+                    "return None if "
                     "it does not apply, or fix the function"
                 )
         return rewards

@@ -156,7 +156,8 @@ class Advantages:
         return advantages / self.student_share, metrics
 
     def reward_metrics(self, rewards: Tensor, num_generations: int) -> dict[str, float]:
-        """Mean diversity and its variance within prompts, which says what the policy gradient has to work with."""
+        """Mean diversity and its variance within prompts, which says what the policy gradient has to work
+        with."""
         metrics: dict[str, float] = {}
         for index, pairwise in enumerate(self.pairwise):
             if pairwise:
@@ -168,7 +169,7 @@ class Advantages:
 
 
 def _leave_one_out(rewards: Tensor) -> Tensor:
-    """Leave-one-out advantages [P, G]; a clip without a reward (NaN) gets none and does not count for others."""
+    """Leave-one-out advantages [P, G]; a clip without a reward (NaN) has none and counts for no other."""
     missing = rewards.isnan()
     if not bool(missing.any()):
         return leave_one_out_advantages(rewards)

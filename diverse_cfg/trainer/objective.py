@@ -1,8 +1,9 @@
-"""The objective inside the policy's forward pass: student hidden states → distillation and policy-gradient loss.
+"""The objective inside the policy's forward pass: student hidden states → distillation and policy-gradient
+loss.
 
-The loss starts from hidden states and is computed where distributed wrappers expect all of a model's work to happen,
-inside its `forward`. So `route_forward` teaches a MusicGen one more way to be called, `model(run=function)`, and
-`student_terms` is the function that the trainer hands it.
+The loss starts from hidden states and is computed where distributed wrappers expect all of a model's work to
+happen, inside its `forward`. So `route_forward` teaches a MusicGen one more way to be called,
+`model(run=function)`, and `student_terms` is the function that the trainer hands it.
 """
 
 import functools
@@ -41,7 +42,8 @@ class LossBatch:
         condition: N rows.
         teacher: guided hidden states for these codes; None computes log-probs and entropies only.
         divergence_weight: u of the chunked loss, distillation coefficient / number of codes.
-        advantages: A per code, coefficients and estimators already applied [N, K, T]; None is pure distillation.
+        advantages: A per code, coefficients and estimators already applied [N, K, T]; None is pure
+            distillation.
         old_logps: log-probs under the policy that sampled [N, K, T]; None on the strictly on-policy path.
     """
 
@@ -78,8 +80,8 @@ def student_terms(
         model: the policy, within its own forward pass.
         batch: the clips and what they earned.
         settings: of the loss.
-        probe: also return the distillation and the policy-gradient loss as two scalars on the same graph, so that
-            their gradients can be measured apart.
+        probe: also return the distillation and the policy-gradient loss as two scalars on the same graph, so
+            that their gradients can be measured apart.
     """
     hidden = code_hidden_states(model, batch.codes, batch.condition)
     heads = head_weights(model)

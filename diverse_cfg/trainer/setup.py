@@ -1,7 +1,8 @@
-"""Before the first step: the policy, its configuration, the data and the rewards, each checked where it enters.
+"""Before the first step: the policy, its configuration, the data and the rewards, each checked where it
+enters.
 
-MusicGen looks to TRL and transformers like a text model with a strange configuration. `TrainerFacingConfig` and
-`TokenIds` keep their text habits off it, without changing what is saved.
+MusicGen looks to TRL and transformers like a text model with a strange configuration. `TrainerFacingConfig`
+and `TokenIds` keep their text habits off it, without changing what is saved.
 """
 
 import copy
@@ -43,8 +44,9 @@ _NO_LIMIT = 10**6
 class TrainerFacingConfig(MusicgenConfig):
     """A MusicGen configuration that can be asked for "the" text configuration.
 
-    MusicGen has two candidates and refuses to choose, while TRL and transformers read it and write T5's token ids into
-    it. They get a throw-away copy of the decoder's. Saved, this is an ordinary MusicGen configuration.
+    MusicGen has two candidates and refuses to choose, while TRL and transformers read it and write T5's token
+    ids into it. They get a throw-away copy of the decoder's. Saved, this is an ordinary MusicGen
+    configuration.
     """
 
     def get_text_config(self, *_: Any, **__: Any):
@@ -54,14 +56,16 @@ class TrainerFacingConfig(MusicgenConfig):
 def prepare_policy(
     model: str | os.PathLike | nn.Module, args: CFGDiversityConfig
 ) -> MusicgenForConditionalGeneration:
-    """Load or take the policy: float32, no dropout, encoders frozen, generation settings of a distilled model.
+    """Load or take the policy: float32, no dropout, encoders frozen, generation settings of a distilled
+    model.
 
     Raises:
         ValueError: a `PeftModel`, or whatever `load_policy` refuses.
     """
     if isinstance(model, PeftModel):
         raise ValueError(
-            "model is a ready-made PeftModel, of which TRL would add a second adapter as reference: pass the base model "
+            "model is a ready-made PeftModel, of which TRL would add a second adapter as reference: pass the "
+            "base model "
             "and peft_config=LoraConfig(...) (merge an adapter that you want to continue from first)"
         )
     if isinstance(model, nn.Module):
@@ -73,7 +77,8 @@ def prepare_policy(
     policy.audio_encoder.float()
     policy.config.__class__ = TrainerFacingConfig
     if args.device.type == "cpu":
-        # At clip lengths of a CPU run, fused attention's backward pass is twice as slow as plain matrix products.
+        # At clip lengths of a CPU run, fused attention's backward pass is twice as slow as plain matrix
+        # products.
         policy.decoder.set_attn_implementation("eager")
     return policy
 
@@ -88,7 +93,8 @@ def base_model_name(model: str | os.PathLike | nn.Module) -> str | None:
 def restore_token_ids(
     policy: MusicgenForConditionalGeneration, sampling: dict[str, Any] | None = None
 ) -> None:
-    """Write MusicGen's special token wherever a text trainer put T5's; guidance is 1.0, since the student has it inside.
+    """Write MusicGen's special token wherever a text trainer put T5's; guidance is 1.0, since the student has
+    it inside.
 
     With T5's ids `generate` would take code 0 for padding, and the saved model would carry the fault.
     """
@@ -109,19 +115,22 @@ def lora_config(peft_config: PeftConfig | None) -> PeftConfig | None:
     for flag, name in (("use_rslora", "rsLoRA"), ("use_dora", "DoRA")):
         if getattr(peft_config, flag, False):
             raise ValueError(
-                f"{flag}=True: merging is silently wrong with {name} adapters, so they are refused; use plain LoRA"
+                f"{flag}=True: merging is silently wrong with {name} adapters, so they are refused; use "
+                "plain LoRA"
             )
     peft_config = copy.deepcopy(peft_config)
     if peft_config.target_modules is None:
         peft_config.target_modules = list(LORA_TARGET_MODULES)
     if peft_config.target_modules == "all-linear":
         raise ValueError(
-            "target_modules='all-linear' would also adapt the frozen text encoder and the heads; leave it unset, or name "
+            "target_modules='all-linear' would also adapt the frozen text encoder and the heads; leave it "
+            "unset, or name "
             f"modules of the decoder: {', '.join(LORA_TARGET_MODULES)}"
         )
     if peft_config.lora_dropout:
         raise ValueError(
-            f"lora_dropout={peft_config.lora_dropout}: the policy that is sampled must be the one that is trained; set 0"
+            f"lora_dropout={peft_config.lora_dropout}: the policy that is sampled must be the one that is "
+            "trained; set 0"
         )
     return peft_config
 
@@ -169,16 +178,37 @@ def prompt_dataset(data: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> 
         data = Dataset.from_list(list(data))
     dataset = load_prompts(data)
     if len(dataset) == 0:
-        raise ValueError(f"{name} is empty: there is no prompt to train on")
+        raise ValueError(f"{name} is empty: it holds no prompt")
     limit = tokenizer.model_max_length
     if limit < _NO_LIMIT:
         lengths = [len(ids) for ids in tokenizer(list(dataset["prompt"]), truncation=False)["input_ids"]]
         longest = max(range(len(lengths)), key=lengths.__getitem__)
         if lengths[longest] > limit:
             raise ValueError(
-                f"{name}: prompt {longest} has {lengths[longest]} tokens, the text encoder takes {limit}: shorten it "
+                f"{name}: prompt {longest} has {lengths[longest]} tokens, the text encoder takes {limit}: "
+                "shorten it "
                 f"({dataset[longest]['prompt'][:60]!r}…)"
             )
+    return dataset
+
+
+def train_prompts(data: Any, tokenizer: PreTrainedTokenizerBase, args: CFGDiversityConfig) -> Any:
+    """The training prompts, enough of them to fill a generation batch.
+
+    Raises:
+        ValueError: none, or fewer than one rollout needs: TRL would drop them all and train nothing.
+    """
+    if data is None:
+        raise ValueError("train_dataset is required: a dataset, a file, or a list of prompts")
+    dataset = prompt_dataset(data, tokenizer, "train_dataset")
+    needed = args.generation_batch_size // args.num_generations
+    if not isinstance(dataset, IterableDataset) and len(dataset) < needed:
+        raise ValueError(
+            f"train_dataset has {len(dataset)} prompts, but one rollout takes {needed} "
+            "(generation_batch_size "
+            f"{args.generation_batch_size} / num_generations {args.num_generations}): add prompts or lower "
+            "the batch"
+        )
     return dataset
 
 
@@ -186,7 +216,8 @@ def check_reward_funcs(reward_funcs: Any, args: CFGDiversityConfig, base_model: 
     """The reward functions as a list, the default one if there is none.
 
     Raises:
-        ValueError: text reward models, an own weight for the diversity reward, or diversity without its reward.
+        ValueError: text reward models, an own weight for the diversity reward, or diversity without its
+            reward.
     """
     if reward_funcs is None:
         reward_funcs = [default_reward(args, base_model)] if args.diversity_coef > 0 else []
@@ -196,7 +227,8 @@ def check_reward_funcs(reward_funcs: Any, args: CFGDiversityConfig, base_model: 
         if isinstance(reward_func, str | PreTrainedModel):
             name = reward_func if isinstance(reward_func, str) else type(reward_func).__name__
             raise ValueError(
-                f"reward function {name!r} is a text reward model, and clips are audio: pass a callable that takes "
+                f"reward function {name!r} is a text reward model, and clips are audio: pass a callable that "
+                "takes "
                 "waveforms (see diverse_cfg.rewards)"
             )
         if not callable(reward_func):
@@ -204,7 +236,8 @@ def check_reward_funcs(reward_funcs: Any, args: CFGDiversityConfig, base_model: 
     pairwise = [is_pairwise(reward_func) for reward_func in reward_funcs]
     if args.diversity_coef > 0 and not any(pairwise):
         raise ValueError(
-            f"diversity_coef={args.diversity_coef} but no reward function measures diversity: add DiversityReward(...), "
+            f"diversity_coef={args.diversity_coef} but no reward function measures diversity: add "
+            "DiversityReward(...), "
             "or set diversity_coef=0"
         )
     for weight, is_diversity in zip(args.reward_weights or [], pairwise, strict=False):

@@ -1,6 +1,13 @@
-"""What a run remembers besides weights and optimiser: averaged weights, and clips that are still to be trained on.
+"""What a run remembers besides weights and optimiser, written beside a checkpoint's other files as
+safetensors.
 
-Everything is written as safetensors beside the checkpoint's other files, so that a killed run continues exactly.
+| file | content |
+|---|---|
+| `averaged_weights.safetensors` | the moving average of the trained weights |
+| `diversity_state.safetensors` | micro-batch counter, prefix regression, running gradient norm |
+| `rollout_buffer_R.safetensors` | clips of process R that were sampled and are still to be trained on |
+
+With these a killed run continues exactly, also when it was saved between two updates on the same clips.
 """
 
 import os
@@ -14,6 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 AVERAGE_FILE = "averaged_weights.safetensors"
+STATE_FILE = "diversity_state.safetensors"
+BUFFER_FILE = "rollout_buffer_{rank}.safetensors"
 
 
 class WeightAverage:
@@ -21,8 +30,8 @@ class WeightAverage:
 
     Args:
         model: whose trainable parameters are averaged.
-        decay: of the average; in the first steps it is smaller, (1 + t) / (10 + t), so that the initial weights do not
-            linger in short runs.
+        decay: of the average; in the first steps it is smaller, (1 + t) / (10 + t), so that the initial
+            weights do not linger in short runs.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -57,7 +66,7 @@ class WeightAverage:
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write the averages into a checkpoint folder."""
-        tensors = {name: average.contiguous().cpu() for name, average in self.averages.items()}
+        tensors = {name: average.cpu() for name, average in self.averages.items()}
         write_tensors(Path(folder) / AVERAGE_FILE, tensors, {"updates": str(self.updates)})
 
     def load(self, folder: str | os.PathLike) -> None:
@@ -81,14 +90,39 @@ class WeightAverage:
         self.updates = int(metadata["updates"])
 
 
+def save_buffer(folder: str | os.PathLike, rank: int, batches: list[dict[str, Tensor]]) -> None:
+    """Write the micro-batches of a generation block that is still open."""
+    tensors = {
+        f"{index}/{key}": value.cpu() for index, batch in enumerate(batches) for key, value in batch.items()
+    }
+    write_tensors(Path(folder) / BUFFER_FILE.format(rank=rank), tensors, {"batches": str(len(batches))})
+
+
+def load_buffer(folder: str | os.PathLike, rank: int, device: torch.device) -> list[dict[str, Tensor]] | None:
+    """The micro-batches that `save_buffer` wrote; None if no block was open."""
+    path = Path(folder) / BUFFER_FILE.format(rank=rank)
+    if not path.is_file():
+        return None
+    tensors, metadata = read_tensors(path)
+    batches: list[dict[str, Tensor]] = [{} for _ in range(int(metadata["batches"]))]
+    for name, value in tensors.items():
+        index, key = name.split("/", 1)
+        batches[int(index)][key] = value.to(device)
+    return batches
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file so that a reader finds all of it or nothing."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+    # Clones: safetensors refuses tensors that share memory, as slices of one batch do.
+    save_file(
+        {name: tensor.clone().contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata
+    )
     os.replace(temporary, path)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file."""
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+        names, metadata = list(file.keys()), dict(file.metadata() or {})
+        return {name: file.get_tensor(name) for name in names}, metadata

@@ -1,7 +1,7 @@
 """The teacher: the frozen initial policy, guided.
 
-With LoRA it is the student itself with its adapters disabled, so no second copy exists. With full weights it is a
-frozen copy of the decoder that shares the (frozen) text encoder and codec with the student.
+With LoRA it is the student itself with its adapters disabled, so no second copy exists. With full weights it
+is a frozen copy of the decoder that shares the (frozen) text encoder and codec with the student.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from diverse_cfg.types import TextCondition
 
 
 def frozen_copy(model: MusicgenForConditionalGeneration) -> MusicgenForConditionalGeneration:
-    """Copy of the decoder (and the projection into it), without gradients; text encoder and codec are shared."""
+    """Copy of the decoder and its projection, without gradients; text encoder and codec are shared."""
     shared = {id(module): module for module in (model.text_encoder, model.audio_encoder)}
     teacher = copy.deepcopy(model, memo=shared)
     return teacher.requires_grad_(False).eval()
@@ -31,14 +31,16 @@ def share_encoders(
     """Make a separately loaded teacher use the student's text encoder and codec.
 
     Raises:
-        ValueError: the two do not agree on codes, text or codec, so that no divergence between them is defined.
+        ValueError: the two do not agree on codes, text or codec, so that no divergence between them is
+            defined.
     """
     for part in ("text_encoder", "audio_encoder"):
         theirs, ours = getattr(teacher, part).state_dict(), getattr(student, part).state_dict()
         same = theirs.keys() == ours.keys() and all(torch.equal(theirs[k].cpu(), ours[k].cpu()) for k in ours)
         if not same:
             raise ValueError(
-                f"teacher_model has another {part} than the model that is trained: it must be a checkpoint of the "
+                f"teacher_model has another {part} than the model that is trained: it must be a checkpoint "
+                "of the "
                 "same base"
             )
         setattr(teacher, part, getattr(student, part))
@@ -61,7 +63,8 @@ def stack_conditions(first: TextCondition, second: TextCondition) -> TextConditi
 
 
 class Teacher:
-    """π_γ,θ0: guided hidden states for the loss, and the policy that samples when clips come from the teacher.
+    """π_γ,θ0: guided hidden states for the loss, and the policy that samples when clips come from the
+    teacher.
 
     Args:
         model: the frozen copy; or, with LoRA, the `PeftModel` whose disabled adapters leave θ0.

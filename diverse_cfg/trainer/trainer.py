@@ -1,38 +1,41 @@
 """`CFGDiversityTrainer`: prompts → rollout → teacher → distillation loss + diversity reward → update.
 
-TRL's `RLOOTrainer` brings prompt groups, reward functions, accumulation, distribution, checkpoints and logging. It knows
-one stream of text tokens, so a clip's codes [K, T] travel through it flattened *time-major* to T·K "completion ids";
-TRL only pads, shuffles, splits and counts that stream and hands it back to the few methods below, which fold it again.
-Only real codes are stored: no end token, no padding, no delay pattern.
+TRL's `RLOOTrainer` brings prompt groups, reward functions, accumulation, distribution, checkpoints and
+logging. It knows one stream of text tokens, so a clip's codes [K, T] travel through it flattened *time-major*
+to T·K "completion ids"; TRL only pads, shuffles, splits and counts that stream and hands it back to the few
+methods below, which fold it again. Only real codes are stored: no end token, no padding, no delay pattern.
 
-Left out on purpose: a sequence-level importance ratio (meaningless over thousands of codes: ratios are per code), a
-reference model (the teacher is the anchor), and the second forward pass for old log-probs where they equal the new ones.
+Left out on purpose: a sequence-level importance ratio (meaningless over thousands of codes: ratios are per
+code), a reference model (the teacher is the anchor), and the second forward pass for old log-probs where they
+equal the new ones.
 """
 
 import contextlib
 import functools
 import hashlib
-import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import is_peft_model
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import RLOOTrainer
 from trl.trainer.utils import is_async_callable
 
+from diverse_cfg.callbacks import AudioSamplesCallback, EvaluationClip, RewardHackingAlarm, peak_memory_gb
 from diverse_cfg.config import CFGDiversityConfig
-from diverse_cfg.musicgen.policy import encode_text, frame_rate, load_policy, load_processor, unwrap
+from diverse_cfg.embeddings import load_embedder
+from diverse_cfg.functional.diversity import diversity_reward
+from diverse_cfg.musicgen.policy import encode_text, load_policy, load_processor, unwrap
 from diverse_cfg.musicgen.rollout import RolloutWeights, decode_codes, sample_codes
 from diverse_cfg.rewards import checked, embed_clips, is_pairwise, reads_waveforms
-from diverse_cfg.trainer import saving, setup
+from diverse_cfg.trainer import setup
 from diverse_cfg.trainer.advantages import Advantages, PrefixBaseline
+from diverse_cfg.trainer.checkpointing import Checkpointing
 from diverse_cfg.trainer.objective import (
     LossBatch,
     LossSettings,
@@ -40,35 +43,33 @@ from diverse_cfg.trainer.objective import (
     student_terms,
     term_gradient_norms,
 )
-from diverse_cfg.trainer.state import WeightAverage
 from diverse_cfg.trainer.teacher import Teacher, frozen_copy, share_encoders
 from diverse_cfg.types import Rollout, TextCondition
 
-logger = logging.getLogger(__name__)
 
-
-class CFGDiversityTrainer(RLOOTrainer):
+class CFGDiversityTrainer(Checkpointing, RLOOTrainer):
     """Diversity-rewarded CFG distillation of MusicGen (arXiv 2410.06084), with TRL's interface.
 
     Args:
         model: Hub id, folder, or `MusicgenForConditionalGeneration`. It is the student's start and, unless
             `args.teacher_model` says otherwise, the teacher θ0.
-        reward_funcs: callables with TRL's reward interface (see `diverse_cfg.rewards`), sync or async. None takes
-            `DiversityReward` with the shipped encoder (nano base) or CLAP.
+        reward_funcs: callables with TRL's reward interface (see `diverse_cfg.rewards`), sync or async. None
+            takes `DiversityReward` with the shipped encoder (nano base) or CLAP.
         args: a `CFGDiversityConfig`.
         train_dataset: prompts: a dataset with a `prompt` column, a list of texts, a file, or a Hub id.
         eval_dataset: the same, or a dict of them.
-        processing_class: the model's `MusicgenProcessor` or its tokenizer; needed when `model` is a live model that
-            does not remember its folder.
+        processing_class: the model's `MusicgenProcessor` or its tokenizer; needed when `model` is a live
+            model that does not remember its folder.
         callbacks: further callbacks.
         optimizers: optimiser and scheduler, as in transformers.
         peft_config: a `LoraConfig`; its default targets are the decoder's own projections.
 
     Raises:
-        ValueError: whatever cannot work is refused here, before the first step, naming the option and the remedy.
+        ValueError: whatever cannot work is refused here, before the first step, naming the option and the
+            remedy.
     """
 
-    _tag_names = ["diverse-cfg", "trl", "musicgen", "arxiv:2410.06084"]
+    _tag_names: ClassVar[list[str]] = ["diverse-cfg", "trl", "musicgen", "arxiv:2410.06084"]
     _name = "Diversity-Rewarded CFG Distillation"
 
     def __init__(
@@ -108,7 +109,7 @@ class CFGDiversityTrainer(RLOOTrainer):
             model=policy,
             reward_funcs=reward_funcs,
             args=args,
-            train_dataset=setup.prompt_dataset(train_dataset, tokenizer, "train_dataset"),
+            train_dataset=setup.train_prompts(train_dataset, tokenizer, args),
             eval_dataset=setup.prompt_dataset(eval_dataset, tokenizer, "eval_dataset"),
             processing_class=tokenizer,
             callbacks=callbacks,
@@ -122,7 +123,8 @@ class CFGDiversityTrainer(RLOOTrainer):
         self._teacher = self._guided_teacher(frozen, tokenizer)
         self._prepare_run(policy)
 
-    # ---- construction -----------------------------------------------------------------------------------------
+    # ---- construction
+    # -----------------------------------------------------------------------------------------
 
     @staticmethod
     def _separate_teacher(policy, args: CFGDiversityConfig, lora: bool):
@@ -160,12 +162,24 @@ class CFGDiversityTrainer(RLOOTrainer):
             channels = policy.config.decoder.audio_channels
             prefix = PrefixBaseline(self._num_frames, args.prefix_lambda, channels, self.accelerator.reduce)
         self._advantages = Advantages(args, self.reward_funcs, self.reward_weights, prefix)
-        self._average = WeightAverage(self.model, args.ema_decay) if args.ema_decay > 0 else None
         self._rollout: Rollout | None = None
         self._pending: dict[str, Any] = {}
         self._evaluation_batch = 0
         self._generation_seconds = 0.0
-        self.add_callback(_Housekeeping(self))
+        self._prepare_callbacks()
+
+    def _prepare_callbacks(self) -> None:
+        args = self.args
+        self._monitor = load_embedder(args.monitor_embedder) if args.monitor_embedder else None
+        self._evaluation_clips: list[EvaluationClip] = []
+        self._prepare_checkpointing()
+        if args.audio_samples and self.eval_dataset is not None:
+            self.add_callback(AudioSamplesCallback(lambda: self._evaluation_clips))
+        if args.alarms and self.eval_dataset is not None:
+            named = zip(self.reward_func_names, self.reward_funcs, strict=True)
+            self.add_callback(
+                RewardHackingAlarm([name for name, function in named if not is_pairwise(function)])
+            )
 
     @property
     def _on_policy(self) -> bool:
@@ -231,7 +245,7 @@ class CFGDiversityTrainer(RLOOTrainer):
         return torch.cat(codes)
 
     def _teacher_rows(self, num_rows: int) -> Tensor:
-        """Rows whose clips the teacher plays: whole prompts, evenly spread, the same for any number of processes."""
+        """Rows that the teacher plays: whole prompts, evenly spread, for any number of processes."""
         args, device = self.args, self.accelerator.device
         share = {"student": 0.0, "teacher": 1.0, "mix": args.teacher_fraction}[args.rollout_source]
         local = num_rows // self.num_generations
@@ -245,7 +259,8 @@ class CFGDiversityTrainer(RLOOTrainer):
         return self._step // (self.args.steps_per_generation * self.num_iterations)
 
     def _noise_seed(self, training: bool) -> int:
-        """Seed of this rollout: with a clip's global index it fixes the clip, whatever the batch or process count.
+        """Seed of this rollout: with a clip's global index it fixes the clip, whatever the batch or process
+        count.
 
         Every evaluation hears the same noise, so that its curves differ by the policy alone.
         """
@@ -257,22 +272,23 @@ class CFGDiversityTrainer(RLOOTrainer):
     # ---- rewards -----------------------------------------------------------------------------------------
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        """Hand the reward functions audio, group size and sampling rate; returns the gathered rewards [N, F]."""
+        """Hand the reward functions audio, group size and sampling rate; gathered rewards [N, F]."""
         started = time.perf_counter()
         rollout, mode = self._rollout, "train" if self.model.training else "eval"
         assert rollout is not None
-        if not self.reward_funcs:
-            self._pending["rewards"] = torch.zeros(len(prompts), 0)
-            return self.accelerator.gather(torch.zeros(len(prompts), 1, device=self.accelerator.device))
-        waveforms = None
-        if any(reads_waveforms(reward_func) for reward_func in self.reward_funcs):
-            waveforms = decode_codes(unwrap(self.model), rollout.codes)
+        num_generations = self.num_generations if mode == "train" else self.num_generations_eval
+        waveforms = self._waveforms(mode)
         context = {
-            "num_generations": self.num_generations if mode == "train" else self.num_generations_eval,
+            "num_generations": num_generations,
             "sampling_rate": rollout.sampling_rate,
             "codes": rollout.codes,
             "waveforms": waveforms,
         }
+        if mode == "eval":
+            self._watch(prompts, waveforms, num_generations)
+        if not self.reward_funcs:
+            self._pending["rewards"] = torch.zeros(len(prompts), 0)
+            return self.accelerator.gather(torch.zeros(len(prompts), 1, device=self.accelerator.device))
         clips = list(rollout.codes if waveforms is None else waveforms)
         reward_funcs = self.reward_funcs
         self.reward_funcs = [
@@ -289,6 +305,32 @@ class CFGDiversityTrainer(RLOOTrainer):
         self._pending["rewards"] = rewards[local]
         self._log_time(mode, "reward", started)
         return rewards
+
+    def _waveforms(self, mode: str) -> Tensor | None:
+        """Audio of the rollout [N, L] or [N, 2, L] if anything listens: decoding costs time."""
+        rollout = self._rollout
+        assert rollout is not None
+        listens = any(reads_waveforms(reward_func) for reward_func in self.reward_funcs)
+        if mode == "eval":
+            listens = listens or getattr(self._monitor, "reads", None) == "waveforms"
+            listens = listens or len(self._evaluation_clips) < self.args.audio_samples
+        return decode_codes(unwrap(self.model), rollout.codes) if listens else None
+
+    def _watch(self, prompts: list[str], waveforms: Tensor | None, num_generations: int) -> None:
+        """At an evaluation: distance under the second encoder, and a few clips to listen to."""
+        rollout = self._rollout
+        assert rollout is not None
+        self._metrics["eval"]["clips"].append(float(self.accelerator.num_processes * len(prompts)))
+        if self._monitor is not None and num_generations > 1:
+            inputs = rollout.codes if self._monitor.reads == "codes" else waveforms
+            embeddings = embed_clips(self._monitor, inputs, rollout.sampling_rate)
+            rewards = diversity_reward(embeddings.unflatten(0, (-1, num_generations)))
+            self._log_means("eval", {"reward/monitor_diversity": rewards.mean()})
+        if waveforms is not None:
+            wanted = self.args.audio_samples - len(self._evaluation_clips)
+            for row in list(range(0, len(prompts), num_generations))[: max(wanted, 0)]:
+                clip = EvaluationClip(prompts[row], waveforms[row].cpu(), rollout.sampling_rate)
+                self._evaluation_clips.append(clip)
 
     def _embed_codes(self, codes: Tensor) -> Tensor:
         """Embeddings of beginnings of clips under the diversity reward's encoder."""
@@ -414,72 +456,14 @@ class CFGDiversityTrainer(RLOOTrainer):
         """Seconds since `started`, of this process; on a GPU, kernels still queued count for a later part."""
         self._metrics[mode][f"time/{name}"].append(time.perf_counter() - started)
 
-    # ---- loop -----------------------------------------------------------------------------------------
-
-    def train(self, *args, **kwargs):
-        """As `Trainer.train`; the tokenizer is out of sight, or transformers would write its ids over MusicGen's."""
-        with self._without_tokenizer():
-            return super().train(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def _without_tokenizer(self) -> Iterator[None]:
-        tokenizer, self.processing_class = self.processing_class, None
-        try:
-            yield
-        finally:
-            self.processing_class = tokenizer
-
     def training_step(self, model, inputs, num_items_in_batch=None):
+        """As TRL's, timed without the rollout that it may contain."""
         self._generation_seconds = 0.0
         started = time.perf_counter()
         loss = super().training_step(model, inputs, num_items_in_batch)
         update = time.perf_counter() - started - self._generation_seconds
-        self._metrics["train"]["time/forward_backward"].append(update)
-        if self.accelerator.device.type == "cuda":
-            self._metrics["train"]["memory/peak_gb"].append(torch.cuda.max_memory_allocated() / 2**30)
+        self._metrics["train"]["time/update"].append(update)
+        peak = peak_memory_gb(self.accelerator.device)
+        if peak is not None:
+            self._metrics["train"]["memory/peak_gb"].append(peak)
         return loss
-
-    def evaluate(self, *args, **kwargs):
-        """As `Trainer.evaluate`, with the averaged weights if there are any, and the same noise every time."""
-        self._evaluation_batch = 0
-        with self._averaged_weights():
-            return super().evaluate(*args, **kwargs)
-
-    def _averaged_weights(self):
-        return self._average.applied() if self._average is not None else contextlib.nullcontext()
-
-    # ---- saving -----------------------------------------------------------------------------------------
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the student: the averaged weights if there are any. Checkpoints (an internal call) hold the raw ones."""
-        with contextlib.nullcontext() if _internal_call else self._averaged_weights():
-            super().save_model(output_dir, _internal_call)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        output_dir = output_dir or self.args.output_dir
-        with self._without_tokenizer():
-            super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            policy = unwrap(self.model)
-            seconds = self._num_frames / frame_rate(policy)
-            provenance = saving.student_provenance(
-                self.args, self._base_model, self._sampling, self.state.global_step, seconds
-            )
-            saving.write_companions(output_dir, policy, self._processor, provenance)
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Not TRL's: its template calls the model a text generator."""
-
-
-class _Housekeeping(TrainerCallback):
-    """The trainer's own events: token ids after transformers touched them, and the average of the weights."""
-
-    def __init__(self, trainer: CFGDiversityTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        setup.restore_token_ids(unwrap(self.trainer.model), self.trainer._sampling)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.trainer._average is not None:
-            self.trainer._average.update()

@@ -1,0 +1,227 @@
+"""The loop's memory: averaged weights, what a checkpoint holds, and the folder that is saved at the end."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import RLOOTrainer
+from trl.trainer.utils import RepeatSampler
+
+from diverse_cfg.callbacks import AdaptiveClipCallback
+from diverse_cfg.musicgen.policy import frame_rate, unwrap
+from diverse_cfg.provenance import Provenance, write_provenance
+from diverse_cfg.trainer import setup
+from diverse_cfg.trainer.state import (
+    STATE_FILE,
+    WeightAverage,
+    load_buffer,
+    read_tensors,
+    save_buffer,
+    write_tensors,
+)
+
+if TYPE_CHECKING:
+    from diverse_cfg.config import CFGDiversityConfig
+
+
+class EpochSampler(RepeatSampler):
+    """TRL's sampler with an order that depends on the epoch's number, not on how many were drawn before.
+
+    A run that is resumed in its second epoch then sees the prompts that it would have seen.
+    """
+
+    def __init__(self, *args, epoch, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.epoch = epoch
+
+    def __iter__(self):
+        if self.shuffle:
+            self.generator.manual_seed((self.seed or 0) + 1_000_003 * self.epoch())
+        return super().__iter__()
+
+
+class Checkpointing(RLOOTrainer):
+    """Base of the trainer: training loop, evaluation, saving and resuming around the objective."""
+
+    args: "CFGDiversityConfig"
+
+    def _prepare_checkpointing(self) -> None:
+        self._average: WeightAverage | None = None
+        self._resume_from: str | None = None
+        self._adaptive_clip: AdaptiveClipCallback | None = None
+        if self.args.adaptive_clip is not None:
+            clip = AdaptiveClipCallback(self.args.adaptive_clip, self._clip_gradient)
+            self._adaptive_clip = clip
+            self.add_callback(clip)
+        self.add_callback(_Housekeeping(self))
+
+    def _clip_gradient(self, limit: float):
+        return self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+
+    # ---- loop -------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As `Trainer.train`; a resumed run continues exactly, also between two updates on the same clips."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"resume_from_checkpoint=True, but {self.args.output_dir} holds no checkpoint"
+                )
+        self._resume_from = resume_from_checkpoint or None
+        # Out of transformers' sight, or it would write the tokenizer's ids over MusicGen's.
+        with self._without_tokenizer():
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _get_train_sampler(self, dataset=None):
+        sampler = super()._get_train_sampler(dataset)
+        if not isinstance(sampler, RepeatSampler):
+            return sampler
+        return EpochSampler(
+            data_source=sampler.data_source,
+            mini_repeat_count=sampler.mini_repeat_count,
+            batch_size=sampler.batch_size,
+            repeat_count=sampler.repeat_count,
+            shuffle=sampler.shuffle,
+            seed=sampler.seed,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
+
+    @contextlib.contextmanager
+    def _without_tokenizer(self) -> Iterator[None]:
+        tokenizer, self.processing_class = self.processing_class, None
+        try:
+            yield
+        finally:
+            self.processing_class = tokenizer
+
+    def evaluate(self, *args, **kwargs):
+        """As `Trainer.evaluate`, with the averaged weights if any, and the same noise every time."""
+        self._evaluation_batch = 0
+        self._evaluation_clips = []
+        with self._averaged_weights():
+            return super().evaluate(*args, **kwargs)
+
+    def _averaged_weights(self):
+        return contextlib.nullcontext() if self._average is None else self._average.applied()
+
+    def _begin(self) -> None:
+        """First thing of a training run, the model being where it will be trained."""
+        setup.restore_token_ids(unwrap(self.model), self._sampling)
+        if self.args.ema_decay > 0 and self._average is None:
+            self._average = WeightAverage(self.model, self.args.ema_decay)
+        if self._resume_from is not None:
+            self._load_state(self._resume_from)
+
+    # ---- saving -----------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the student: the averaged weights, if any; checkpoints hold the raw ones beside them."""
+        with contextlib.nullcontext() if _internal_call else self._averaged_weights():
+            super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        output_dir = output_dir or self.args.output_dir
+        with self._without_tokenizer():
+            super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        # What playing the weights needs; an adapter's folder needs the generation settings most, since
+        # without them its base's guidance of 3 would come back.
+        self._processor.save_pretrained(output_dir)
+        unwrap(self.model).generation_config.save_pretrained(output_dir)
+        write_provenance(output_dir, self._provenance())
+        # A pickle has no place in a model folder; resuming does not read it.
+        (Path(output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+    def _provenance(self) -> Provenance:
+        args = self.args
+        named = (
+            "learning_rate",
+            "num_generations",
+            "generation_batch_size",
+            "divergence",
+            "distillation_coef",
+            "negative_prompt",
+            "rollout_source",
+            "prefix_baseline",
+            "ema_decay",
+            "seed",
+        )
+        training: dict[str, Any] = {
+            "initial_model": self._base_model,
+            "steps": self.state.global_step,
+            "clip_seconds": self._num_frames / frame_rate(unwrap(self.model)),
+        }
+        return Provenance(
+            kind="student",
+            base_model=args.teacher_model or self._base_model,
+            guidance_scale=args.guidance_scale,
+            diversity_coef=args.diversity_coef,
+            sampling=self._sampling,
+            training=training | {name: getattr(args, name) for name in named},
+        )
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Not TRL's: its template calls the model a text generator. `diverse-cfg publish` writes the card."""
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # Called for every checkpoint that can be resumed from, on every process.
+        super()._save_optimizer_and_scheduler(output_dir)
+        self._save_state(output_dir)
+
+    def _save_state(self, folder: str) -> None:
+        os.makedirs(folder, exist_ok=True)
+        block = self.args.steps_per_generation * self.num_iterations
+        if self._step % block and self._buffered_inputs is not None:
+            save_buffer(folder, self.accelerator.process_index, self._buffered_inputs)
+        if not self.args.should_save:
+            return
+        state = {"step": torch.tensor(self._step)}
+        if self._advantages.prefix is not None:
+            state |= {
+                f"prefix/{name}": value.cpu() for name, value in self._advantages.prefix.state().items()
+            }
+        if self._adaptive_clip is not None and self._adaptive_clip.mean is not None:
+            state["gradient_norm"] = torch.tensor(self._adaptive_clip.mean, dtype=torch.float64)
+        write_tensors(Path(folder) / STATE_FILE, state, {})
+        if self._average is not None:
+            self._average.save(folder)
+
+    def _load_state(self, folder: str) -> None:
+        path = Path(folder) / STATE_FILE
+        if not path.is_file():
+            raise ValueError(
+                f"{folder} has no {STATE_FILE}: it was not written by this trainer, or with save_only_model"
+            )
+        state, _ = read_tensors(path)
+        self._step = int(state["step"])
+        self._buffered_inputs = load_buffer(folder, self.accelerator.process_index, self.accelerator.device)
+        if self._advantages.prefix is not None:
+            prefix = {
+                name.removeprefix("prefix/"): v for name, v in state.items() if name.startswith("prefix/")
+            }
+            self._advantages.prefix.load_state(prefix)
+        if self._adaptive_clip is not None and "gradient_norm" in state:
+            self._adaptive_clip.mean = float(state["gradient_norm"])
+        if self._average is not None:
+            self._average.load(folder)
+
+
+class _Housekeeping(TrainerCallback):
+    """The trainer's own events."""
+
+    def __init__(self, trainer: Checkpointing):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._begin()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer._average is not None:
+            self.trainer._average.update()
