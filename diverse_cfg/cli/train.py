@@ -7,6 +7,7 @@ The command only parses, builds, trains and saves. On several devices it is the 
 import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from diverse_cfg.cli.command import Command, model_source
 
@@ -52,9 +53,11 @@ def run_train(args: argparse.Namespace) -> None:
 
     from diverse_cfg.config import CFGDiversityConfig
 
-    parser = TrlParser(
-        (TrainArguments, CFGDiversityConfig), prog="diverse-cfg train", usage=USAGE, allow_abbrev=False
-    )
+    kinds: Any = (
+        TrainArguments,
+        CFGDiversityConfig,
+    )  # TRL's annotation does not see that both are dataclasses
+    parser = TrlParser(kinds, prog="diverse-cfg train", usage=USAGE, allow_abbrev=False)
     if args.rest and args.rest[-1] == "--config":
         raise ValueError("--config needs the path of a YAML file")
     train_args, config = parser.parse_args_and_config(args.rest)
