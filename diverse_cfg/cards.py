@@ -33,6 +33,7 @@ PAPER = "arxiv:2410.06084"
 # Licences of weights whose card cannot be read without a network.
 _KNOWN_LICENSES = {"facebook/musicgen-": "cc-by-nc-4.0"}
 _TEMPLATES = Path(__file__).parent / "templates"
+_TRANSFORMERS_TOP_K = 50  # what `generate` falls back to when a configuration names none
 _DEFAULT_PROMPT = "a calm piano piece"
 
 
@@ -98,8 +99,14 @@ def write_card(
     license: str | None = None,
     tags: Sequence[str] = (),
 ) -> Path:
-    """Render README.md into a model folder (after PEFT, which writes its own), replacing the one that is
-    there."""
+    """Render README.md into a model folder, replacing the one that is there; call it after PEFT, which
+    writes one.
+
+    Where the trainer's log lies in the folder, the training curves are drawn beside it.
+    """
+    state = _read_json(Path(folder) / "trainer_state.json")
+    if state is not None:
+        plot_training_curves(folder, state.get("log_history", []))
     return write_text(
         Path(folder) / CARD_FILE, render_card(folder, repo_id=repo_id, license=license, tags=tags)
     )
@@ -157,7 +164,8 @@ def render_card(
             prompt=samples[0].prompt if samples else _DEFAULT_PROMPT,
             curves=CURVES_FILE if (folder / CURVES_FILE).is_file() else None,
             generation=_generation(folder),
-            seconds=_clip_seconds(folder),
+            seconds=_clip_seconds(folder, provenance),
+            fast=_fast_settings(folder, provenance),
             paper=PAPER,
         )
     )
@@ -197,7 +205,7 @@ def plot_training_curves(folder: str | os.PathLike, log_history: Sequence[Mappin
         The picture, or None when nothing of interest was logged.
     """
     wanted = {
-        "kl": "divergence to the guided teacher (nats per code)",
+        "kl/clip": "divergence to the guided teacher (nats per clip)",
         "reward/diversity": "within-prompt diversity",
         "loss": "loss",
     }
@@ -284,6 +292,9 @@ def _environment() -> Environment:
     environment.filters["python_dict"] = lambda settings: (
         "{" + ", ".join(f'"{key}": {value!r}' for key, value in settings.items()) + "}"
     )
+    environment.filters["python_arguments"] = lambda settings: ", ".join(
+        f"{key}={value!r}" for key, value in settings.items()
+    )
     environment.filters["text"] = _markdown_text
     return environment
 
@@ -334,8 +345,30 @@ def _generation(folder: Path) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(config, name, None)) is not None}
 
 
-def _clip_seconds(folder: Path) -> float | None:
+def _num_frames(folder: Path, provenance: Provenance) -> int | None:
+    if provenance.sampling.get("num_frames"):
+        return int(provenance.sampling["num_frames"])
     tokens = _generation(folder).get("max_new_tokens")
     if tokens is None or not (folder / "config.json").is_file():
         return None
-    return layout.tokens_to_seconds(tokens, layout.load_config(folder))
+    return tokens - layout.num_frames_to_tokens(0, layout.load_config(folder))
+
+
+def _clip_seconds(folder: Path, provenance: Provenance) -> float | None:
+    if provenance.training.get("clip_seconds"):
+        return float(provenance.training["clip_seconds"])
+    frames = _num_frames(folder, provenance)
+    if frames is None or not (folder / "config.json").is_file():
+        return None
+    return layout.frames_to_seconds(frames, layout.load_config(folder))
+
+
+def _fast_settings(folder: Path, provenance: Provenance) -> dict[str, Any] | None:
+    """The same settings in the words of `fast_generate`, which has no clip length of its own."""
+    frames = _num_frames(folder, provenance)
+    if frames is None:
+        return None
+    generation = _generation(folder)
+    settings = {"num_frames": frames, "temperature": generation.get("temperature", 1.0)}
+    settings["top_k"] = generation.get("top_k", _TRANSFORMERS_TOP_K)
+    return settings | {name: generation[name] for name in ("top_p", "min_p") if name in generation}

@@ -180,11 +180,10 @@ def num_frames_to_tokens(num_frames: int, config: MusicgenConfig) -> int:
     return num_frames + config.decoder.num_codebooks // config.decoder.audio_channels - 1
 
 
-def tokens_to_seconds(max_new_tokens: int, config: MusicgenConfig) -> float:
-    """Length of the clip that `max_new_tokens` gives."""
+def frames_to_seconds(num_frames: int, config: MusicgenConfig) -> float:
+    """Length of a clip of T frames."""
     codec = config.audio_encoder
-    hop_length = math.prod(codec.upsampling_ratios)
-    return (max_new_tokens - num_frames_to_tokens(0, config)) * hop_length / codec.sampling_rate
+    return num_frames * math.prod(codec.upsampling_ratios) / codec.sampling_rate
 
 
 def repair_token_ids(config: MusicgenConfig) -> MusicgenConfig:

@@ -1,0 +1,220 @@
+"""Cards claim what the folder holds, their metadata is the Hub's, and their snippets run."""
+
+import functools
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from transformers import pipeline, set_seed
+
+from diverse_cfg import cards
+from diverse_cfg.cards import Metric, Sample, render_card, write_card, write_metrics, write_samples
+from diverse_cfg.merging import merge_checkpoints
+from diverse_cfg.provenance import Provenance, write_provenance
+from tests import checkpoints as made
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Base, students, and the same merge as a full model and as an adapter."""
+    root = tmp_path_factory.mktemp("cards")
+    folders = made.make_world(root)
+    pair = [folders["lora1"], folders["lora2"]]
+    folders["merged"] = merge_checkpoints(pair, 0.3, root / "merged")
+    folders["adapter"] = merge_checkpoints(pair, 0.3, root / "adapter", format="adapter")
+    return folders
+
+
+@pytest.fixture
+def decoder_rows(monkeypatch):
+    """Rows of every decoder pass: clips, doubled when guidance is on."""
+    from transformers.models.musicgen.modeling_musicgen import MusicgenForCausalLM
+
+    rows, forward = [], MusicgenForCausalLM.forward
+
+    @functools.wraps(forward)  # the composite model inspects the decoder's signature
+    def counting(self, input_ids=None, **kwargs):
+        rows.append(input_ids.shape[0] // self.num_codebooks)
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(MusicgenForCausalLM, "forward", counting)
+    return rows
+
+
+def metadata(card):
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
+def test_snippets_run_and_play_without_guidance(world, tmp_path, monkeypatch, decoder_rows, kind):
+    """Every Python block, as a reader would paste it; catches guidance that comes back (2 rows for a
+    clip)."""
+    monkeypatch.chdir(tmp_path)
+    blocks = cards.snippets(render_card(world[kind], repo_id=str(world[kind])))
+    assert len(blocks) == 3
+    for block in blocks:
+        decoder_rows.clear()
+        variables = {}
+        exec(block, variables)
+        if "clip" in variables:
+            assert (tmp_path / "clip.wav").stat().st_size > 1000
+            assert set(decoder_rows) == {1}
+        elif "audio" in variables:
+            assert set(decoder_rows) == {len(variables["audio"])}
+            assert torch.isfinite(variables["audio"]).all()
+        else:
+            assert variables["clips"].waveforms.shape == (4, 17 * 64)
+
+
+def test_the_adapter_snippet_plays_the_merged_model(world):
+    """Catches a pipeline that ignores the adapter, and the double guidance that it falls into without our
+    settings."""
+    settings = {"do_sample": False, "guidance_scale": 1.0, "max_new_tokens": 20}
+    audio = {
+        name: pipeline("text-to-audio", model=str(world[name]))("sad cello", generate_kwargs=settings)[
+            "audio"
+        ]
+        for name in ("adapter", "merged", "base")
+    }
+    np.testing.assert_allclose(audio["adapter"], audio["merged"], atol=1e-5)
+    assert np.abs(audio["base"] - audio["merged"]).max() > 1e-2
+
+
+def test_an_adapter_without_the_snippets_settings_is_guided_twice(world, decoder_rows):
+    """Why the card warns: the day this fails, the warning may go."""
+    pipeline("text-to-audio", model=str(world["adapter"]))("sad cello")
+    assert set(decoder_rows) == {2}
+
+
+def test_metadata(world):
+    """Library, relation and tags decide where the Hub shows the model and how it offers to load it."""
+    merged = metadata(render_card(world["merged"], repo_id="me/merged", tags=["nano"]))
+    assert merged["library_name"] == "transformers"
+    assert (merged["base_model"], merged["base_model_relation"]) == ("user/base", "merge")
+    assert merged["pipeline_tag"] == "text-to-audio"
+    assert {"arxiv:2410.06084", "merge", "nano"} <= set(merged["tags"])
+    assert metadata(render_card(world["full1"]))["base_model_relation"] == "finetune"
+    adapter = metadata(render_card(world["adapter"]))
+    assert adapter["library_name"] == "peft"
+    assert "base_model" not in adapter, "a folder of this machine is no base that the Hub knows"
+    with_id = made.copy(world["adapter"], world["adapter"].parent / "with-id")
+    made.edit_json(with_id / "adapter_config.json", base_model_name_or_path="user/base")
+    assert metadata(render_card(with_id))["base_model_relation"] == "adapter"
+
+
+def test_results_have_intervals_and_become_a_model_index(world, tmp_path):
+    folder = made.copy(world["merged"], tmp_path / "m")
+    assert "Not evaluated yet." in render_card(folder)
+    metrics = [
+        Metric("Vendi score", 2.34567, 2.1, 2.5, judge="eval-encoder", better="higher"),
+        Metric("text adherence | CLAP", 0.31),
+    ]
+    write_metrics(folder, metrics, prompts="48 held-out prompts", num_clips=384)
+    card = render_card(folder, repo_id="me/merged")
+    assert "Not evaluated" not in card
+    assert "| Vendi score (higher is better) | 2.346 | 2.1 … 2.5 | eval-encoder |" in card
+    assert r"| text adherence \| CLAP | 0.31 | — | — |" in card, "a bar in a name must not open a column"
+    [result, _] = ModelCard(card).data.eval_results
+    assert (result.metric_name, result.metric_value) == ("Vendi score (eval-encoder)", 2.34567)
+    assert (result.dataset_name, result.metric_type) == ("48 held-out prompts", "vendi-score")
+
+
+def test_samples_are_played(world, tmp_path):
+    folder = made.copy(world["merged"], tmp_path / "m")
+    (folder / "samples").mkdir()
+    (folder / "samples" / "a b.wav").write_bytes(b"RIFF")
+    prompt = 'a "loud" <script>alert(1)</script> `drum`\nsong'
+    write_samples(folder, [Sample("samples/a b.wav", prompt, seed=3)])
+    card = render_card(folder)
+    assert '<audio controls src="samples/a b.wav"></audio>' in card
+    assert "<script>" not in re.sub(r"^---.*?^---|```.*?```", "", card, flags=re.DOTALL | re.MULTILINE)
+    assert metadata(card)["widget"] == [{"text": prompt, "output": {"url": "samples/a b.wav"}}]
+    for block in cards.snippets(card):
+        compile(block, "card", "exec")
+    with pytest.raises(FileNotFoundError, match=r"missing\.wav"):
+        write_samples(folder, [Sample("samples/missing.wav", "x")])
+
+
+def test_what_is_not_known_is_not_claimed(world, tmp_path):
+    """No base licence, no metrics, no teacher: the card says so; and a folder without provenance gets none
+    at all."""
+    card = render_card(world["merged"])
+    assert "license" not in metadata(card)
+    assert "Not known: the weights inherit the licence of user/base" in card
+    with pytest.raises(ValueError, match=r"diverse_cfg\.json"):
+        render_card(world["base"])
+
+
+@pytest.mark.parametrize(
+    ("base", "license"),
+    [("facebook/musicgen-stereo-large", "cc-by-nc-4.0"), ("somebody/musicgen", None), (None, None)],
+)
+def test_the_licence_is_the_bases(base, license):
+    assert cards.base_license(base) == license
+
+
+def test_the_licence_is_read_from_the_bases_card(world, tmp_path):
+    """A local base brings its card along; the merged weights inherit what it says."""
+    base = made.copy(world["base"], tmp_path / "base")
+    (base / "README.md").write_text("---\nlicense: cc0-1.0\n---\n")
+    adapter = made.copy(world["adapter"], tmp_path / "adapter")
+    made.edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(base))
+    card = render_card(adapter)
+    assert metadata(card)["license"] == "cc0-1.0"
+    assert metadata(render_card(adapter, license="mit"))["license"] == "mit"
+
+
+def test_local_paths_stay_at_home(world, tmp_path):
+    """A card is public: it names folders, not where they lie. Only the snippet of an unpublished adapter
+    needs a path."""
+    folder = made.copy(world["full1"], tmp_path / "student")
+    write_provenance(
+        folder,
+        Provenance(
+            "student",
+            base_model=str(world["base"]),
+            training={"initial_model": str(world["full2"]), "steps": 5},
+        ),
+    )
+    card = render_card(folder)
+    assert str(tmp_path.parent) not in card and str(world["base"].parent) not in card
+    assert "| initial\\_model | full2 |" in card
+
+
+def test_card_after_peft_and_twice(world, tmp_path):
+    """PEFT writes a README of its own: ours replaces it, and writing it again changes nothing."""
+    adapter = made.copy(world["lora1"], tmp_path / "a")
+    assert "PEFT" in (adapter / "README.md").read_text()
+    made.edit_json(adapter / "adapter_config.json", base_model_name_or_path="facebook/musicgen-small")
+    (adapter / "generation_config.json").write_text(json.dumps({"guidance_scale": 1.0, "max_new_tokens": 20}))
+    first = write_card(adapter, repo_id="me/a").read_text()
+    assert "distilled from [facebook/musicgen-small]" in first
+    assert "γ = 3" in first
+    assert write_card(adapter, repo_id="me/a").read_text() == first
+    assert sorted(p.name for p in adapter.iterdir() if p.name.startswith(".")) == []
+
+
+def test_training_curves_are_drawn_from_the_trainers_log(world, tmp_path):
+    folder = made.copy(world["full1"], tmp_path / "student")
+    log = [{"step": i, "kl/clip": 5.0 / i, "reward/diversity": 0.1 * i, "loss": 1.0} for i in range(1, 6)]
+    (folder / "trainer_state.json").write_text(
+        json.dumps({"log_history": [*log, {"step": 5, "train_runtime": 3.0}]})
+    )
+    card = write_card(folder).read_text()
+    assert "![training curves](training_curves.png)" in card
+    assert (folder / "training_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert cards.plot_training_curves(tmp_path, [{"step": 1, "loss": 2.0}]) is None, "one point is no curve"
+
+
+def test_seeded_snippet_is_reproducible(world):
+    """`set_seed` in the card means what a reader expects of it."""
+    music = pipeline("text-to-audio", model=str(world["merged"]))
+    clips = []
+    for _ in range(2):
+        set_seed(0)
+        clips.append(music("sad cello")["audio"])
+    np.testing.assert_array_equal(*clips)
