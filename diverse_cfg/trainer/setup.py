@@ -23,7 +23,7 @@ from transformers import (
 from diverse_cfg.assets import nano_path
 from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.functional.codebooks import num_decoder_steps
-from diverse_cfg.musicgen.layout import playing_config, repair_token_ids, tokens_to_seconds
+from diverse_cfg.musicgen.layout import num_frames_to_tokens, playing_config, repair_token_ids
 from diverse_cfg.musicgen.policy import (
     LORA_TARGET_MODULES,
     frame_rate,
@@ -149,7 +149,8 @@ def clip_frames(policy: MusicgenForConditionalGeneration, clip_seconds: float | 
     rate = frame_rate(policy)
     if clip_seconds is None:
         settings = policy.generation_config
-        own = tokens_to_seconds(settings.max_new_tokens or settings.max_length or 0, policy.config)
+        tokens = settings.max_new_tokens or settings.max_length or 0
+        own = (tokens - num_frames_to_tokens(0, policy.config)) / rate
         clip_seconds = min(own, LONGEST_DEFAULT_CLIP) if own > 0 else LONGEST_DEFAULT_CLIP
     frames = round(clip_seconds * rate)
     if frames < 1:
