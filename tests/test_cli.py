@@ -84,6 +84,25 @@ def test_warnings_and_progress_speak_plainly(capsys):
     assert (logger.level, logger.handlers) == before
 
 
+def test_nothing_is_said_that_nobody_can_act_on(caplog):
+    """transformers calls the special token of every MusicGen a fault; a user would believe it."""
+    from tests.tiny import tiny_config
+
+    def action(args):
+        tiny_config(vocab_size=args.number).validate()  # another size each time: it warns once per message
+        logging.getLogger("transformers.configuration_utils").warning("a real fault")
+
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        assert main(["act", "--number", "18"], [command_that(action)]) == 0
+        assert [record.getMessage() for record in caplog.records] == ["a real fault"]
+        caplog.clear()
+        action(argparse.Namespace(number=19))  # outside of the command line it speaks as ever
+        assert len(caplog.records) > 1
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+
+
 def test_success_is_zero_and_arguments_arrive():
     seen = []
     assert main(["act", "--number", "3"], [command_that(seen.append)]) == 0

@@ -79,13 +79,20 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
 
 @contextlib.contextmanager
 def _speaking_plainly() -> Iterator[None]:
-    """Warnings as one line without our source code, and the package's own log, both on stderr."""
+    """Warnings as one line without our source code, and the package's own log, both on stderr.
+
+    Kept quiet: notices for programmers, and transformers' remark that MusicGen's special token lies outside of
+    the vocabulary. It does so in every MusicGen.
+    """
     logger = logging.getLogger("diverse_cfg")
     handler, level = logging.StreamHandler(), logger.level
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    configurations = logging.getLogger("transformers.configuration_utils")
+    configurations.addFilter(_is_news)
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
         usual = warnings.showwarning
 
         def show(message, category, filename, lineno, file=None, line=None):
@@ -99,3 +106,8 @@ def _speaking_plainly() -> Iterator[None]:
         finally:
             logger.removeHandler(handler)
             logger.setLevel(level)
+            configurations.removeFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "must be `None` or an integer within the vocabulary" not in record.getMessage()
