@@ -81,8 +81,8 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
 def _speaking_plainly() -> Iterator[None]:
     """Warnings as one line without our source code, and the package's own log, both on stderr.
 
-    Kept quiet: notices for programmers, and transformers' remark that MusicGen's special token lies outside of
-    the vocabulary. It does so in every MusicGen.
+    Kept quiet: notices for programmers, and transformers' remark that MusicGen's special token lies outside
+    of the vocabulary. It does so in every MusicGen.
     """
     logger = logging.getLogger("diverse_cfg")
     handler, level = logging.StreamHandler(), logger.level
