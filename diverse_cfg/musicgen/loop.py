@@ -1,9 +1,8 @@
 """The sampling loop: a decoder step, a draw, the next step; all state on static buffers, the host never waits.
 
-Everything a step reads is a tensor, its own position included, so one body runs in three ways:
-
     eager    the context grows by one each step (CPU: no masked work)
-    static   the context is rounded up to a bucket and masked (what a graph needs; testable without a GPU)
+    static   everything a step reads is a tensor, its own index included, and the context is rounded up to a bucket
+             and masked: what a CUDA graph needs (runs anywhere, so that it can be tested without a GPU)
     graph    the static body captured once per bucket into a CUDA graph, then replayed (GPU: no launch overhead)
 
 What has to be checked (were the logits finite?) is written down on the way and read once, at the end.
@@ -14,8 +13,9 @@ import logging
 import torch
 from torch import Tensor
 
+from diverse_cfg.musicgen.decoders import EagerDecoder, StaticDecoder
 from diverse_cfg.musicgen.sampling import SamplingSettings, draw, sampling_logits
-from diverse_cfg.musicgen.static_decoder import RolloutWeights, StaticDecoder
+from diverse_cfg.musicgen.weights import RolloutWeights
 from diverse_cfg.types import TextCondition
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class DecodeLoop:
 
     Args:
         weights: the decoder.
-        condition: see `StaticDecoder`.
+        condition: rows with text, see `decoders`.
         num_clips: N.
         num_frames: T.
         settings: of the draws.
@@ -57,7 +57,8 @@ class DecodeLoop:
         self.num_steps = num_frames + max(self.delays)
         self.pad = shape.vocab_size
         self.mode = mode or ("graph" if device.type == "cuda" else "eager")
-        self.decoder = StaticDecoder(weights, num_clips, self.num_steps, condition, settings.guided)
+        decoder = EagerDecoder if self.mode == "eager" else StaticDecoder
+        self.decoder = decoder(weights, num_clips, self.num_steps, condition, settings.guided)
         cells = (self.num_steps, num_clips, shape.num_codebooks)
         self.position = torch.zeros(1, dtype=torch.long, device=device)
         self.steps = torch.arange(self.num_steps, device=device)
@@ -72,6 +73,7 @@ class DecodeLoop:
 
     def reset(self, condition: TextCondition) -> None:
         """Take another batch: same number of clips, frames and text tokens."""
+        assert isinstance(self.decoder, StaticDecoder)
         self.decoder.reset(condition)
 
     @torch.no_grad()
@@ -90,22 +92,28 @@ class DecodeLoop:
             if self.mode == "graph":
                 self._graphs[self._bucket(step)].replay()
             elif self.mode == "static":
-                self._advance(self._bucket(step), masked=True)
+                self._advance(self._bucket(step))
             else:
-                self._advance(step + 1, masked=False)
+                self._advance_eagerly(step)
 
-    def _advance(self, length: int, masked: bool) -> None:
-        """One step for all clips, on device tensors only."""
-        bias = None
-        if masked:
-            bias = torch.zeros(length, dtype=self.decoder.cache_dtype, device=self.position.device)
-            bias.masked_fill_(self.steps[:length] > self.position, -torch.inf)
-        logits = self.decoder.step(self.ids, self.position, length, bias)
+    def _advance_eagerly(self, step: int) -> None:
+        assert isinstance(self.decoder, EagerDecoder)
+        logits = sampling_logits(self.decoder.step(self.ids, step), self.settings)
+        codes, logps, totals = draw(logits, self.uniforms[step], self.settings.greedy)
+        self.codes[step], self.logps[step], self.totals[step] = codes, logps, totals
+        self.ids = torch.where(self.has_code[step], codes, self.pad)
+
+    def _advance(self, length: int) -> None:
+        """One step by tensors alone: their addresses stay, so that a graph can repeat it."""
+        assert isinstance(self.decoder, StaticDecoder)
+        bias = torch.zeros(length, dtype=self.decoder.cache_dtype, device=self.position.device)
+        bias.masked_fill_(self.steps[:length] > self.position, -torch.inf)
+        logits = sampling_logits(self.decoder.step(self.ids, self.position, length, bias), self.settings)
         uniforms = self.uniforms.index_select(0, self.position)[0]
-        codes, logps, totals = draw(sampling_logits(logits, self.settings), uniforms, self.settings.greedy)
+        codes, logps, totals = draw(logits, uniforms, self.settings.greedy)
         self.codes.index_copy_(0, self.position, codes[None])
-        self.logps.index_copy_(0, self.position, logps[None].to(self.logps.dtype))
-        self.totals.index_copy_(0, self.position, totals[None].to(self.totals.dtype))
+        self.logps.index_copy_(0, self.position, logps[None])
+        self.totals.index_copy_(0, self.position, totals[None])
         self.ids.copy_(torch.where(self.has_code.index_select(0, self.position)[0], codes, self.pad))
         self.position.add_(1)
 
@@ -117,7 +125,7 @@ class DecodeLoop:
         return min((step // BUCKET + 1) * BUCKET, self.num_steps)
 
     def _capture(self) -> None:
-        """Record the static body for every bucket; where that fails, say why once and run eagerly."""
+        """Record the static body for every bucket; where that fails, say why once and do without."""
         try:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -127,17 +135,17 @@ class DecodeLoop:
                 with torch.cuda.stream(stream):
                     for _ in range(2):
                         self._rewind()
-                        self._advance(length, masked=True)
+                        self._advance(length)
                 torch.cuda.current_stream().wait_stream(stream)
                 self._rewind()
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool):
-                    self._advance(length, masked=True)
+                    self._advance(length)
                 self._graphs[length] = graph
         except torch.OutOfMemoryError:
             raise  # a smaller batch is the remedy, not another mode
         except RuntimeError as error:
-            self._graphs, self.mode = {}, "eager"
+            self._graphs, self.mode = {}, "static"
             if str(error) not in _failed_captures:
                 _failed_captures.add(str(error))
                 logger.warning(

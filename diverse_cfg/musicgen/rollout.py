@@ -1,7 +1,7 @@
 """Rollouts: prompts in, clips out.
 
 `fast_generate` is what users and the trainer call: it encodes each distinct prompt once, samples codes in batches
-with the package's own loop (`loop`, `static_decoder`, `sampling`) and decodes them to audio. A clip depends on its
+with the package's own loop (`loop`, `decoders`, `sampling`) and decodes them to audio. A clip depends on its
 prompt, the settings, the seed and its sample id only: not on the batch it is in, nor on the number of processes.
 Stock `generate` is the reference backend (`reference`), driven by the same random numbers.
 """
@@ -19,7 +19,7 @@ from diverse_cfg.musicgen.loop import DecodeLoop
 from diverse_cfg.musicgen.policy import encode_text, frame_rate, unwrap
 from diverse_cfg.musicgen.reference import generate_codes
 from diverse_cfg.musicgen.sampling import SamplingSettings, keyed_uniforms
-from diverse_cfg.musicgen.static_decoder import RolloutWeights
+from diverse_cfg.musicgen.weights import RolloutWeights
 from diverse_cfg.types import Rollout, TextCondition
 
 __all__ = ["RolloutWeights", "SamplingSettings", "decode_codes", "fast_generate", "sample_codes"]

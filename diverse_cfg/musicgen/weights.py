@@ -1,0 +1,193 @@
+"""A policy's decoder fused for sampling: what the rollout multiplies with.
+
+Query, key and value are one matrix, the K heads one, the K embedding tables one; LoRA is added in, the attention scale
+folded into the queries, and matrices are stored as the right operand of a product. The model itself is only read, so
+nothing has to be merged and unmerged around a rollout.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from diverse_cfg.functional.codebooks import codebook_delays
+from diverse_cfg.musicgen.policy import effective_weight, unwrap
+from diverse_cfg.types import TextCondition
+
+# They all compute softmax attention, which is what the loop computes; another name may mean another function.
+SUPPORTED_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+# The tensors that take the requested dtype; norms, embeddings and the text projection stay in float32.
+_MATRICES = frozenset(
+    {"heads", "qkv", "self_out", "cross_query", "cross_key_value", "cross_out", "fc1", "fc2"}
+)
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """What the loop needs to know of a decoder's configuration."""
+
+    hidden_size: int
+    num_heads: int
+    vocab_size: int
+    num_codebooks: int
+    audio_channels: int
+    max_positions: int
+    activation: str
+    layer_norm_eps: float
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def delays(self) -> list[int]:
+        """Delay of each codebook in steps."""
+        return codebook_delays(self.num_codebooks, self.audio_channels)
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One decoder layer; matrices [in, out]."""
+
+    self_norm: Tensor
+    self_norm_bias: Tensor
+    qkv: Tensor
+    self_out: Tensor
+    cross_norm: Tensor
+    cross_norm_bias: Tensor
+    cross_query: Tensor
+    cross_key_value: Tensor
+    cross_out: Tensor
+    final_norm: Tensor
+    final_norm_bias: Tensor
+    fc1: Tensor
+    fc2: Tensor
+
+
+class RolloutWeights:
+    """A fused copy of a policy's decoder, refreshed in place when the policy has changed.
+
+    Args:
+        shape: of the decoder.
+        tensors: name → fused tensor, as `from_model` collects them.
+        compiled: let `torch.compile` fuse each layer's small operations.
+    """
+
+    def __init__(self, shape: DecoderShape, tensors: dict[str, Tensor], compiled: bool = False) -> None:
+        self.shape = shape
+        self.tensors = tensors
+        self.compiled = compiled
+        self.loops: dict[Any, Any] = {}
+        """Loops kept by `rollout` for their CUDA graphs, which stay valid as long as these tensors do."""
+        num_layers = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers."))
+        self.layers = [
+            LayerWeights(
+                **{name: tensors[f"layers.{index}.{name}"] for name in LayerWeights.__dataclass_fields__}
+            )
+            for index in range(num_layers)
+        ]
+
+    @classmethod
+    @torch.no_grad()
+    def from_model(cls, model: nn.Module, dtype: torch.dtype | None = None, compiled: bool = False) -> Self:
+        """Snapshot the decoder of a policy, active LoRA adapters added.
+
+        Args:
+            model: the policy, also inside a `PeftModel`; it is not modified.
+            dtype: of the matrices, the model's by default. Norms, residual stream and sampling stay in float32 (or the
+                model's, if wider), so that bfloat16 costs little accuracy.
+            compiled: let `torch.compile` fuse the small operations of a layer: a GPU saves launches, at the cost of a
+                compilation per shape and context bucket. Needs a compiler (triton, or C++ on a CPU).
+
+        Raises:
+            ValueError: an attention implementation or an adapter whose effect is not known.
+        """
+        policy = unwrap(model)
+        config = policy.decoder.config
+        attention = config._attn_implementation
+        if attention not in SUPPORTED_ATTENTION:
+            raise ValueError(
+                f"attn_implementation={attention!r} may compute another attention than the rollout does: load the model "
+                f"with one of {', '.join(SUPPORTED_ATTENTION)}, or sample with rollout_backend='transformers'"
+            )
+        shape = DecoderShape(
+            hidden_size=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            vocab_size=config.vocab_size,
+            num_codebooks=config.num_codebooks,
+            audio_channels=config.audio_channels,
+            max_positions=config.max_position_embeddings,
+            activation=config.activation_function,
+            layer_norm_eps=policy.decoder.model.decoder.layer_norm.eps,
+        )
+        dtype = dtype or policy.decoder.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        tensors = {}
+        for name, tensor in _fused(policy, shape):
+            # Filled by copy, so that no tensor shares memory with the model, and `.T` becomes contiguous.
+            matrix = name.split(".")[-1] in _MATRICES
+            tensors[name] = torch.empty(tensor.shape, dtype=dtype if matrix else wide, device=tensor.device)
+            tensors[name].copy_(tensor)
+        return cls(shape, tensors, compiled)
+
+    @torch.no_grad()
+    def refresh(self, model: nn.Module) -> None:
+        """Copy the policy's present weights into the same tensors, so that captured CUDA graphs stay valid."""
+        for name, tensor in _fused(unwrap(model), self.shape):
+            self.tensors[name].copy_(tensor)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrices."""
+        return self.tensors["heads"].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and the rollout runs."""
+        return self.tensors["heads"].device
+
+    def project_text(self, condition: TextCondition) -> Tensor:
+        """Text in the decoder's width, padding zeroed [B, Lt, D]."""
+        hidden = condition.hidden_states.to(self.device, self.tensors["norm"].dtype)
+        if "text.weight" in self.tensors:
+            hidden = torch.matmul(hidden, self.tensors["text.weight"]) + self.tensors["text.bias"]
+        return hidden * condition.attention_mask.to(hidden)[..., None]
+
+
+def _fused(policy: nn.Module, shape: DecoderShape) -> Iterator[tuple[str, Tensor]]:
+    """The fused tensors of a policy, one at a time."""
+    decoder = policy.decoder.model.decoder
+    scale = shape.head_dim**-0.5
+    yield "embedding", torch.cat([table.weight for table in decoder.embed_tokens])
+    yield "positions", decoder.embed_positions.weights[: shape.max_positions]
+    yield "norm", decoder.layer_norm.weight
+    yield "norm_bias", decoder.layer_norm.bias
+    yield "heads", torch.cat([effective_weight(head) for head in policy.decoder.lm_heads]).T
+    projection = getattr(policy, "enc_to_dec_proj", None)
+    if projection is not None:
+        yield "text.weight", effective_weight(projection).T
+        yield "text.bias", projection.bias
+    for index, layer in enumerate(decoder.layers):
+        own, cross = layer.self_attn, layer.encoder_attn
+        yield f"layers.{index}.self_norm", layer.self_attn_layer_norm.weight
+        yield f"layers.{index}.self_norm_bias", layer.self_attn_layer_norm.bias
+        queries = effective_weight(own.q_proj) * scale
+        yield (
+            f"layers.{index}.qkv",
+            torch.cat([queries, effective_weight(own.k_proj), effective_weight(own.v_proj)]).T,
+        )
+        yield f"layers.{index}.self_out", effective_weight(own.out_proj).T
+        yield f"layers.{index}.cross_norm", layer.encoder_attn_layer_norm.weight
+        yield f"layers.{index}.cross_norm_bias", layer.encoder_attn_layer_norm.bias
+        yield f"layers.{index}.cross_query", effective_weight(cross.q_proj).T * scale
+        keys_values = torch.cat([effective_weight(cross.k_proj), effective_weight(cross.v_proj)])
+        yield f"layers.{index}.cross_key_value", keys_values.T
+        yield f"layers.{index}.cross_out", effective_weight(cross.out_proj).T
+        yield f"layers.{index}.final_norm", layer.final_layer_norm.weight
+        yield f"layers.{index}.final_norm_bias", layer.final_layer_norm.bias
+        yield f"layers.{index}.fc1", effective_weight(layer.fc1).T
+        yield f"layers.{index}.fc2", effective_weight(layer.fc2).T
