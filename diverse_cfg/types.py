@@ -1,8 +1,8 @@
 """What travels between the stages: the text a policy is conditioned on, and the clips it played.
 
-Shape letters, here and everywhere: P prompts, G generations per prompt, N = P·G clips (grouped: the clips of one
-prompt are adjacent), K codebooks, T frames, S decoder steps (mono T + K − 1, stereo T + K/2 − 1), V codes per codebook,
-D embedding, L audio samples; B is any batch, Lt tokens of text, Dt the text encoder's width.
+Shape letters, here and everywhere: P prompts, G generations per prompt, N = P·G clips (grouped: the clips of
+one prompt are adjacent), K codebooks, T frames, S decoder steps (mono T + K − 1, stereo T + K/2 − 1), V codes
+per codebook, D embedding, L audio samples; B is any batch, Lt tokens of text, Dt the text encoder's width.
 """
 
 from dataclasses import dataclass
@@ -58,9 +58,10 @@ class Rollout:
 
     Args:
         codes: one code per frame and codebook, int64 [N, K, T]; no start column, no padding.
-        logps: log-probability (nats, float32) of every code under the distribution that it was drawn from, i.e. after
-            guidance, temperature and filters [N, K, T]; None if it was not recorded.
-        waveforms: decoded audio, float32 in about [−1, 1]: mono [N, L], stereo [N, 2, L]; None if not decoded.
+        logps: log-probability (nats, float32) of every code under the distribution that it was drawn from,
+            i.e. after guidance, temperature and filters [N, K, T]; None if it was not recorded.
+        waveforms: decoded audio, float32 in about [−1, 1]: mono [N, L], stereo [N, 2, L]; None if not
+            decoded.
         sampling_rate: of the audio that the codes stand for, in Hz.
     """
 

@@ -1,9 +1,9 @@
 """A MusicGen of a few thousand parameters, built in memory: true architecture, audible differences, no files.
 
-Two things a default-initialised model would hide are undone here. A fresh EnCodec has all-zero codebooks, so every
-clip would sound the same; they are filled. And MusicGen's initialiser (std 0.02) gives logits that are flat to three
-digits, so that guidance, prompts and sampling filters change nothing; every matrix is drawn with unit gain instead,
-every norm with a bias, so that a forgotten bias or a swapped row shows.
+Two things a default-initialised model would hide are undone here. A fresh EnCodec has all-zero codebooks, so
+every clip would sound the same; they are filled. And MusicGen's initialiser (std 0.02) gives logits that are
+flat to three digits, so that guidance, prompts and sampling filters change nothing; every matrix is drawn
+with unit gain instead, every norm with a bias, so that a forgotten bias or a swapped row shows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from transformers import (
     T5Tokenizer,
 )
 
-WORDS = "a calm fast slow happy sad piano flute cello drum song in the key of c d e f g major minor".split()
+WORDS = ["a", "calm", "fast", "slow", "happy", "sad", "piano", "flute", "cello", "drum", "song", "in", "the"]
+WORDS += ["key", "of", "c", "d", "e", "f", "g", "major", "minor"]
 PROMPTS = ["a calm piano song", "fast flute in d minor", "sad cello", "happy drum song in the key of g"]
 
 
@@ -96,8 +97,8 @@ def tiny_config(
 def tiny_musicgen(audio_channels: int = 1, seed: int = 0, **config) -> MusicgenForConditionalGeneration:
     """A random MusicGen in eval mode; the same `seed` gives the same weights. Keywords go to `tiny_config`.
 
-    Its generation config asks for guidance 3.0, as the released checkpoints do, and its dropout is 0.1 everywhere:
-    code that forgets to neutralise either fails. The global random state is left as it was.
+    Its generation config asks for guidance 3.0, as the released checkpoints do, and its dropout is 0.1
+    everywhere: code that forgets to neutralise either fails. The global random state is left as it was.
     """
     settings = tiny_config(audio_channels, **config)
     pad = settings.decoder.pad_token_id
@@ -142,7 +143,8 @@ def tiny_processor(sampling_rate: int = 3200, audio_channels: int = 1) -> Musicg
 
 
 def save_tiny(folder: str | os.PathLike, audio_channels: int = 1, seed: int = 0, **config) -> str:
-    """Write model and processor as a MusicGen checkpoint folder that plain `transformers` loads; return its path."""
+    """Write model and processor as a MusicGen checkpoint folder that plain `transformers` loads; return its
+    path."""
     model = tiny_musicgen(audio_channels, seed, **config)
     model.save_pretrained(folder)
     tiny_processor(model.config.audio_encoder.sampling_rate, audio_channels).save_pretrained(folder)

@@ -1,1 +1,1 @@
-"""The only folder that knows MusicGen: `policy` (load, encode text, logits over codes), `rollout` (sample clips)."""
+"""The only folder that knows MusicGen: `policy` (text in, logits over codes out), `rollout` (clips out)."""

@@ -1,13 +1,13 @@
-"""MusicGen's decoder one step at a time, on buffers of fixed size: nothing is concatenated, keys and values of the
-text are computed once.
+"""MusicGen's decoder one step at a time, on buffers of fixed size: nothing is concatenated, keys and values
+of the text are computed once.
 
     rows of x    0 … N−1     the clips under their prompt, with cross-attention
-                 N … 2N−1    when guided, the same clips under the null prompt: no cross-attention, which would add
-                             exactly 0 (a negative prompt has it, of course)
+                 N … 2N−1    when guided, the same clips under the null prompt: no cross-attention, which
+                             would add exactly 0 (a negative prompt has it, of course)
 
-`EagerDecoder` is for CPUs: few calls, products written straight into buffers whose views were made beforehand, and
-attention over just the steps that exist. `StaticDecoder` is for GPUs: the step's index is a tensor and the context
-is masked, so that a CUDA graph can replay it. Both give the logits of stock MusicGen.
+`EagerDecoder` is for CPUs: few calls, products written straight into buffers whose views were made
+beforehand, and attention over just the steps that exist. `StaticDecoder` is for GPUs: the step's index is a
+tensor and the context is masked, so that a CUDA graph can replay it. Both give the logits of stock MusicGen.
 """
 
 import torch
@@ -26,7 +26,8 @@ class _Decoder:
         weights: the snapshot to run.
         num_clips: N.
         num_steps: S, the length of the caches.
-        condition: cross-attended rows: N (prompts), or 2·N when the second half has text too (a negative prompt).
+        condition: cross-attended rows: N (prompts), or 2·N when the second half has text too (a negative
+            prompt).
         guided: decode N further rows beside the prompts'.
     """
 

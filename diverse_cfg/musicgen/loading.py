@@ -1,8 +1,9 @@
-"""Load a MusicGen policy from whatever holds one, ready to sample and to train: float32, no dropout, no double guidance.
+"""Load a MusicGen policy from whatever holds one: float32, no dropout, no double guidance.
 
-A checkpoint that this package distilled has the guidance inside its weights, while the generation config that an
-adapter inherits from its base still asks for guidance 3: applied twice, it costs twice and overshoots. So adapters, and
-folders whose `diverse_cfg.json` says student or merge, come back with `generation_config.guidance_scale = 1.0`.
+A checkpoint that this package distilled has the guidance inside its weights, while the generation config that
+an adapter inherits from its base still asks for guidance 3: applied twice, it costs twice and overshoots. So
+adapters, and folders whose `diverse_cfg.json` says student or merge, come back with
+`generation_config.guidance_scale = 1.0`.
 """
 
 import json
@@ -34,19 +35,21 @@ def load_policy(
     """Load a MusicGen policy, in eval mode and without any dropout.
 
     Args:
-        model: Hub id or folder of a full checkpoint; id or folder of a PEFT adapter, whose base is read from its own
-            configuration; or a live model (also one that PEFT wrapped), which is prepared in place and returned.
+        model: Hub id or folder of a full checkpoint; id or folder of a PEFT adapter, whose base is read from
+            its own configuration; or a live model (also one that PEFT wrapped), which is prepared in place
+            and returned.
         adapter: id or folder of a PEFT adapter to merge into `model`.
-        torch_dtype: of the text encoder and the decoder; the codec always stays in float32. Adapters are merged in
-            float32 before the cast. Half precision on disk is upcast: a step of 1e-4 vanishes in bfloat16.
+        torch_dtype: of the text encoder and the decoder; the codec always stays in float32. Adapters are
+            merged in float32 before the cast. Half precision on disk is upcast: a step of 1e-4 vanishes in
+            bfloat16.
 
     Returns:
-        A plain `MusicgenForConditionalGeneration`, adapters merged. Its `generation_config.guidance_scale` is 1.0 when
-        the checkpoint is distilled, and what the checkpoint says otherwise.
+        A plain `MusicgenForConditionalGeneration`, adapters merged. Its `generation_config.guidance_scale` is
+        1.0 when the checkpoint is distilled, and what the checkpoint says otherwise.
 
     Raises:
-        ValueError: nothing there, not a MusicGen, MusicGen-Melody, special tokens that do not fit, or an adapter
-            whose base is unknown.
+        ValueError: nothing there, not a MusicGen, MusicGen-Melody, special tokens that do not fit, or an
+            adapter whose base is unknown.
     """
     if isinstance(model, nn.Module):
         policy, distilled = unwrap(model), isinstance(model, PeftModel)
@@ -71,7 +74,7 @@ def load_policy(
 
 
 def load_processor(path: str | os.PathLike) -> MusicgenProcessor:
-    """Load the processor (tokenizer and feature extractor) of a checkpoint; an adapter without one has its base's.
+    """Load the processor (tokenizer, feature extractor) of a checkpoint; an adapter falls back on its base.
 
     Raises:
         ValueError: nothing there, or not MusicGen's processor.
@@ -81,8 +84,8 @@ def load_processor(path: str | os.PathLike) -> MusicgenProcessor:
     if not any(_find(source, name) for name in ("processor_config.json", "preprocessor_config.json")):
         if not _is_adapter(source):
             raise ValueError(
-                f"{source} has no processor (processor_config.json or preprocessor_config.json): copy the tokenizer "
-                "and processor files of its base model into it"
+                f"{source} has no processor (processor_config.json or preprocessor_config.json): copy the "
+                "tokenizer and processor files of its base model into it"
             )
         source = _base_of(source)
     processor = AutoProcessor.from_pretrained(source)
@@ -94,7 +97,7 @@ def load_processor(path: str | os.PathLike) -> MusicgenProcessor:
 
 
 def unwrap(model: nn.Module) -> MusicgenForConditionalGeneration:
-    """The MusicGen inside a `PeftModel` (its LoRA layers stay active) or a DDP-like wrapper; a MusicGen is itself.
+    """The MusicGen inside a `PeftModel` (its LoRA layers stay active) or a DDP-like wrapper.
 
     Raises:
         ValueError: it is another model.
@@ -104,14 +107,14 @@ def unwrap(model: nn.Module) -> MusicgenForConditionalGeneration:
         inner = inner.get_base_model()
     if not isinstance(inner, MusicgenForConditionalGeneration):
         raise ValueError(
-            f"expected a MusicgenForConditionalGeneration, got a {type(inner).__name__}; MusicGen-Melody and other "
-            "models are not supported"
+            f"expected a MusicgenForConditionalGeneration, got a {type(inner).__name__}: MusicGen-Melody and "
+            "other models are not supported"
         )
     return inner
 
 
 def is_distilled(source: str | os.PathLike) -> bool:
-    """Whether the checkpoint has a teacher's guidance in its weights: a student, a merge of students, an adapter."""
+    """Whether a teacher's guidance is in the weights: a student, a merge of students, an adapter."""
     source = os.fspath(source)
     if _is_adapter(source):
         return True
@@ -122,8 +125,9 @@ def is_distilled(source: str | os.PathLike) -> bool:
 def zero_dropout(model: nn.Module) -> None:
     """Set every dropout and layerdrop of the model to zero, in place.
 
-    The policy that is sampled must be the policy that is trained, also in `train()` mode, which gradient checkpointing
-    needs. `disable_dropout` of other libraries misses the rates that are plain float attributes.
+    The policy that is sampled must be the policy that is trained, also in `train()` mode, which gradient
+    checkpointing needs. `disable_dropout` of other libraries misses the rates that are plain float
+    attributes.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -138,14 +142,14 @@ def _load_full(source: str) -> MusicgenForConditionalGeneration:
     config = _read_json(source, "config.json")
     if config is None:
         raise ValueError(
-            f"{source} has no config.json: it is neither a MusicGen checkpoint nor an adapter (for a Hub id, check the "
-            "spelling and whether the Hub can be reached)"
+            f"{source} has no config.json: it is neither a MusicGen checkpoint nor an adapter (for a Hub id, "
+            "check the spelling and whether the Hub can be reached)"
         )
     kind = config.get("model_type")
     if kind == "musicgen_melody":
         raise ValueError(
-            f"{source} is a MusicGen-Melody model, which reads its condition as a prefix and not by cross-attention; "
-            "use a MusicGen without melody, such as facebook/musicgen-small"
+            f"{source} is a MusicGen-Melody model, which reads its condition as a prefix and not by "
+            "cross-attention: use a MusicGen without melody, such as facebook/musicgen-small"
         )
     if kind != "musicgen":
         raise ValueError(
@@ -155,9 +159,9 @@ def _load_full(source: str) -> MusicgenForConditionalGeneration:
     decoder = policy.config.decoder
     if decoder.pad_token_id != decoder.vocab_size:
         raise ValueError(
-            f"{source} has config.decoder.pad_token_id={decoder.pad_token_id}, but MusicGen's only special token is "
-            f"{decoder.vocab_size} (vocab_size): another program overwrote it; set pad, bos and decoder_start to "
-            f"{decoder.vocab_size} in config.json and generation_config.json"
+            f"{source} has config.decoder.pad_token_id={decoder.pad_token_id}, but MusicGen's only special "
+            f"token is {decoder.vocab_size} (vocab_size): another program overwrote it; set pad, bos and "
+            f"decoder_start to {decoder.vocab_size} in config.json and generation_config.json"
         )
     return policy
 
@@ -177,8 +181,8 @@ def _is_adapter(source: str) -> bool:
         return False
     if _find(source, "config.json") is not None:
         raise ValueError(
-            f"{source} holds an adapter and a full checkpoint: move one of them into a folder of its own, since a "
-            "merged checkpoint with its adapter on top would be adapted twice"
+            f"{source} holds an adapter and a full checkpoint: move one of them into a folder of its own, "
+            "since a merged checkpoint with its adapter on top would be adapted twice"
         )
     return True
 
@@ -191,7 +195,8 @@ def _base_of(adapter: str) -> str:
         )
     if _looks_local(base) and not os.path.isdir(base):
         raise ValueError(
-            f"{adapter} names {base} as its base model, which is not here: call load_policy(base, adapter={adapter!r})"
+            f"{adapter} names {base} as its base model, which is not here: call load_policy(base, "
+            f"adapter={adapter!r})"
         )
     return base
 
@@ -213,8 +218,8 @@ def _find(source: str, name: str) -> str | None:
         source,
         name,
         _raise_exceptions_for_missing_entries=False,
-        # Offline, a file that was never asked for looks like a connection error. Online, an unreachable Hub must not
-        # pass for "this checkpoint is not distilled".
+        # Offline, a file that was never asked for looks like a connection error. Online, an unreachable Hub
+        # must not pass for "this checkpoint is not distilled".
         _raise_exceptions_for_connection_errors=not hub_constants.HF_HUB_OFFLINE,
     )
 

@@ -1,9 +1,9 @@
-"""The sampling loop: a decoder step, a draw, the next step; all state on static buffers, the host never waits.
+"""The sampling loop: a decoder step, a draw, the next step; the host never waits.
 
     eager    the context grows by one each step (CPU: no masked work)
-    static   everything a step reads is a tensor, its own index included, and the context is rounded up to a bucket
-             and masked: what a CUDA graph needs (runs anywhere, so that it can be tested without a GPU)
-    graph    the static body captured once per bucket into a CUDA graph, then replayed (GPU: no launch overhead)
+    static   everything a step reads is a tensor, its own index included, and the context is rounded up to
+             a bucket and masked: what a CUDA graph needs (runs anywhere, so it can be tested without a GPU)
+    graph    the static body captured once per bucket into a CUDA graph, then replayed (GPU: no launches)
 
 What has to be checked (were the logits finite?) is written down on the way and read once, at the end.
 """
@@ -29,8 +29,8 @@ _failed_captures: set[str] = set()
 class DecodeLoop:
     """Samples one batch of clips; may be started again for another batch of the same shape.
 
-    After `run`, the grids `codes`, `logps` and `totals` [S, N, K] hold what each step drew; the cells in which the
-    delay pattern has no code hold junk.
+    After `run`, the grids `codes`, `logps` and `totals` [S, N, K] hold what each step drew; the cells in
+    which the delay pattern has no code hold junk.
 
     Args:
         weights: the decoder.

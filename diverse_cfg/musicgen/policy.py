@@ -1,9 +1,10 @@
 """MusicGen as a policy over codes: text in, logits over the codes of every frame out.
 
-MusicGen (arXiv 2306.05284) is a T5 text encoder, a decoder over K interleaved streams of codes, and an EnCodec codec.
-The decoder embeds the K codes of a step into one sum and has K heads, which are independent given the hidden state: so
-one forward pass gives the exact log-probability of every code of a clip. This file evaluates that pass on given codes
-(teacher forcing); `rollout` samples the codes. The delay between the streams is `functional.codebooks`' business.
+MusicGen (arXiv 2306.05284) is a T5 text encoder, a decoder over K interleaved streams of codes, and an
+EnCodec codec. The decoder embeds the K codes of a step into one sum and has K heads, which are independent
+given the hidden state: so one forward pass gives the exact log-probability of every code of a clip. This file
+evaluates that pass on given codes (teacher forcing); `rollout` samples the codes. The delay between the
+streams is `functional.codebooks`' business.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,16 +42,17 @@ __all__ = [
 ]
 
 LORA_TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
-"""The decoder's own projections, for `LoraConfig(target_modules=…)`. No module of T5 or EnCodec ends in one of these
-names; "all-linear" would also adapt the frozen text encoder and the heads."""
+"""The decoder's own projections, for `LoraConfig(target_modules=…)`. No module of T5 or EnCodec ends in one
+of these names; "all-linear" would also adapt the frozen text encoder and the heads."""
 
 _TEXT_BATCH = 256
 
 
 def pad_token_id(model: nn.Module) -> int:
-    """MusicGen's only special token: start, padding of the delay pattern, and the last row of every embedding table.
+    """MusicGen's only special token: start and padding of the delay pattern, last row of the tables.
 
-    Taken from the size of the table, since trainers for text models write T5's ids over the one in the configuration.
+    Taken from the size of the table, since trainers for text models write T5's ids over the one in the
+    configuration.
     """
     return unwrap(model).decoder.config.vocab_size
 
@@ -94,8 +96,8 @@ def encode_text(model: nn.Module, tokenizer: Any, prompts: Sequence[str]) -> Tex
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(
-                f"prompt {index} is {prompt!r}: every prompt needs text (for clips without a prompt, pass a null_condition "
-                "to sample_codes)"
+                f"prompt {index} is {prompt!r}: every prompt needs text (for clips without a prompt, pass a "
+                "null_condition to sample_codes)"
             )
     policy = unwrap(model)
     distinct = list(dict.fromkeys(prompts))
@@ -118,8 +120,8 @@ def encode_text(model: nn.Module, tokenizer: Any, prompts: Sequence[str]) -> Tex
 def null_condition(condition: TextCondition) -> TextCondition:
     """The null prompt in the shape of `condition`: a zero text-encoder output *and* a zero attention mask.
 
-    MusicGen was trained with it (condition dropout), and it equals a decoder without cross-attention exactly. Zeros
-    with an open mask are another prompt: the bias of `enc_to_dec_proj` would leak in.
+    MusicGen was trained with it (condition dropout), and it equals a decoder without cross-attention exactly.
+    Zeros with an open mask are another prompt: the bias of `enc_to_dec_proj` would leak in.
     """
     return TextCondition(
         torch.zeros_like(condition.hidden_states), torch.zeros_like(condition.attention_mask)
@@ -174,7 +176,7 @@ def project_text(model: nn.Module, condition: TextCondition) -> Tensor:
 
 
 def head_weights(model: nn.Module) -> Tensor:
-    """Weights of the K heads [K, V, D], so that a loss can apply them to one chunk at a time; gradients flow."""
+    """Weights of the K heads [K, V, D], for a loss that applies them chunk by chunk; gradients flow."""
     return torch.stack([effective_weight(head) for head in unwrap(model).decoder.lm_heads])
 
 
@@ -206,7 +208,7 @@ def code_logits(model: nn.Module, codes: Tensor, condition: TextCondition | None
 
 
 def effective_weight(module: nn.Module) -> Tensor:
-    """Weight of a linear layer with its active LoRA adapters added; the layer is not changed, and gradients flow.
+    """Weight of a linear layer plus its active LoRA adapters; the layer is only read, gradients flow.
 
     Raises:
         ValueError: a kind of adapter whose effect is not `weight + delta`.
@@ -228,7 +230,7 @@ def effective_weight(module: nn.Module) -> Tensor:
             continue
         if name in module.lora_variant or module.lora_bias.get(name, False):
             raise ValueError(
-                f"adapter {name!r} is a variant of LoRA (DoRA, a bias, …) that cannot be merged: use plain LoRA"
+                f"adapter {name!r} is a variant of LoRA (DoRA, a bias, …) that cannot be merged: use LoRA"
             )
         weight = weight + module.get_delta_weight(name).to(weight.dtype)
     return weight

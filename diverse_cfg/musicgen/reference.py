@@ -1,12 +1,13 @@
 """Stock `generate` as the reference backend of the rollout.
 
-Slow, and by other people: what the fast loop is held against, and what remains when a model is outside its reach.
-Three things are arranged around it. Codes are caught on their way into the codec, since `generate` returns audio. Every
-setting is explicit, since an unset one is inherited from the checkpoint (guidance 3) or from a default (top-k 50). And
-its `multinomial` reads the clip's own random numbers, so that both backends play the same clip.
+Slow, and by other people: what the fast loop is held against, and what remains when a model is outside its
+reach. Three things are arranged around it. Codes are caught on their way into the codec, since `generate`
+returns audio. Every setting is explicit, since an unset one is inherited from the checkpoint (guidance 3) or
+from a default (top-k 50). And its `multinomial` reads the clip's own random numbers, so that both backends
+play the same clip.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput
 
 from diverse_cfg.functional.codebooks import num_decoder_steps
 from diverse_cfg.musicgen.policy import evaluating, null_condition, pad_token_id, unwrap
-from diverse_cfg.musicgen.sampling import SamplingSettings, invert
+from diverse_cfg.musicgen.sampling import SamplingSettings, invert, not_finite
 from diverse_cfg.types import TextCondition
 
 
@@ -31,6 +32,7 @@ def generate_codes(
     settings: SamplingSettings,
     uniforms: Tensor,
     negative_condition: TextCondition | None = None,
+    names: Sequence[str] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample one clip per row of `condition` with `MusicgenForConditionalGeneration.generate`.
 
@@ -41,20 +43,22 @@ def generate_codes(
         settings: of the draws.
         uniforms: random numbers of the clips [N, K, T].
         negative_condition: N rows with as many tokens as `condition`, in place of the null prompt.
+        names: what to call each row in an error [N].
 
     Returns:
         Codes and their log-probabilities [N, K, T] (0 when greedy).
 
     Raises:
         ValueError: a clip so short that `generate` leaves out the delay pattern.
+        FloatingPointError: logits that are not finite; names row and step.
     """
     policy = unwrap(model)
     config = policy.decoder.config
     num_steps = num_decoder_steps(num_frames, config.num_codebooks, config.audio_channels)
     if num_frames < num_steps - num_frames:
         raise ValueError(
-            f"num_frames={num_frames} is too short for transformers' generate, which then leaves out the delay pattern: "
-            f"ask for at least {num_steps - num_frames} frames, or use rollout_backend='fast'"
+            f"num_frames={num_frames} is too short for transformers' generate, which leaves out the "
+            f"delay pattern then: use rollout_backend='fast', or at least {num_steps - num_frames} frames"
         )
     # As many ids as clips: with encoder states alone, `generate` would take the null rows for clips.
     ids = condition.attention_mask
@@ -65,6 +69,7 @@ def generate_codes(
             torch.cat([condition.attention_mask, negative.attention_mask]),
         )
     draws = _KeyedMultinomial(uniforms, config.audio_channels)
+    check = _RequireFinite(names or [f"row {row}" for row in range(len(ids))], config.num_codebooks)
     with (
         evaluating(policy),
         _generation_config(policy, num_steps, settings),
@@ -75,6 +80,7 @@ def generate_codes(
             input_ids=ids,
             encoder_outputs=BaseModelOutput(last_hidden_state=condition.hidden_states),
             attention_mask=condition.attention_mask,
+            logits_processor=LogitsProcessorList([check]),
         )
     codes = torch.stack(caught, dim=2).flatten(1, 2) if config.audio_channels == 2 else caught[0]
     return codes, torch.zeros_like(uniforms) if settings.greedy else draws.logps
@@ -102,6 +108,23 @@ class _KeyedMultinomial(TorchFunctionMode):
         self.logps[:, valid, frames[valid]] = logps.view(num_clips, num_codebooks)[:, valid]
         self.step += 1
         return codes[:, None]
+
+
+class _RequireFinite(LogitsProcessor):
+    """Stops at the first logits that are not finite, which `multinomial` or `argmax` may not notice."""
+
+    def __init__(self, names: Sequence[str], num_codebooks: int) -> None:
+        self.names = names
+        self.num_codebooks = num_codebooks
+        self.step = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        finite = torch.isfinite(scores).all(-1)
+        if not finite.all():
+            row = int((~finite).nonzero()[0]) // self.num_codebooks % len(self.names)
+            raise FloatingPointError(not_finite(self.names[row], self.step))
+        self.step += 1
+        return scores
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """Rollouts: prompts in, clips out.
 
-`fast_generate` is what users and the trainer call: it encodes each distinct prompt once, samples codes in batches
-with the package's own loop (`loop`, `decoders`, `sampling`) and decodes them to audio. A clip depends on its
-prompt, the settings, the seed and its sample id only: not on the batch it is in, nor on the number of processes.
-Stock `generate` is the reference backend (`reference`), driven by the same random numbers.
+`fast_generate` is what users and the trainer call: it encodes each distinct prompt once, samples codes in
+batches with the package's own loop (`loop`, `decoders`, `sampling`) and decodes them to audio. A clip depends
+on its prompt, the settings, the seed and its sample id only: not on the batch it is in, nor on the number of
+processes. Stock `generate` is the reference backend (`reference`), driven by the same random numbers.
 """
 
 import gc
@@ -18,7 +18,7 @@ from diverse_cfg.functional.codebooks import num_decoder_steps, revert_delay_pat
 from diverse_cfg.musicgen.loop import DecodeLoop
 from diverse_cfg.musicgen.policy import encode_text, frame_rate, unwrap
 from diverse_cfg.musicgen.reference import generate_codes
-from diverse_cfg.musicgen.sampling import SamplingSettings, keyed_uniforms
+from diverse_cfg.musicgen.sampling import SamplingSettings, keyed_uniforms, not_finite
 from diverse_cfg.musicgen.weights import RolloutWeights
 from diverse_cfg.types import Rollout, TextCondition
 
@@ -90,6 +90,8 @@ def fast_generate(
         FloatingPointError: logits that are not finite; names prompt and step.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts:
+        raise ValueError("there are no prompts: pass at least one text")
     settings = SamplingSettings(guidance_scale, temperature, top_k, top_p, min_p)
     _check_length(model, num_frames)
     for name, value in (("num_generations", num_generations), ("batch_size", batch_size)):
@@ -113,9 +115,9 @@ def fast_generate(
             condition.select(prompt_rows),
             negative.select([0] * len(prompt_rows)) if negative else None,
         )
+        names = [f"prompt {prompts[row]!r}" for row in prompt_rows]
         if weights is None or rollout_backend == "transformers":
-            return generate_codes(model, text, num_frames, settings, uniforms[rows], avoided)
-        names = [repr(prompts[row]) for row in prompt_rows]
+            return generate_codes(model, text, num_frames, settings, uniforms[rows], avoided, names)
         return _sample(weights, text, num_frames, settings, uniforms[rows], avoided, names)
 
     device = unwrap(model).device.type
@@ -157,8 +159,8 @@ def sample_codes(
         top_p: 1 keeps all codes.
         min_p: 0 keeps all codes.
         seed: of the run.
-        sample_ids: which clip of the run each row is [N]; 0 … N − 1 by default. A trainer keeps counting over steps
-            and processes. Rows with the same seed and id share their random numbers.
+        sample_ids: which clip of the run each row is [N]; 0 … N − 1 by default. A trainer keeps counting over
+            steps and processes. Rows with the same seed and id share their random numbers.
         return_logps: record the log-probability of every code under the distribution it was drawn from.
         negative_condition: N rows in the place of the null prompt.
         weights: a snapshot to sample from; refresh it when the model has changed.
@@ -208,8 +210,8 @@ def decode_codes(model: nn.Module, codes: Tensor, *, batch_size: int = 16) -> Te
     low, high = int(codes.min()), int(codes.max())
     if low < 0 or high >= codec.config.codebook_size:
         raise ValueError(
-            f"codes must lie in 0 … {codec.config.codebook_size - 1}, got {low} … {high}: special tokens and cells of "
-            "the delay pattern are no codes"
+            f"codes must lie in 0 … {codec.config.codebook_size - 1}, got {low} … {high}: special tokens and "
+            "cells of the delay pattern are no codes"
         )
     codes = codes.to(codec.device)
     stereo = config.audio_channels == 2
@@ -242,11 +244,8 @@ def _sample(
         loop.run(uniforms)
     unusable = ~torch.isfinite(loop.totals)
     if unusable.any():
-        step, clip, codebook = unusable.nonzero()[0].tolist()
-        raise FloatingPointError(
-            f"the logits of clip {clip} ({names[clip]}) are not finite at step {step} of {loop.num_steps}, codebook "
-            f"{codebook}: the weights are broken, or overflow in {weights.dtype}"
-        )
+        step, clip, _ = unusable.nonzero()[0].tolist()
+        raise FloatingPointError(not_finite(names[clip], step))
     channels = weights.shape.audio_channels
     codes = revert_delay_pattern(loop.codes.permute(1, 2, 0), num_frames, channels)
     return codes, revert_delay_pattern(loop.logps.permute(1, 2, 0), num_frames, channels)
@@ -259,7 +258,7 @@ def _loop_for(
     num_frames: int,
     settings: SamplingSettings,
 ) -> DecodeLoop:
-    """A loop for this batch; on a GPU the last one is kept with its graphs, and fits any text of similar length."""
+    """A loop for this batch; a GPU keeps the last one with its graphs, for any text of similar length."""
     if weights.device.type != "cuda":
         return DecodeLoop(weights, condition, num_clips, num_frames, settings)
     num_tokens = condition.attention_mask.shape[1]
@@ -307,12 +306,12 @@ def _check_length(model: nn.Module, num_frames: int) -> None:
     seconds = num_frames / frame_rate(model)
     if seconds > MAX_SECONDS:
         raise ValueError(
-            f"num_frames={num_frames} is {seconds:.1f} s; MusicGen plays at most {MAX_SECONDS} s at once, and longer "
-            f"music is not supported: ask for at most {int(MAX_SECONDS * frame_rate(model))} frames"
+            f"num_frames={num_frames} is {seconds:.1f} s; MusicGen plays at most {MAX_SECONDS} s at once, "
+            f"longer music is not supported: ask for at most {int(MAX_SECONDS * frame_rate(model))} frames"
         )
     if num_steps > config.max_position_embeddings:
         raise ValueError(
-            f"num_frames={num_frames} needs {num_steps} positions, the model has {config.max_position_embeddings}: "
+            f"num_frames={num_frames} needs {num_steps} positions of {config.max_position_embeddings}: "
             f"ask for at most {num_frames - num_steps + config.max_position_embeddings} frames"
         )
 
@@ -333,14 +332,10 @@ def _uniforms(model: nn.Module, seed: int, sample_ids: Sequence[int], num_frames
 def _encode(
     model: nn.Module, processor: Any, prompts: list[str], negative_prompt: str | None
 ) -> tuple[TextCondition, TextCondition | None]:
-    """Conditions of the prompts [P rows] and of the negative prompt [1 row], in one call of the text encoder."""
+    """Conditions of the prompts [P rows] and of the negative prompt [1 row], in one call."""
     if negative_prompt is None:
         return encode_text(model, processor, prompts), None
-    both = (
-        encode_text(model, processor, [*prompts, negative_prompt])
-        if prompts
-        else encode_text(model, processor, [])
-    )
+    both = encode_text(model, processor, [*prompts, negative_prompt])
     return both.select(slice(0, len(prompts))), both.select(slice(len(prompts), None))
 
 

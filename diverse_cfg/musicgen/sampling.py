@@ -1,10 +1,10 @@
 """From logits to codes: filters, and draws whose randomness belongs to the clip and not to its batch.
 
-A code is drawn by inverting the cumulative distribution at one uniform number. So a clip's whole randomness is a table
-[K, T] of uniforms, made by a counter-based generator (Philox) from (seed, sample id) alone: the clip is the same in
-every batch, order, process and backend, and a longer clip begins like a shorter one. The global random state is never
-read. Drawing by Gumbel noise or `multinomial` would need V numbers per code instead of one, and costs more than the
-softmax on a CPU.
+A code is drawn by inverting the cumulative distribution at one uniform number. So a clip's whole randomness
+is a table [K, T] of uniforms, made by a counter-based generator (Philox) from (seed, sample id) alone: the
+clip is the same in every batch, order, process and backend, and a longer clip begins like a shorter one. The
+global random state is never read. Drawing by Gumbel noise or `multinomial` would need V numbers per code
+instead of one, and costs more than the softmax on a CPU.
 """
 
 import math
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diverse_cfg.functional.guidance import guided_logits
 
-# Largest uniform that is handed out: u · total must stay below total after rounding, or the draw would fall off the end.
+# Largest uniform handed out: u · total must stay below total after rounding, or a draw falls off the end.
 _LARGEST_UNIFORM = 1 - 2**-22
 
 
@@ -26,7 +26,8 @@ class SamplingSettings:
     """How codes are drawn from logits, checked once; applied in the order of the fields, as `generate` does.
 
     Args:
-        guidance_scale: γ of `uncond + γ·(cond − uncond)`; 1 samples the conditional model alone, at half the cost.
+        guidance_scale: γ of `uncond + γ·(cond − uncond)`; 1 samples the conditional model alone, at half the
+            cost.
         temperature: divides the logits; 0 takes the most likely code (greedy).
         top_k: keep this many codes (and those tied with the last); 0 keeps all.
         top_p: keep the most likely codes up to this probability mass; 1 keeps all.
@@ -42,8 +43,8 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 1):
             raise ValueError(
-                f"guidance_scale={self.guidance_scale} must be a finite number ≥ 1: 1 samples the prompt alone, the "
-                "paper's γ is 3, and clips without a prompt come from null_condition"
+                f"guidance_scale={self.guidance_scale} must be a finite number ≥ 1: 1 samples the prompt "
+                "alone, the paper's γ is 3, and clips without a prompt come from null_condition"
             )
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature={self.temperature} must be a finite number ≥ 0 (0 is greedy)")
@@ -94,7 +95,8 @@ def sampling_logits(logits: Tensor, settings: SamplingSettings) -> Tensor:
     """Guided, tempered and filtered logits: their softmax is what a code is drawn from.
 
     Args:
-        logits: [N, ..., V], or [2·N, ..., V] when guided: rows under the prompt, then as many under the null prompt.
+        logits: [N, ..., V], or [2·N, ..., V] when guided: rows under the prompt, then as many under the null
+            prompt.
         settings: of the draw; with temperature 0 nothing is filtered.
 
     Returns:
@@ -129,8 +131,9 @@ def draw(logits: Tensor, uniforms: Tensor, greedy: bool = False) -> tuple[Tensor
         greedy: take the most likely code instead.
 
     Returns:
-        Codes int64 [...]; their log-probabilities [...] (0 when greedy); and a total [...] that is finite exactly
-        when the logits were usable, to be looked at once after the loop, since a look costs a synchronisation.
+        Codes int64 [...]; their log-probabilities [...] (0 when greedy); and a total [...] that is finite
+        exactly when the logits were usable, to be looked at once after the loop, since a look costs a
+        synchronisation.
     """
     if greedy:
         total, codes = logits.max(-1)
@@ -157,12 +160,20 @@ def invert(probabilities: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Ten
     return codes.squeeze(-1), probabilities.gather(-1, codes).log().squeeze(-1), total.squeeze(-1)
 
 
+def not_finite(name: str, step: int) -> str:
+    """What to say when the logits of a clip are not finite."""
+    return (
+        f"the logits of {name} are not finite at step {step}: the weights are broken, or too large for their "
+        "dtype (try float32)"
+    )
+
+
 def _keep_from(logits: Tensor, threshold: Tensor) -> Tensor:
     return logits.masked_fill(logits < threshold, -torch.inf)
 
 
 def _on_numpy(logits: Tensor) -> bool:
-    """NumPy's vectorised partition and sort are about ten times as fast as torch's on a CPU, and cannot be compiled."""
+    """NumPy's partition and sort are about ten times as fast as torch's on a CPU, but cannot be compiled."""
     return logits.device.type == "cpu" and not torch.compiler.is_compiling()
 
 

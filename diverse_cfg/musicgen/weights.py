@@ -1,8 +1,8 @@
 """A policy's decoder fused for sampling: what the rollout multiplies with.
 
-Query, key and value are one matrix, the K heads one, the K embedding tables one; LoRA is added in, the attention scale
-folded into the queries, and matrices are stored as the right operand of a product. The model itself is only read, so
-nothing has to be merged and unmerged around a rollout.
+Query, key and value are one matrix, the K heads one, the K embedding tables one; LoRA is added in, the
+attention scale folded into the queries, and matrices are stored as the right operand of a product. The model
+itself is only read, so nothing has to be merged and unmerged around a rollout.
 """
 
 from collections.abc import Iterator
@@ -98,10 +98,11 @@ class RolloutWeights:
 
         Args:
             model: the policy, also inside a `PeftModel`; it is not modified.
-            dtype: of the matrices, the model's by default. Norms, residual stream and sampling stay in float32 (or the
-                model's, if wider), so that bfloat16 costs little accuracy.
-            compiled: let `torch.compile` fuse the small operations of a layer: a GPU saves launches, at the cost of a
-                compilation per shape and context bucket. Needs a compiler (triton, or C++ on a CPU).
+            dtype: of the matrices, the model's by default. Norms, residual stream and sampling stay in
+                float32 (or the model's, if wider), so that bfloat16 costs little accuracy.
+            compiled: let `torch.compile` fuse the small operations of a layer: a GPU saves launches, at the
+                cost of a compilation per shape and context bucket. Needs a compiler (triton, or C++ on a
+                CPU).
 
         Raises:
             ValueError: an attention implementation or an adapter whose effect is not known.
@@ -111,8 +112,9 @@ class RolloutWeights:
         attention = config._attn_implementation
         if attention not in SUPPORTED_ATTENTION:
             raise ValueError(
-                f"attn_implementation={attention!r} may compute another attention than the rollout does: load the model "
-                f"with one of {', '.join(SUPPORTED_ATTENTION)}, or sample with rollout_backend='transformers'"
+                f"attn_implementation={attention!r} may compute another attention than the rollout does: "
+                f"load the model with one of {', '.join(SUPPORTED_ATTENTION)}, or use "
+                "rollout_backend='transformers'"
             )
         shape = DecoderShape(
             hidden_size=config.hidden_size,
@@ -136,7 +138,8 @@ class RolloutWeights:
 
     @torch.no_grad()
     def refresh(self, model: nn.Module) -> None:
-        """Copy the policy's present weights into the same tensors, so that captured CUDA graphs stay valid."""
+        """Copy the policy's present weights into the same tensors, so that captured CUDA graphs stay
+        valid."""
         for name, tensor in _fused(unwrap(model), self.shape):
             self.tensors[name].copy_(tensor)
 
