@@ -10,6 +10,7 @@ import html
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ PAPER = "arxiv:2410.06084"
 _KNOWN_LICENSES = {"facebook/musicgen-": "cc-by-nc-4.0"}
 _TEMPLATES = Path(__file__).parent / "templates"
 _TRANSFORMERS_TOP_K = 50  # what `generate` falls back to when a configuration names none
+MARK = "<!-- written by diverse-cfg; delete this line to keep your own edits -->"
+_GENERATED = (MARK, "# Model Card for Model ID", "<!-- This model card has been generated automatically")
 _DEFAULT_PROMPT = "a calm piano piece"
 
 
@@ -99,23 +102,32 @@ def write_card(
     license: str | None = None,
     tags: Sequence[str] = (),
 ) -> Path:
-    """Render README.md into a model folder, replacing the one that is there; call it after PEFT, which
-    writes one.
+    """Render README.md into a model folder; call it after PEFT, which writes one that is replaced.
 
+    A card that somebody wrote or edited (without the line that marks ours) is left alone, with a warning.
     Where the trainer's log lies in the folder, the training curves are drawn beside it.
     """
+    path = Path(folder) / CARD_FILE
+    if path.is_file() and not is_generated(path.read_text(encoding="utf-8")):
+        warnings.warn(f"{path} was written by somebody else and is kept; delete it to get ours", stacklevel=2)
+        return path
     state = _read_json(Path(folder) / "trainer_state.json")
     if state is not None:
         plot_training_curves(folder, state.get("log_history", []))
-    return write_text(
-        Path(folder) / CARD_FILE, render_card(folder, repo_id=repo_id, license=license, tags=tags)
-    )
+    return write_text(path, render_card(folder, repo_id=repo_id, license=license, tags=tags))
+
+
+def is_generated(card: str) -> bool:
+    """Whether a card was written by this package or by PEFT's or transformers' placeholder, and nobody
+    claimed it."""
+    return any(mark in card for mark in _GENERATED)
 
 
 def render_card(
     folder: str | os.PathLike,
     *,
     repo_id: str | None = None,
+    base_model: str | None = None,
     license: str | None = None,
     tags: Sequence[str] = (),
 ) -> str:
@@ -124,6 +136,7 @@ def render_card(
     Args:
         folder: student or merge, full or adapter, with its `diverse_cfg.json`.
         repo_id: Hub id that the snippets load; by default the folder's own name.
+        base_model: Hub id of the base, where the folder names a place on this machine.
         license: licence of the weights; by default the base's, which they inherit.
         tags: more Hub tags.
 
@@ -139,7 +152,7 @@ def render_card(
         raise ValueError(f"{folder} has no diverse_cfg.json, so that a card could only guess what it is")
     adapter = (folder / "adapter_config.json").is_file()
     name = repo_id or folder.resolve().name
-    base = _base_name(folder, provenance)
+    base = base_model or _base_name(folder, provenance)
     license = license or base_license(base, folder)
     evaluation = _read_json(folder / METRICS_FILE) or {}
     metrics = [Metric(**metric) for metric in evaluation.get("metrics", [])]
@@ -152,10 +165,12 @@ def render_card(
             name=name,
             title=name.split("/")[-1],
             p=provenance,
-            training={key: _public(value) for key, value in provenance.training.items() if value is not None},
+            training={
+                key: public_name(value) for key, value in provenance.training.items() if value is not None
+            },
             adapter=adapter,
-            base=_public(base) or "the base model",
-            base_is_id=_is_hub_id(base),
+            base=public_name(base) or "the base model",
+            base_is_id=is_hub_id(base),
             base_path=base or "",
             license=license,
             evaluation=evaluation,
@@ -167,6 +182,7 @@ def render_card(
             seconds=_clip_seconds(folder, provenance),
             fast=_fast_settings(folder, provenance),
             paper=PAPER,
+            mark=MARK,
         )
     )
     return f"---\n{data.to_yaml()}\n---\n\n{body.strip()}\n"
@@ -183,7 +199,7 @@ def base_license(base: str | None, near: str | os.PathLike | None = None) -> str
         return None
     candidates = [Path(base)] + ([Path(near) / base] if near is not None else [])
     cards = [path / CARD_FILE for path in candidates]
-    if _is_hub_id(base):
+    if is_hub_id(base):
         cached = try_to_load_from_cache(base, CARD_FILE)
         cards += [Path(cached)] if isinstance(cached, str) else []
     for card in cards:
@@ -263,7 +279,7 @@ def _metadata(
         for metric in metrics
     ]
     optional: dict[str, Any] = {}
-    if _is_hub_id(base):
+    if is_hub_id(base):
         optional |= {"base_model": base, "base_model_relation": relation}
     if results:
         optional |= {"eval_results": results, "model_name": name.split("/")[-1]}
@@ -319,14 +335,15 @@ def _base_name(folder: Path, provenance: Provenance) -> str | None:
     return adapter.get("base_model_name_or_path") or provenance.base_model
 
 
-def _public(value: Any) -> Any:
+def public_name(value: Any) -> Any:
     """A local path without the folders above it, which are nobody else's business; anything else as it is."""
     if isinstance(value, str) and (os.path.isabs(value) or Path(value).is_dir()):
         return Path(value).name
     return value
 
 
-def _is_hub_id(name: str | None) -> bool:
+def is_hub_id(name: str | None) -> bool:
+    """Whether a name is a Hub id ("user/model") and not a folder of this machine."""
     if name is None or name.count("/") != 1 or Path(name).exists():
         return False
     try:

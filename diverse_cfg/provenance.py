@@ -136,8 +136,9 @@ def warn_if_guided(
     )
     scale = "" if inside is None else f" (γ = {inside:g})"
     warnings.warn(
-        f"{name} was distilled from a guided teacher{scale}, and is asked to generate with guidance_scale="
-        f"{guidance_scale:g}: guidance would be applied twice, at twice the cost. Pass guidance_scale=1.0.",
+        f"{name} was distilled from a guided teacher{scale}, and is asked to generate with "
+        f"guidance_scale={guidance_scale:g}: guidance would be applied twice, at twice the cost. Pass "
+        "guidance_scale=1.0.",
         UserWarning,
         stacklevel=2,
     )

@@ -37,8 +37,7 @@ def write_adapter(experts: Experts, weights: Sequence[float], folder: Path, dtyp
         if checkpoint.replaced:
             raise ValueError(
                 f"{checkpoint.source} replaces whole tensors ({next(iter(checkpoint.replaced))}), which "
-                "LoRA factors "
-                "cannot express: use format='full'"
+                "LoRA factors cannot express: use format='full'"
             )
         terms.append((checkpoint, weight))
     if not terms:

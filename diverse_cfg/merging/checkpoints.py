@@ -120,8 +120,7 @@ class FullCheckpoint(Checkpoint):
             if info.shape != shapes[name]:
                 raise ValueError(
                     f"{self.source}: tensor {stored_name} has shape {info.shape}, but its config.json asks "
-                    "for "
-                    f"{shapes[name]}"
+                    f"for {shapes[name]}"
                 )
             tensors[name] = info
         if missing := [name for name in shapes if name not in tensors]:
@@ -193,8 +192,7 @@ class AdapterCheckpoint(Checkpoint):
             if name not in self.base.tensors:
                 raise ValueError(
                     f"{self.source} adapts {path}, which its base {self.base.source} does not have: it was "
-                    "trained "
-                    "on another model"
+                    "trained on another model"
                 )
             self.factors[name] = (pair["A"], pair["B"])
             if f"{_ADAPTER_PREFIX}{self._module(path)}.lora_embedding_A" in found:
@@ -211,8 +209,7 @@ class AdapterCheckpoint(Checkpoint):
             if product != shape or lora_a.shape[0] != rank or lora_b.shape[1] != rank:
                 raise ValueError(
                     f"{self.source}: the LoRA factors {lora_b.shape} · {lora_a.shape} of {name} (rank "
-                    f"{rank}) do "
-                    f"not fit its base's {shape}: it was trained on another model"
+                    f"{rank}) do not fit its base's {shape}: it was trained on another model"
                 )
         for name, info in self.replaced.items():
             if info.shape != (shape := self.base.tensors[name].shape):
@@ -359,7 +356,6 @@ def _lora_config(source: str | os.PathLike, folder: Path) -> LoraConfig:
         raise ValueError(
             f"{source} uses {', '.join(used)}: its difference from the base is not a plain LoRA product, so "
             "mixing it would be silently wrong. Load it with PEFT, call merge_and_unload(), save the full "
-            "model, "
-            "and merge that"
+            "model, and merge that"
         )
     return config

@@ -72,8 +72,7 @@ class Experts:
         if self.base is None and abs(sum(weights) - 1) > 1e-6:
             raise ValueError(
                 f"merge weights {list(weights)} sum to {sum(weights):g}, which scales the differences from "
-                "the base; "
-                "full checkpoints do not name theirs: pass base=…"
+                "the base; full checkpoints do not name theirs: pass base=…"
             )
 
     def changes(self, name: str) -> bool:
@@ -150,8 +149,7 @@ def _common_base(sources: Sequence[str | os.PathLike]) -> FullCheckpoint | None:
         if not same_base(name, named[0][1]):
             raise ValueError(
                 f"{named[0][0]} was trained on the base {named[0][1]!r} and {source} on {name!r}: adapters "
-                "of different "
-                "bases cannot be mixed (if both names mean one model, pass base=…)"
+                "of different bases cannot be mixed (if both names mean one model, pass base=…)"
             )
     return open_base(named[0][0], named[0][2]) if named else None
 
@@ -168,15 +166,13 @@ def _require_same_model(first: FullCheckpoint, second: FullCheckpoint) -> None:
         if left.get(key) != right.get(key):
             raise ValueError(
                 f"{first.source} and {second.source} differ in {key} ({left.get(key)!r} and "
-                f"{right.get(key)!r}): only "
-                "checkpoints of one architecture can be mixed"
+                f"{right.get(key)!r}): only checkpoints of one architecture can be mixed"
             )
     for name in first.tensors:
         if name.startswith(layout.CODEC_PREFIX) and not _same_values(first, second, name):
             raise ValueError(
                 f"{first.source} and {second.source} have different codecs ({name} differs): their codes "
-                "mean different "
-                "sounds and cannot be mixed"
+                "mean different sounds and cannot be mixed"
             )
     _require_same_tokenizer(first, second)
 

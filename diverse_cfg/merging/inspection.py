@@ -100,8 +100,8 @@ def format_report(report: Mapping[str, Any]) -> str:
         rows.append(
             (
                 "against the base",
-                f"{verdict}; ‖Δ‖ / ‖θ‖ = {total['relative']:.3g}, "
-                f"{total['changed_tensors']} of {total['tensors']} tensors changed",
+                f"{verdict}; ‖Δ‖ / ‖θ‖ = {total['relative']:.3g}, {total['changed_tensors']} of "
+                f"{total['tensors']} tensors changed",
             )
         )
         rows += [

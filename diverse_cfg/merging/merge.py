@@ -195,8 +195,8 @@ def _copy_processor(experts: Experts, folder: Path) -> None:
     if source is None:
         raise ValueError(
             f"none of {', '.join(c.source for c in candidates)} has a tokenizer and a processor, without "
-            "which the merged "
-            "model cannot read prompts: copy them from the base into one of the folders, or pass base=…"
+            "which the merged model cannot read prompts: copy them from the base into one of the folders, "
+            "or pass base=…"
         )
     for name in layout.PROCESSOR_FILES:
         if (source / name).is_file():
@@ -248,8 +248,8 @@ def _provenance(experts: Experts, weights: list[float], dtype: torch.dtype, form
     if not known and not experts.adapters:
         warnings.warn(
             "none of the checkpoints says that it was distilled (no diverse_cfg.json); the merged model is "
-            "saved with "
-            "guidance_scale=1.0 all the same. Pass guidance_scale when generating if it needs guidance.",
+            "saved with guidance_scale=1.0 all the same. Pass guidance_scale when generating if it needs "
+            "guidance.",
             UserWarning,
             stacklevel=4,
         )
@@ -258,8 +258,7 @@ def _provenance(experts: Experts, weights: list[float], dtype: torch.dtype, form
     if any(sampling != samplings[0] for sampling in samplings[1:]):
         warnings.warn(
             f"the checkpoints were trained with different sampling settings {samplings}; the merged model "
-            "is saved with "
-            "the first",
+            "is saved with the first",
             UserWarning,
             stacklevel=4,
         )

@@ -60,8 +60,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= min(_MAX_HEADER, max(size - 8, 0)):
             raise ValueError(
-                f"{file} is not a complete safetensors file ({size} bytes, header of {length} bytes): "
-                "it was truncated or is something else; copy or download it again"
+                f"{file} is not a complete safetensors file ({size} bytes, header of {length} bytes): it "
+                "was truncated or is something else; copy or download it again"
             )
         try:
             header = json.loads(stream.read(length))
@@ -113,9 +113,8 @@ def find_tensors(folder: Path, stem: str) -> dict[str, TensorInfo]:
         pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
         if pickles:
             raise ValueError(
-                f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when opened "
-                "and is "
-                "never read here; save it again with save_pretrained(...), which writes safetensors"
+                f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when opened and "
+                "is never read here; save it again with save_pretrained(...), which writes safetensors"
             )
         raise FileNotFoundError(f"{folder} has no {single.name} (nor {index.name}): is it a model folder?")
     weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]

@@ -34,8 +34,7 @@ def resolve_weights(
         if num_experts != 2:
             raise ValueError(
                 "a single merge weight is the weight of the second of two checkpoints, but there are "
-                f"{num_experts}: "
-                "give one weight per checkpoint"
+                f"{num_experts}: give one weight per checkpoint"
             )
         weights = [1 - weights, weights]
     resolved = [float(weight) for weight in weights]

@@ -1,0 +1,78 @@
+"""Publish a model folder on the Hugging Face Hub: checked first, private by default, in one commit, never
+by accident.
+
+`plan` looks at the folder and decides what would be uploaded, without a network; `upload` talks to the Hub.
+`publish` is both, and by default stops after the plan.
+"""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from diverse_cfg.merging import merge_checkpoints
+from diverse_cfg.publishing.plan import PlannedFile, UploadPlan, check_loads, plan_upload
+from diverse_cfg.publishing.upload import Published, upload
+
+__all__ = ["PlannedFile", "Published", "UploadPlan", "check_loads", "plan_upload", "publish", "upload"]
+
+
+def publish(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool = True,
+    dry_run: bool = True,
+    merged: bool = False,
+    base_model: str | None = None,
+    license: str | None = None,
+    tags: Sequence[str] = (),
+    update: bool = False,
+    card: Literal["refuse", "keep", "overwrite"] = "refuse",
+    check: bool = True,
+    token: str | None = None,
+    endpoint: str | None = None,
+) -> UploadPlan | Published:
+    """Check a student, adapter or merge, and upload it.
+
+    Args:
+        folder: the model folder.
+        repo_id: "user/name" on the Hub.
+        private: whether the repository is private. An existing one must be what is asked for.
+        dry_run: only say what would be uploaded; nothing is sent, no token is needed.
+        merged: for an adapter, publish the full model that it makes of its base (the form that plays
+            everywhere). base_model: Hub id of the base, where the folder names a place on this machine.
+            license: licence of the weights, where the base's is not known here. tags: more tags for the
+            card. update: allow a repository that has files already; files that we do not write are left
+            alone. card: what to do about another README.md in that repository: "refuse", "keep" it or
+            "overwrite" it. check: load the model and generate a few frames before uploading. token: Hub
+            token; by default the one that is logged in (HF_TOKEN, `hf auth login`). endpoint: another Hub
+            than the public one.
+
+    Returns:
+        The plan of a dry run; otherwise where it was published.
+
+    Raises:
+        ValueError: the folder is not fit to be published; nothing was sent.
+        FileExistsError: the repository, or another card in it, is there already.
+        PermissionError, ConnectionError, OSError: the Hub said no, or could not be reached; run it again to
+        go on.
+    """
+    if not merged:
+        plan = plan_upload(
+            folder, repo_id, private=private, base_model=base_model, license=license, tags=tags
+        )
+        return _finish(plan, dry_run, check, update=update, card=card, token=token, endpoint=endpoint)
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} is a full model already: leave out merged=True (--merged)")
+    with tempfile.TemporaryDirectory(prefix="diverse-cfg-publish-") as temporary:
+        full = merge_checkpoints([folder], None, Path(temporary) / Path(folder).resolve().name)
+        plan = plan_upload(full, repo_id, private=private, base_model=base_model, license=license, tags=tags)
+        return _finish(plan, dry_run, check, update=update, card=card, token=token, endpoint=endpoint)
+
+
+def _finish(plan: UploadPlan, dry_run: bool, check: bool, **options: Any) -> UploadPlan | Published:
+    if check:
+        check_loads(plan.folder)
+    return plan if dry_run else upload(plan, **options)

@@ -1,0 +1,241 @@
+"""What would be published: which files, how large, with which card. Needs no network and changes nothing."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers import GenerationConfig
+
+from diverse_cfg import cards
+from diverse_cfg.merging import inspect_checkpoint
+from diverse_cfg.merging.merge import RECIPE_FILE
+from diverse_cfg.musicgen import layout
+from diverse_cfg.musicgen.loading import load_policy, load_processor
+from diverse_cfg.provenance import PROVENANCE_FILE, read_provenance
+
+_ALWAYS = (
+    "generation_config.json",
+    *layout.PROCESSOR_FILES,
+    PROVENANCE_FILE,
+    RECIPE_FILE,
+    cards.METRICS_FILE,
+    cards.CURVES_FILE,
+    "samples/*",
+)
+_FULL = ("config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{20,}\b")
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """One file of the repository: where it goes, and its content (a file on disk, or bytes made for the
+    upload)."""
+
+    path_in_repo: str
+    source: Path | bytes
+
+    @cached_property
+    def size(self) -> int:
+        return len(self.source) if isinstance(self.source, bytes) else self.source.stat().st_size
+
+    @cached_property
+    def sha256(self) -> str:
+        """How the Hub identifies large files."""
+        if isinstance(self.source, bytes):
+            return hashlib.sha256(self.source).hexdigest()
+        with self.source.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    @cached_property
+    def git_blob(self) -> str:
+        """How git identifies small files."""
+        content = self.source if isinstance(self.source, bytes) else self.source.read_bytes()
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+@dataclass(frozen=True)
+class UploadPlan:
+    """Everything that an upload would do, to be read before it is done."""
+
+    folder: Path
+    repo_id: str
+    private: bool
+    files: tuple[PlannedFile, ...]
+    left_out: tuple[str, ...] = field(default=())
+
+    @property
+    def card(self) -> str:
+        """The README.md that would be published."""
+        [readme] = [file for file in self.files if file.path_in_repo == cards.CARD_FILE]
+        assert isinstance(readme.source, bytes)
+        return readme.source.decode()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+    def describe(self) -> str:
+        """The plan as text: repository, files with sizes, what stays here, and the card."""
+        visibility = "private" if self.private else "PUBLIC"
+        lines = [f"{self.folder} → {self.repo_id} ({visibility}), {_size(self.num_bytes)} in one commit", ""]
+        lines += [f"  {_size(file.size):>10}  {file.path_in_repo}" for file in self.files]
+        if self.left_out:
+            lines += ["", f"not uploaded: {', '.join(self.left_out)}"]
+        return "\n".join([*lines, "", "--- card " + "-" * 60, self.card])
+
+
+def plan_upload(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool = True,
+    base_model: str | None = None,
+    license: str | None = None,
+    tags: Sequence[str] = (),
+) -> UploadPlan:
+    """Choose and check what goes into a repository; see `publish` for the arguments.
+
+    Raises:
+        ValueError: guidance is on, weights are missing, the base has no Hub id, the licence is unknown, a
+            file holds a token… The message says what to do.
+    """
+    folder = Path(folder)
+    _require_repo_id(repo_id)
+    if read_provenance(folder) is None:
+        raise ValueError(
+            f"{folder} has no {PROVENANCE_FILE}: publish what `train` or `merge` wrote (a training "
+            "checkpoint inside it is not complete)"
+        )
+    adapter = (folder / "adapter_config.json").is_file()
+    _require_unguided(folder)
+    if not layout.has_processor(folder):
+        raise ValueError(
+            f"{folder} has no tokenizer and processor, without which nobody can play it: copy the base's"
+        )
+    replaced = _with_public_base(folder, adapter, base_model)
+    card = _card(folder, repo_id, base_model, license, tags)
+    patterns = (*_ALWAYS, *(_ADAPTER if adapter else _FULL))
+    chosen = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    files = [PlannedFile(cards.CARD_FILE, card.encode())]
+    for path in chosen:
+        name = path.relative_to(folder).as_posix()
+        files.append(PlannedFile(name, replaced.get(name, path)))
+    for file in files:
+        _require_no_secret(file)
+    names = {file.path_in_repo for file in files}
+    left_out = sorted(
+        p.name for p in folder.iterdir() if p.name not in {name.split("/")[0] for name in names}
+    )
+    return UploadPlan(folder, repo_id, private, tuple(files), tuple(left_out))
+
+
+def check_loads(folder: str | os.PathLike) -> None:
+    """Load the model as a user would and let it play a few frames without guidance.
+
+    Raises:
+        ValueError: it does not load, its weights are those of its base, or what it plays is not finite.
+    """
+    try:
+        report = inspect_checkpoint(folder)
+        model = load_policy(folder)
+        processor = load_processor(folder)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{folder} does not load, so it is not published: {error}") from error
+    if report.get("active") is False:
+        raise ValueError(
+            f"{folder} has exactly the weights of its base: training changed nothing, nothing to publish"
+        )
+    inputs = processor(text=["a calm tune"], padding=True, return_tensors="pt")
+    tokens = layout.num_frames_to_tokens(4, model.config)
+    with torch.no_grad():
+        audio = model.generate(**inputs, max_new_tokens=tokens, guidance_scale=1.0, do_sample=True)
+    if not torch.isfinite(audio).all():
+        raise ValueError(f"{folder} plays NaN or infinite samples: its training broke")
+
+
+def _require_repo_id(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is no Hub repository id: {error}") from None
+    if "/" not in repo_id:
+        raise ValueError(f"{repo_id!r} lacks its owner: write user/{repo_id}")
+
+
+def _require_unguided(folder: Path) -> None:
+    if not (folder / "generation_config.json").is_file():
+        raise ValueError(f"{folder} has no generation_config.json: how it is sampled belongs to the model")
+    config = GenerationConfig.from_pretrained(str(folder))
+    if config.guidance_scale not in (None, 1.0):
+        raise ValueError(
+            f"{folder}/generation_config.json asks for guidance_scale={config.guidance_scale}, but the "
+            "guidance is inside the weights already: set it to 1.0"
+        )
+
+
+def _with_public_base(folder: Path, adapter: bool, base_model: str | None) -> dict[str, bytes]:
+    """Files that name places on this machine, with content that names Hub ids or nothing."""
+    content = json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8"))
+    content["base_model"] = base_model or cards.public_name(content.get("base_model"))
+    content["training"] = {
+        key: cards.public_name(value) for key, value in content.get("training", {}).items()
+    }
+    replaced = {PROVENANCE_FILE: _json(content)}
+    if adapter:
+        content = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        named = base_model or content.get("base_model_name_or_path")
+        if not cards.is_hub_id(named):
+            raise ValueError(
+                f"{folder} is an adapter of {named!r}, which others cannot load: pass the base's Hub id "
+                "(base_model=…, --base-model), or publish the full model (merged=True, --merged)"
+            )
+        replaced["adapter_config.json"] = _json(content | {"base_model_name_or_path": named})
+    return replaced
+
+
+def _card(
+    folder: Path, repo_id: str, base_model: str | None, license: str | None, tags: Sequence[str]
+) -> str:
+    """A card that somebody wrote is published as it is; ours is rendered anew, with the repository's name
+    in it."""
+    path = folder / cards.CARD_FILE
+    card = path.read_text(encoding="utf-8") if path.is_file() else None
+    if card is None or cards.is_generated(card):
+        card = cards.render_card(folder, repo_id=repo_id, base_model=base_model, license=license, tags=tags)
+    if ModelCard(card).data.license is None:
+        raise ValueError(
+            "the licence of the weights is not known (they inherit the base's): pass license=… "
+            "(--license), e.g. cc-by-nc-4.0 for what derives from facebook/musicgen-*"
+        )
+    return card
+
+
+def _require_no_secret(file: PlannedFile) -> None:
+    if file.path_in_repo.endswith((".safetensors", ".wav", ".png")):
+        return
+    content = file.source if isinstance(file.source, bytes) else file.source.read_bytes()
+    if _TOKEN.search(content):
+        raise ValueError(
+            f"{file.path_in_repo} contains what looks like a Hub token: remove it (and revoke the token)"
+        )
+
+
+def _json(content: dict) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _size(num_bytes: int) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.1f} {unit}"
+    return f"{num_bytes} B"

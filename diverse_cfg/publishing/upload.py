@@ -1,0 +1,295 @@
+"""Talk to the Hub: create or update one repository in one commit, and believe it only after looking again.
+
+Large files go first (the Hub keeps those that arrived, so that a second run goes on where the first broke
+off); the commit makes everything visible at once, or nothing. Afterwards the repository is listed and
+compared with the plan: what is not there is reported, whatever the server answered.
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from huggingface_hub import CommitOperationAdd, HfApi, get_session, get_token
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+from diverse_cfg.cards import CARD_FILE
+from diverse_cfg.publishing.plan import PlannedFile, UploadPlan
+
+_TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
+_CONFLICT = (409, 412)
+_TIMEOUT_S = 120.0
+_LOOKS = 3
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Published:
+    """Where a plan ended up."""
+
+    url: str
+    commit: str
+    private: bool
+    num_uploaded: int
+    """Files of the commit; 0 when everything was there already."""
+
+
+@dataclass(frozen=True)
+class _Remote:
+    commit: str
+    private: bool
+    files: dict[
+        str, tuple[int | None, str | None, str | None]
+    ]  # path → size, sha256 (large) or None, git blob
+
+    def holds(self, file: PlannedFile) -> bool:
+        if file.path_in_repo not in self.files:
+            return False
+        size, sha256, blob = self.files[file.path_in_repo]
+        if size != file.size:
+            return False
+        return sha256 == file.sha256 if sha256 is not None else blob == file.git_blob
+
+    @property
+    def is_empty(self) -> bool:
+        return not set(self.files) - {".gitattributes"}
+
+
+def upload(
+    plan: UploadPlan,
+    *,
+    update: bool = False,
+    card: Literal["refuse", "keep", "overwrite"] = "refuse",
+    token: str | None = None,
+    endpoint: str | None = None,
+    attempts: int = 4,
+    wait_s: float = 2.0,
+) -> Published:
+    """Carry out a plan; see `publish`.
+
+    Args:
+        plan: what to upload.
+        update: allow a repository that has files already.
+        card: what to do about another README.md in it.
+        token: Hub token; by default the one that is logged in.
+        endpoint: another Hub than the public one.
+        attempts: how often a failing commit is tried, for failures that may pass.
+        wait_s: pause before the second attempt; it doubles each time.
+
+    Returns:
+        The repository and its commit, after every file of the plan was found there.
+
+    Raises:
+        FileExistsError: the repository has files (`update=True` allows it), or another card.
+        PermissionError: no token, or one that may not.
+        ConnectionError: the Hub cannot be reached or keeps failing; nothing of the plan is visible.
+        OSError: the repository is not what was planned: the message says in what.
+    """
+    token = token or get_token()
+    if not token:
+        raise PermissionError("no Hub token: run `hf auth login`, or set HF_TOKEN to one with write access")
+    api = HfApi(endpoint=endpoint, token=token, library_name="diverse-cfg")
+    with _explained(plan, token):
+        _limit_waiting()
+        remote = _open_repository(api, plan, wait_s)
+        files = _files_to_send(plan, remote, update, card)
+        if files:
+            remote = _commit(api, plan, files, remote, attempts, wait_s)
+    missing = [file.path_in_repo for file in plan.files if not remote.holds(file) and not _kept(file, card)]
+    if missing:
+        raise OSError(
+            f"{plan.repo_id} was committed but lacks or differs in {', '.join(missing)}: it is incomplete. "
+            "Run again with update=True (--update)"
+        )
+    url = f"{api.endpoint}/{plan.repo_id}"
+    logger.info("published %s (%d files)", url, len(files))
+    return Published(url, remote.commit, remote.private, len(files))
+
+
+def _kept(file: PlannedFile, card: str) -> bool:
+    return card == "keep" and file.path_in_repo == CARD_FILE
+
+
+def _open_repository(api: HfApi, plan: UploadPlan, wait_s: float) -> _Remote:
+    """The repository's state, after creating it where it does not exist."""
+    remote = _look(api, plan.repo_id, wait_s)
+    if remote is None:
+        try:
+            api.create_repo(plan.repo_id, private=plan.private)
+        except Exception as error:
+            # 409: somebody, or our own request whose answer was lost, created it meanwhile.
+            if _status(error) not in _CONFLICT and not _may_pass(error):
+                raise
+        remote = _look(api, plan.repo_id, wait_s)
+        if remote is None:
+            raise ConnectionError(f"the Hub did not create {plan.repo_id}: run again")
+    if remote.private != plan.private:
+        is_, wanted = ("private", "public") if remote.private else ("public", "private")
+        raise FileExistsError(
+            f"{plan.repo_id} is {is_}, but it was to be {wanted}: nothing was uploaded. Change it on the "
+            f"Hub, or pass private={remote.private} ({'leave out ' if remote.private else ''}--public)"
+        )
+    return remote
+
+
+def _files_to_send(plan: UploadPlan, remote: _Remote, update: bool, card: str) -> list[PlannedFile]:
+    files = [
+        file
+        for file in plan.files
+        if not remote.holds(file) and not (_kept(file, card) and CARD_FILE in remote.files)
+    ]
+    if not files or remote.is_empty:
+        return files
+    if not update:
+        raise FileExistsError(
+            f"{plan.repo_id} has files already: pass update=True (--update) to change it, or take a new name"
+        )
+    if (
+        card == "refuse"
+        and CARD_FILE in remote.files
+        and any(file.path_in_repo == CARD_FILE for file in files)
+    ):
+        raise FileExistsError(
+            f"{plan.repo_id} has another README.md: pass card='keep' or card='overwrite' (--card) to say "
+            "what shall happen"
+        )
+    return files
+
+
+def _commit(
+    api: HfApi, plan: UploadPlan, files: list[PlannedFile], remote: _Remote, attempts: int, wait_s: float
+) -> _Remote:
+    """One commit on top of the state that was looked at; tried again only while that state still stands."""
+    for attempt in range(attempts):
+        try:
+            api.create_commit(
+                plan.repo_id,
+                [CommitOperationAdd(file.path_in_repo, _content(file)) for file in files],
+                commit_message=f"Upload {plan.folder.resolve().name} with diverse-cfg",
+                parent_commit=remote.commit,
+            )
+            break
+        except Exception as error:
+            if not _may_pass(error) and _status(error) not in _CONFLICT:
+                raise
+            now = _look(api, plan.repo_id, wait_s)
+            if now is not None and all(now.holds(file) for file in files):
+                return now  # the commit arrived, only its answer was lost
+            if now is None or now.commit != remote.commit:
+                raise FileExistsError(
+                    f"{plan.repo_id} was changed by somebody else during the upload, and nothing of ours is "
+                    "in it: look at it, and run again with update=True (--update)"
+                ) from None
+            if attempt == attempts - 1 or not _may_pass(error):
+                raise
+            _pause(plan.repo_id, attempt, wait_s)
+    after = _look(api, plan.repo_id, wait_s)
+    if after is None:
+        raise OSError(f"{plan.repo_id} cannot be found after the commit: look at it on the Hub")
+    return after
+
+
+def _content(file: PlannedFile) -> str | bytes:
+    return file.source if isinstance(file.source, bytes) else str(file.source)
+
+
+def _look(api: HfApi, repo_id: str, wait_s: float) -> _Remote | None:
+    """The repository as it is now; None if there is none."""
+    for attempt in range(_LOOKS):
+        try:
+            info = api.model_info(repo_id, files_metadata=True)
+            break
+        except RepositoryNotFoundError:
+            return None
+        except Exception as error:
+            if attempt == _LOOKS - 1 or not _may_pass(error):
+                raise
+            _pause(repo_id, attempt, wait_s)
+    files = {
+        sibling.rfilename: (sibling.size, sibling.lfs.sha256 if sibling.lfs else None, sibling.blob_id)
+        for sibling in info.siblings or []
+    }
+    if info.sha is None or info.private is None:
+        raise OSError(f"the Hub's description of {repo_id} lacks its commit or its visibility")
+    return _Remote(info.sha, info.private, files)
+
+
+def _pause(repo_id: str, attempt: int, wait_s: float) -> None:
+    logger.warning("%s: attempt %d failed, trying again", repo_id, attempt + 1)
+    time.sleep(wait_s * 2**attempt)
+    _limit_waiting()
+
+
+def _limit_waiting() -> None:
+    """The Hub client waits for ever by default: a server that accepts and never answers would hang the
+    upload."""
+    get_session().timeout = _TIMEOUT_S
+
+
+def _status(error: BaseException | None) -> int | None:
+    """HTTP status behind an error, also when it is wrapped (failed uploads of single files are)."""
+    while error is not None:
+        if isinstance(error, HfHubHTTPError):
+            return error.response.status_code
+        error = error.__cause__
+    return None
+
+
+def _is_network(error: BaseException | None) -> bool:
+    # The client library is httpx in huggingface_hub 1 and httpx2 in 2; both name their errors alike.
+    while error is not None:
+        if {kind.__name__ for kind in type(error).__mro__} & {"TransportError", "TimeoutError"}:
+            return True
+        error = error.__cause__
+    return False
+
+
+def _may_pass(error: BaseException) -> bool:
+    status = _status(error)
+    return status in _TRANSIENT if status is not None else _is_network(error)
+
+
+@contextmanager
+def _explained(plan: UploadPlan, token: str) -> Iterator[None]:
+    """Turn the client's errors into ours: what happened, what to do, and never a token."""
+    try:
+        yield
+    except OfflineModeIsEnabled:
+        raise ConnectionError("the Hub is switched off by HF_HUB_OFFLINE: unset it to publish") from None
+    except Exception as error:
+        status = _status(error)
+        if status is None and not _is_network(error):
+            if token in str(error):
+                raise OSError(str(error).replace(token, "<token>")) from None
+            raise
+        reason = " ".join(str(error).split()).replace(token, "<token>")
+        raise _explanation(status, plan.repo_id, reason) from None
+
+
+def _explanation(status: int | None, repo_id: str, reason: str) -> OSError:
+    owner = repo_id.split("/")[0]
+    if status == 401:
+        return PermissionError(
+            f"the Hub does not accept the token: log in again with `hf auth login` ({reason})"
+        )
+    if status in (402, 403):
+        return PermissionError(
+            f"the token may not write to {repo_id}: it needs write access for {owner} ({reason})"
+        )
+    if status == 404:
+        return FileNotFoundError(
+            f"{repo_id} or {owner} does not exist, or the token does not see it ({reason})"
+        )
+    if status == 429:
+        return ConnectionError(
+            f"the Hub asks for a pause (too many requests): run again later to go on ({reason})"
+        )
+    if status in _CONFLICT:
+        return FileExistsError(f"{repo_id} is being changed by somebody else: run again ({reason})")
+    if status is None or status in _TRANSIENT:
+        return ConnectionError(
+            f"the Hub does not answer properly; run again to go on where it broke off ({reason})"
+        )
+    return OSError(f"the Hub refused the upload to {repo_id}: {reason}")
