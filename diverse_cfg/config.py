@@ -222,6 +222,13 @@ class CFGDiversityConfig(RLOOConfig):
                 "own, so there is no policy gradient; use 'student' or 'mix', or set diversity_coef=0"
             )
 
+        if self.sequence_score and self.rollout_source != "student":
+            raise ValueError(
+                f"sequence_score=True with rollout_source={self.rollout_source!r}: only the student's own "
+                "clips "
+                "have a gradient through the sampling; use rollout_source='student'"
+            )
+
     def _check_groups(self) -> None:
         """Whole prompt groups on every process: a reward function sees the clips of one process."""
         if self.diversity_coef > 0 and self.num_generations < 3:

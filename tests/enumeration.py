@@ -80,8 +80,9 @@ def exact(student, teacher, tokenizer, num_frames: int, guidance_scale: float = 
     with torch.no_grad():
         text = student.text_encoder(**tokens).last_hidden_state
         cond = step_logps(teacher, text, tokens.attention_mask, num_frames)
-        null = step_logps(teacher, torch.zeros_like(text), torch.zeros_like(tokens.attention_mask),
-        num_frames) teacher_logps = (null + guidance_scale * (cond - null)).log_softmax(dim=-1)
+        nothing = torch.zeros_like(text), torch.zeros_like(tokens.attention_mask)
+        null = step_logps(teacher, *nothing, num_frames)
+        teacher_logps = (null + guidance_scale * (cond - null)).log_softmax(dim=-1)
     logps = step_logps(student, text, tokens.attention_mask, num_frames).log_softmax(dim=-1)
     sequences = all_sequences(num_frames)
     probability = logps.gather(-1, sequences[..., None]).sum(dim=(1, 2, 3)).exp()

@@ -102,6 +102,14 @@ def test_diversity_alone(tmp_path):
     assert compare(tmp_path, 1, 3, lambda exact: BETA * exact["D"], distillation_coef=0.0) < 1e-6
 
 
+@pytest.mark.slow
+def test_sequence_score_adds_the_gradient_through_the_sampling(tmp_path):
+    """Fault: a return that counts the code's own step, or the other sign; then Q in full is not reached."""
+    whole = compare(tmp_path, 2, 3, lambda exact: exact["Q_full"] + BETA * exact["D"], sequence_score=True)
+    stopped = compare(tmp_path, 2, 3, lambda exact: exact["Q_full"] + BETA * exact["D"])
+    assert whole < 1e-6 < 1e-2 < stopped
+
+
 def _plain_leave_one_out(rewards):
     others = (rewards.sum(dim=1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
     return 2 * (rewards - others)

@@ -155,13 +155,19 @@ class Advantages:
         advantages[from_teacher] = 0
         return advantages / self.student_share, metrics
 
-    def reward_metrics(self, rewards: Tensor, num_generations: int) -> dict[str, float]:
-        """Mean diversity and its variance within prompts, which says what the policy gradient has to work
-        with."""
+    def reward_metrics(self, rewards: Tensor, num_generations: int, from_teacher: Tensor) -> dict[str, float]:
+        """The student's diversity, and its variance within prompts: all that the policy gradient has.
+
+        Args:
+            rewards: of all processes [N, F].
+            num_generations: G.
+            from_teacher: rows that do not count [N].
+        """
         metrics: dict[str, float] = {}
+        groups = rewards[~from_teacher].float().unflatten(0, (-1, num_generations))
         for index, pairwise in enumerate(self.pairwise):
-            if pairwise:
-                column = rewards[:, index].float().unflatten(0, (-1, num_generations))
+            if pairwise and len(groups):
+                column = groups[..., index]
                 metrics["reward/diversity"] = column.mean().item()
                 if num_generations > 1:
                     metrics["reward/diversity_variance"] = column.var(dim=1).mean().item()

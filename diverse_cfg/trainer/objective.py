@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MusicgenForConditionalGeneration
 
+from diverse_cfg.functional.codebooks import apply_delay_pattern, revert_delay_pattern, valid_cells
 from diverse_cfg.functional.divergence import DistillationTerms, GuidedTeacher, chunked_distillation_loss
 from diverse_cfg.musicgen.policy import code_hidden_states, head_weights
 from diverse_cfg.types import TextCondition
@@ -45,6 +46,7 @@ class LossBatch:
         advantages: A per code, coefficients and estimators already applied [N, K, T]; None is pure
             distillation.
         old_logps: log-probs under the policy that sampled [N, K, T]; None on the strictly on-policy path.
+        score_coef: weight of the future divergence as a (negative) return; 0 stops the sampling's gradient.
     """
 
     codes: Tensor
@@ -53,11 +55,7 @@ class LossBatch:
     divergence_weight: float = 0.0
     advantages: Tensor | None = None
     old_logps: Tensor | None = None
-
-    @property
-    def logp_weights(self) -> Tensor | None:
-        """w of the chunked loss: minus the advantages, divided by the same count as the divergences."""
-        return None if self.advantages is None else -self.advantages / self.codes.numel()
+    score_coef: float = 0.0
 
 
 def route_forward(model: MusicgenForConditionalGeneration) -> None:
@@ -104,10 +102,43 @@ def student_terms(
             chunk_size=settings.chunk_size,
         )
 
-    both = terms(batch.teacher, batch.logp_weights)
+    advantages = batch.advantages
+    if batch.score_coef:
+        with torch.no_grad():
+            future = future_divergence(terms(batch.teacher, None).divergences, settings.audio_channels)
+        advantages = -batch.score_coef * future + (0 if advantages is None else advantages)
+    # Minus the advantages, divided by the same count as the divergences.
+    logp_weights = None if advantages is None else -advantages / batch.codes.numel()
+    both = terms(batch.teacher, logp_weights)
     if not probe:
         return both, None
-    return both, (terms(batch.teacher, None).loss, terms(None, batch.logp_weights).loss)
+    return both, (terms(batch.teacher, None).loss, terms(None, logp_weights).loss)
+
+
+def future_divergence(divergences: Tensor, audio_channels: int) -> Tensor:
+    """What every code leads to: the divergence of the steps after it, against the other clips' mean.
+
+        R_nkt = Σ_{s > t + d_k} Σ_j D_nj(s)  −  the same mean over the other clips       (MiniLLM, arXiv
+        2306.08543)
+
+    The codes of one step do not see each other, so a code answers for later steps only.
+
+    Args:
+        divergences: [N, K, T].
+        audio_channels: of the model, for the delays d.
+
+    Returns:
+        [N, K, T], centred when N > 1.
+    """
+    num_clips, num_codebooks, num_frames = divergences.shape
+    grid = apply_delay_pattern(divergences, None, audio_channels)[..., 1:]
+    valid = valid_cells(num_frames, num_codebooks, audio_channels, device=grid.device)
+    per_step = torch.where(valid, grid, 0).sum(dim=1)
+    later = per_step.flip(1).cumsum(dim=1).flip(1) - per_step
+    if num_clips > 1:
+        later = (later - later.mean(dim=0)) * num_clips / (num_clips - 1)
+    steps = later[:, None].expand(-1, num_codebooks, -1)
+    return revert_delay_pattern(steps, num_frames, audio_channels)
 
 
 def term_gradient_norms(model: nn.Module, losses: tuple[Tensor, Tensor]) -> dict[str, float]:

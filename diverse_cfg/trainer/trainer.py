@@ -287,8 +287,9 @@ class CFGDiversityTrainer(Checkpointing, RLOOTrainer):
         if mode == "eval":
             self._watch(prompts, waveforms, num_generations)
         if not self.reward_funcs:
-            self._pending["rewards"] = torch.zeros(len(prompts), 0)
-            return self.accelerator.gather(torch.zeros(len(prompts), 1, device=self.accelerator.device))
+            everyones = torch.zeros(len(prompts) * self.accelerator.num_processes, 1)
+            self._pending["rewards"] = everyones[:, :0]
+            return everyones.to(self.accelerator.device)
         clips = list(rollout.codes if waveforms is None else waveforms)
         reward_funcs = self.reward_funcs
         self.reward_funcs = [
@@ -299,10 +300,7 @@ class CFGDiversityTrainer(Checkpointing, RLOOTrainer):
             rewards = super()._calculate_rewards(inputs, prompts, clips, completion_ids_list)
         finally:
             self.reward_funcs = reward_funcs
-        local = slice(
-            self.accelerator.process_index * len(prompts), (self.accelerator.process_index + 1) * len(prompts)
-        )
-        self._pending["rewards"] = rewards[local]
+        self._pending["rewards"] = rewards
         self._log_time(mode, "reward", started)
         return rewards
 
@@ -348,13 +346,18 @@ class CFGDiversityTrainer(Checkpointing, RLOOTrainer):
         pending, rollout = self._pending, self._rollout
         assert rollout is not None
         num_generations = self.num_generations if mode == "train" else self.num_generations_eval
-        self._log_means(mode, self._advantages.reward_metrics(pending["rewards"], num_generations))
+        rewards, from_teacher = pending["rewards"], pending["from_teacher"]
+        everyones = self.accelerator.gather(from_teacher)
+        metrics = self._advantages.reward_metrics(rewards, num_generations, everyones)
         advantages = torch.zeros(rollout.codes.shape, device=rollout.codes.device)
         if mode == "train":  # an evaluation has no gradient to follow
-            advantages, metrics = self._advantages(
-                pending["rewards"], rollout.codes, num_generations, pending["from_teacher"], self._embed_codes
+            first = self.accelerator.process_index * len(inputs)
+            local = rewards[first : first + len(inputs)]
+            advantages, more = self._advantages(
+                local, rollout.codes, num_generations, from_teacher, self._embed_codes
             )
-            self._log_means(mode, metrics)
+            metrics |= more
+        self._log_means(mode, metrics)
         output["advantages"] = advantages.flatten(1)
         output["condition_hidden"] = pending["condition"].hidden_states
         output["condition_mask"] = pending["condition"].attention_mask
@@ -404,6 +407,7 @@ class CFGDiversityTrainer(Checkpointing, RLOOTrainer):
             divergence_weight=args.distillation_coef / codes.numel(),
             advantages=inputs["advantages"].view_as(codes) if self._advantages.wanted else None,
             old_logps=None if old_logps is None else old_logps.view_as(codes),
+            score_coef=args.distillation_coef if args.sequence_score and mode == "train" else 0.0,
         )
         probe = mode == "train" and self._probe_now() and batch.advantages is not None
         terms, losses = model(

@@ -1,0 +1,143 @@
+"""Settings: defaults, ranges, and everything of TRL that cannot work for audio codes."""
+
+import dataclasses
+import math
+
+import pytest
+from transformers import HfArgumentParser
+from trl import RLOOConfig
+
+from diverse_cfg.config import CFGDiversityConfig, GuardConfig
+
+
+def config(tmp_path, **settings):
+    return CFGDiversityConfig(output_dir=str(tmp_path), report_to="none", **settings)
+
+
+def test_defaults_are_the_papers_and_work_together(tmp_path):
+    """Fault: a default of RLOO's comes through (G = 2, beta = 0.05, gradient checkpointing)."""
+    args = config(tmp_path)
+    assert (args.guidance_scale, args.distillation_coef, args.divergence) == (3.0, 1.0, "reverse_kl")
+    assert args.num_generations >= 3 and args.beta == 0.0 and not args.gradient_checkpointing
+    assert (args.temperature, args.top_k) == (1.0, 0)
+    assert not args.guards.active
+
+
+OUT_OF_RANGE = {
+    "guidance_scale": [0.5, math.nan, math.inf, -1.0],
+    "diversity_coef": [-1.0, math.nan, math.inf],
+    "distillation_coef": [-0.1, math.nan],
+    "divergence": ["kl"],
+    "jsd_alpha": [0.0, 1.0, math.nan],
+    "rollout_source": ["both"],
+    "teacher_fraction": [0.0, 1.0],
+    "clip_seconds": [0.0, -3.0, math.nan, math.inf],
+    "prefix_lambda": [-0.1, 1.1, math.nan],
+    "ema_decay": [1.0, -0.1, math.nan],
+    "adaptive_clip": [0.0, math.nan],
+    "term_norm_steps": [-1],
+    "audio_samples": [-1],
+    "loss_chunk_size": [0],
+    "rollout_batch_size": [0],
+    "temperature": [0.0, math.nan],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in OUT_OF_RANGE.items() for v in values])
+def test_out_of_range_names_field_and_value(tmp_path, name, value):
+    """Fault: a comparison that NaN passes, or a limit off by one."""
+    with pytest.raises(ValueError, match=rf"{name}={value!r} must be".replace("'", ".")):
+        config(tmp_path, **{name: value})
+
+
+UNSUPPORTED = {
+    "use_vllm": True,
+    "use_transformers_continuous_batching": True,
+    "use_transformers_paged": True,
+    "use_liger_kernel": True,
+    "beta": 0.05,
+    "sync_ref_model": True,
+    "mask_truncated_completions": True,
+    "pad_to_multiple_of": 8,
+    "chat_template_kwargs": {"enable_thinking": False},
+    "normalize_advantages": True,
+    "reward_clip_range": (-1.0, 1.0),
+    "repetition_penalty": 1.1,
+    "top_k": 50,
+    "top_p": 0.9,
+    "min_p": 0.1,
+    "generation_kwargs": {"num_beams": 2},
+    "cache_implementation": "static",
+    "router_aux_loss_coef": 0.1,
+    "max_completion_length": 512,
+    "torch_compile": True,
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_options_of_trl_are_refused(tmp_path, name):
+    """Fault: an option is accepted and silently does nothing, or something else."""
+    if name not in CFGDiversityConfig.__dataclass_fields__:
+        pytest.skip(f"this TRL has no {name}")
+    with pytest.raises(ValueError, match=name):
+        config(tmp_path, **{name: UNSUPPORTED[name]})
+
+
+@pytest.mark.parametrize("num_generations", [1, 2])
+def test_diversity_needs_three_generations(tmp_path, num_generations):
+    """Fault: G = 2, TRL's default, whose baseline cancels the whole signal."""
+    with pytest.raises(ValueError, match=r"num_generations|at least"):
+        config(tmp_path, num_generations=num_generations, diversity_coef=5.0)
+
+
+def test_two_generations_are_enough_without_diversity(tmp_path):
+    assert config(tmp_path, num_generations=2, diversity_coef=0.0).num_generations == 2
+
+
+def test_a_group_stays_on_one_process(tmp_path):
+    """Fault: TRL only asks that the *global* batch holds whole groups."""
+    with pytest.raises(ValueError, match="num_generations"):
+        config(tmp_path, num_generations=4, per_device_train_batch_size=6)
+
+
+def test_nothing_to_train_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="both 0"):
+        config(tmp_path, diversity_coef=0.0, distillation_coef=0.0)
+
+
+def test_teacher_clips_have_no_policy_gradient(tmp_path):
+    with pytest.raises(ValueError, match="rollout_source='teacher'"):
+        config(tmp_path, rollout_source="teacher", diversity_coef=5.0)
+
+
+def test_sequence_score_needs_the_students_clips(tmp_path):
+    with pytest.raises(ValueError, match="sequence_score"):
+        config(tmp_path, rollout_source="mix", sequence_score=True)
+
+
+def test_guards_are_a_nested_group(tmp_path):
+    """Fault: a misspelt guard that never guards."""
+    args = config(tmp_path, guards={"silence_dbfs": -50.0})
+    assert args.guards == GuardConfig(silence_dbfs=-50.0) and args.guards.active
+    assert args.to_dict()["guards"]["silence_dbfs"] == -50.0
+    with pytest.raises(ValueError, match="no field silence_db"):
+        config(tmp_path, guards={"silence_db": -50.0})
+
+
+def test_command_line_and_help(tmp_path):
+    """Fault: an unescaped percent sign or a type that argparse cannot build."""
+    parser = HfArgumentParser(CFGDiversityConfig)
+    assert "guidance_scale" in parser.format_help()
+    (args,) = parser.parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--diversity_coef", "15", "--guards", '{"distance_cap": 0.5}']
+    )
+    assert args.diversity_coef == 15.0 and args.guards.distance_cap == 0.5
+
+
+def test_own_fields_are_few_and_documented():
+    """Fault: a field nobody explained; the class docstring is the reference."""
+    inherited = {f.name for f in dataclasses.fields(RLOOConfig)}
+    own = [f.name for f in dataclasses.fields(CFGDiversityConfig) if f.name not in inherited]
+    undocumented = [name for name in own if f"        {name}: " not in CFGDiversityConfig.__doc__]
+    assert not undocumented
+    assert len(own) <= 24

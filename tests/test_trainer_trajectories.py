@@ -1,0 +1,129 @@
+"""Runs that must be the same run: other batching, killed and resumed, β = 0 against no reward at all."""
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from tests.tiny import tiny_musicgen
+from tests.training import largest_difference, losses, tiny_trainer, trained
+
+LORA = LoraConfig(r=2, lora_alpha=4)
+
+
+def run(folder, resume=None, **settings):
+    trainer = tiny_trainer(folder, **settings)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "generalized_jsd"])
+def test_one_batch_of_eight_is_eight_batches_of_one(tmp_path, divergence):
+    """Fault: a mean over micro-batches where one over the batch is meant, or clips that depend on it."""
+    whole = run(tmp_path / "a", divergence=divergence)
+    parts = run(
+        tmp_path / "b", divergence=divergence, per_device_train_batch_size=1, gradient_accumulation_steps=8
+    )
+    assert losses(parts) == pytest.approx(losses(whole), abs=1e-5)
+    assert largest_difference(trained(whole), trained(parts)) < 1e-4
+
+
+def test_rollout_batches_change_nothing(tmp_path):
+    """Fault: a clip's noise depends on the batch it is sampled in."""
+    assert losses(run(tmp_path / "a")) == losses(run(tmp_path / "b", rollout_batch_size=3))
+
+
+BLOCKS = {
+    "every step": {},
+    "inside accumulation": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+    "between updates on the same clips": {"num_iterations": 2},
+    "inside a generation block": {"per_device_train_batch_size": 4, "steps_per_generation": 4},
+    "prefix baseline, average, adaptive clip": {
+        "prefix_baseline": True,
+        "ema_decay": 0.9,
+        "adaptive_clip": 1.0,
+    },
+}
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_killed_run_continues_exactly(tmp_path, block, peft_config):
+    """Fault: the checkpoint lacks something that the run needs. An epoch is two steps: that is crossed too."""
+    settings = {
+        **BLOCKS[block],
+        "peft_config": peft_config,
+        "max_steps": 5,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "steps",
+        "save_steps": 3,
+    }
+    straight = run(tmp_path / "straight", **settings)
+    again = run(tmp_path / "again", resume=str(tmp_path / "straight" / "checkpoint-3"), **settings)
+    assert losses(again)[-2:] == losses(straight)[-2:]
+    assert largest_difference(trained(straight), trained(again)) == 0.0
+    if straight._average is not None:
+        assert largest_difference(straight._average.averages, again._average.averages) == 0.0
+
+
+def test_zero_coefficient_is_pure_distillation_to_the_bit(tmp_path):
+    """Fault: a reward that is weighted with 0 still leaves rounding, or NaN, in the gradient."""
+    rewarded = run(tmp_path / "a", diversity_coef=0.0)
+    plain = run(tmp_path / "b", diversity_coef=0.0, reward=None)
+    assert losses(rewarded) == losses(plain)
+    assert largest_difference(trained(rewarded), trained(plain)) == 0.0
+    assert "reward/diversity" in rewarded.state.log_history[0]
+
+
+def test_diversity_changes_the_run(tmp_path):
+    """The other side of the test above."""
+    assert losses(run(tmp_path / "a", diversity_coef=0.0)) != losses(run(tmp_path / "b"))
+
+
+def test_teacher_stays_and_student_moves(tmp_path):
+    """Fault: teacher and student share weights, so that the divergence compares the student with itself."""
+    trainer = tiny_trainer(tmp_path)
+    before = {name: p.clone() for name, p in trainer._teacher.model.named_parameters()}
+    start = trained(trainer)
+    trainer.train()
+    after = dict(trainer._teacher.model.named_parameters())
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    moved = trained(trainer)
+    assert all(not torch.equal(start[name], moved[name]) for name in start)
+    assert not any(name.startswith(("text_encoder", "audio_encoder")) for name in start)
+
+
+def test_the_divergence_falls(tmp_path):
+    """Fault: a sign; the loss would be reached by walking away from the teacher."""
+    trainer = run(tmp_path, diversity_coef=0.0, max_steps=25)
+    values = [entry["kl/clip"] for entry in trainer.state.log_history if "kl/clip" in entry]
+    assert sum(values[-5:]) < 0.6 * sum(values[:5])
+
+
+def test_mixed_rollouts_keep_groups_and_share(tmp_path):
+    """Fault: a group is split between student and teacher, or the teacher's share is not kept."""
+    trainer = tiny_trainer(tmp_path, rollout_source="mix", teacher_fraction=0.25)
+    rows = []
+    for step in range(16):
+        trainer._step = step
+        rows.append(trainer._teacher_rows(8))
+    groups = torch.cat(rows).view(-1, 4)
+    assert bool((groups.all(dim=1) == groups.any(dim=1)).all())
+    assert groups.float().mean().item() == 0.25
+
+
+def test_average_is_what_is_evaluated_and_saved(tmp_path):
+    """Fault: the raw weights are saved, or the average stays in the model afterwards."""
+    trainer = run(tmp_path, ema_decay=0.9)
+    raw = trained(trainer)
+    trainer.save_model(str(tmp_path / "final"))
+    assert largest_difference(trained(trainer), raw) == 0.0
+    saved = type(trainer.model).from_pretrained(tmp_path / "final")
+    found = {name: p for name, p in saved.named_parameters() if name in raw}
+    assert largest_difference(found, trainer._average.averages) == 0.0
+    assert largest_difference(found, raw) > 1e-4
+
+
+def test_stereo_trains(tmp_path):
+    """Fault: delays of eight codebooks taken for mono ones."""
+    trainer = run(tmp_path, model=tiny_musicgen(audio_channels=2), max_steps=2)
+    assert len(losses(trainer)) == 2 and "kl/codebook_7" in trainer.state.log_history[0]
