@@ -231,7 +231,8 @@ def chunked_distillation_loss(
         ValueError: shapes do not fit one another, an unknown divergence, or a number out of range.
     """
     require_divergence(divergence)
-    require_alpha(alpha)
+    if divergence == "generalized_jsd":
+        require_alpha(alpha)
     require_positive("temperature", temperature)
     clip_bounds(epsilon, epsilon_high)
     if chunk_size is not None and chunk_size < 1:
@@ -256,7 +257,8 @@ def chunked_distillation_loss(
         temperature=temperature,
     )
     if chunk_size is None:
-        return _plain_loss(hidden_states, head_weights, teacher, cells, audio_channels)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return _plain_loss(hidden_states, head_weights, teacher, cells, audio_channels)
     return DistillationTerms(
         *chunked_terms(hidden_states, head_weights, teacher, cells, audio_channels, chunk_size)
     )

@@ -28,12 +28,13 @@ def inputs(audio_channels=1, dtype=torch.float64, seed=0):
     return draw(N, steps, H), draw(num_codebooks, V, H), codes, teacher, *weights
 
 
-def run(material, chunk_size, **options):
+def run(material, chunk_size, autocast=False, **options):
     """Result and gradients of the loss times 1.7, as an outer loss would scale it."""
     hidden, heads, codes, teacher, divergence_weights, logp_weights = material
     hidden, heads = hidden.clone().requires_grad_(), heads.clone().requires_grad_()
     options = {"divergence_weights": divergence_weights, "logp_weights": logp_weights} | options
-    terms = chunked_distillation_loss(hidden, heads, codes, teacher, chunk_size=chunk_size, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        terms = chunked_distillation_loss(hidden, heads, codes, teacher, chunk_size=chunk_size, **options)
     (1.7 * terms.loss).backward()
     return terms, (hidden.grad, heads.grad)
 
@@ -163,14 +164,14 @@ def test_guidance_of_one_needs_no_null_rows():
     assert torch.equal(first.loss, second.loss)
 
 
-def test_half_precision_model():
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_half_precision_model(chunk_size):
     """Catches a loss in bfloat16 (under autocast too), and gradients that are not of the parameters' type."""
     material = inputs(dtype=torch.bfloat16)
     hidden, heads, codes, teacher, u, w = material
     widened = GuidedTeacher(*(x.float() for x in dataclasses.astuple(teacher)[:3]), 3.0)
-    terms, gradients = run((hidden.float(), heads.float(), codes, widened, u.float(), w.float()), 4)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        half, half_gradients = run(material, 4)
+    terms, gradients = run((hidden.float(), heads.float(), codes, widened, u.float(), w.float()), chunk_size)
+    half, half_gradients = run(material, chunk_size, autocast=True)
     assert half.loss.dtype == torch.float32
     torch.testing.assert_close(half.loss, terms.loss, rtol=1e-6, atol=1e-6)
     assert all(gradient.dtype == torch.bfloat16 for gradient in half_gradients)
@@ -250,7 +251,7 @@ BAD = [
     ({"hidden_states": torch.zeros(N, T + 3)}, r"hidden_states must have shape \[N, S, H\]"),
     ({"audio_channels": 2}, r"need hidden_states \[2, 6, H\] with audio_channels=2"),
     ({"divergence": "kl"}, "divergence must be one of reverse_kl"),
-    ({"alpha": 1.0}, "alpha must lie between"),
+    ({"alpha": 1.0, "divergence": "generalized_jsd"}, "alpha must lie between"),
     ({"temperature": -1.0}, "temperature must be a finite number above 0"),
     ({"chunk_size": 0}, "chunk_size must be at least 1"),
     ({"epsilon": 1.5}, "0 < epsilon < 1"),
