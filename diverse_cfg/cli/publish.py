@@ -1,0 +1,64 @@
+"""`diverse-cfg publish`: a checked model folder to the Hub, private, and only when asked twice."""
+
+import argparse
+
+from diverse_cfg.cli.command import Command
+
+
+def add_publish_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="what `train` or `merge` wrote")
+    parser.add_argument("repo_id", help="user/name on the Hub")
+    parser.add_argument(
+        "--upload", action="store_true", help="send it; without this, only show what would be sent"
+    )
+    parser.add_argument(
+        "--public", action="store_true", help="make the repository public; private by default"
+    )
+    parser.add_argument(
+        "--merged", action="store_true", help="publish the full model that an adapter makes of its base"
+    )
+    parser.add_argument(
+        "--base-model", help="Hub id of the base, where the folder names a place on this machine"
+    )
+    parser.add_argument("--license", help="licence of the weights, where the base's is not known")
+    parser.add_argument("--tag", action="append", default=[], help="one more tag for the card (repeatable)")
+    parser.add_argument("--update", action="store_true", help="allow a repository that has files already")
+    parser.add_argument(
+        "--card",
+        choices=["refuse", "keep", "overwrite"],
+        default="refuse",
+        help="what to do about another README.md in that repository",
+    )
+    parser.add_argument("--no-check", action="store_true", help="do not load and play the model first")
+
+
+def run_publish(args: argparse.Namespace) -> None:
+    from diverse_cfg.publishing import UploadPlan, publish
+
+    result = publish(
+        args.folder,
+        args.repo_id,
+        private=not args.public,
+        dry_run=not args.upload,
+        merged=args.merged,
+        base_model=args.base_model,
+        license=args.license,
+        tags=args.tag,
+        update=args.update,
+        card=args.card,
+        check=not args.no_check,
+    )
+    if isinstance(result, UploadPlan):
+        print(result.describe())
+        print("\nNothing was sent. Add --upload to publish it.")
+    else:
+        print(f"{result.url} ({'private' if result.private else 'PUBLIC'}, {result.num_uploaded} files)")
+
+
+COMMAND = Command(
+    name="publish",
+    summary="check a model folder and upload it to the Hub: a dry run and private unless told otherwise",
+    add_arguments=add_publish_arguments,
+    run=run_publish,
+    resume="nothing is visible before everything arrived; run it again to go on",
+)
