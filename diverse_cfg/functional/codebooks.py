@@ -1,6 +1,6 @@
 """MusicGen's delay pattern: between the codes of a clip and the steps of its decoder.
 
-Codebook k is decoded d_k steps late, so that the codes of one frame see each other (arXiv 2306.05284, §2.1).
+Codebook k is decoded d_k steps late, so that the codes of one frame see each other (arXiv 2306.05284).
 Mono, K = 4, T = 3 frames (d = 0, 1, 2, 3). `#` is the start column, `.` a cell that holds no code:
 
     input position   0   1   2   3   4   5   6        decoder step s    0   1   2   3   4   5

@@ -90,8 +90,8 @@ def generalized_jsd(
     α·Σ p·(log p − log m) + (1 − α)·Σ q·(log q − log m), the line above. With the weights swapped it is no
     longer that gap and loses its bound, the entropy of the source (log 2 at α = ½).
 
-    Limits: JSD_α/α → KL(p ‖ q), the reverse KL, as α → 0; JSD_α/(1 − α) → KL(q ‖ p), the forward KL, as α →
-    1.
+    Limits: JSD_α/α → KL(p ‖ q), the reverse KL, as α → 0; JSD_α/(1 − α) → KL(q ‖ p), the forward KL, as
+    α → 1.
 
     Args:
         student_logits: [..., V].
@@ -195,9 +195,10 @@ def chunked_distillation_loss(
 
         loss = Σ_nkt u_nkt · D(p_nkt, q_nkt) + Σ_nkt w_nkt · log p_nkt(y_nkt)          (arXiv 2410.06084)
 
-    D is the divergence from the guided teacher q, y the sampled codes. With u = 1/count and
-    w = −β·A/count, A from `diversity_advantages`, this is −(Q + β·D(θ)) with both sums over positions divided
-    by the same count, so that β keeps the paper's meaning. With `old_logps` the second sum becomes PPO's
+    D is the divergence from the guided teacher q, y the sampled codes. With u = 1/(N·K·T) and
+    w = −β·A/(N·K·T), A from `diversity_advantages`, its gradient estimates that of −(Q + β·D(θ))/(K·T): the
+    paper's objective, which sums over positions, with both terms divided by the same count, so that β keeps
+    its meaning. With `old_logps` the second sum becomes PPO's
     clipped surrogate, Σ max(w·ρ, w·clip(ρ, 1 − ε, 1 + ε_high)) with ρ = p/p_old (arXiv 1707.06347).
 
     The weights are known before the pass, so a chunk's gradient with respect to its logits is too: see the
@@ -213,8 +214,7 @@ def chunked_distillation_loss(
             logits [C, K, V], called under no_grad; or None for the policy gradient alone.
         divergence_weights: u, a number, [N] or [N, K, T]. 0 leaves a code out.
         logp_weights: w, a number, [N] or [N, K, T]; None for distillation alone.
-        old_logps: log-probs recorded while sampling [N, K, T]; None when the codes are the student's own,
-            fresh.
+        old_logps: log-probs recorded while sampling [N, K, T]; None on the strictly on-policy path.
         epsilon: ε of the clipped surrogate.
         epsilon_high: ε_high; None takes `epsilon`.
         divergence: "reverse_kl" (the paper's), "forward_kl" or "generalized_jsd".

@@ -11,9 +11,8 @@ of A_i:
 
 which needs three things, each of them kept here:
 
-1. V_i^m sees nothing of clip i that is sampled with or after code t. MusicGen decodes the codebooks with
-delays,
-   so "the first F frames" are complete only F + max(d) steps into the clip: `code_segments` counts steps.
+1. V_i^m sees neither code t nor what is sampled after it. MusicGen decodes the codebooks with delays, so
+   "the first F frames" are complete only F + max(d) steps into the clip: `code_segments` counts steps.
    (The embedding of a prefix must come from its codes alone: a decoded clip cut at F has heard the future.)
 2. V_i^m sees the other clips only through numbers that do not depend on y_i: `prefix_rewards` is centred
    without i.
@@ -22,9 +21,10 @@ delays,
 Then λ = 1 is unbiased whatever the quality of V. λ < 1 puts V_i^{m+1} in the place of the outcome, which
 adds the bias of V but removes more noise; it is unbiased only where V_i^m = E[A_i | prefix m, the others].
 
-    values = predict_values(statistics, features)          # features = prefix_rewards(...)
-    advantages = segment_advantages(values, diversity_advantages(rewards), gae_lambda)[...,
-    code_segments(...)] statistics = update_ridge(statistics, ridge_statistics(features, targets))
+    features, targets = prefix_rewards(prefixes, whole), diversity_advantages(rewards)
+    values = predict_values(statistics, features)
+    per_code = segment_advantages(values, targets, gae_lambda)[..., code_segments(...)]
+    statistics = update_ridge(statistics, ridge_statistics(features, targets))
 """
 
 from collections.abc import Sequence
