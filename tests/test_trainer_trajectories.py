@@ -48,7 +48,7 @@ BLOCKS = {
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("block", BLOCKS)
 def test_a_killed_run_continues_exactly(tmp_path, block, peft_config):
-    """Fault: the checkpoint lacks something that the run needs. An epoch is two steps: that is crossed too."""
+    """Fault: the checkpoint lacks something that the run needs. An epoch has two steps, and is crossed."""
     settings = {
         **BLOCKS[block],
         "peft_config": peft_config,

@@ -104,7 +104,8 @@ class Checkpointing(RLOOTrainer):
         """As `Trainer.evaluate`, with the averaged weights if any, and the same noise every time."""
         self._evaluation_batch = 0
         self._evaluation_clips = []
-        with self._averaged_weights():
+        # A data loader draws a seed: the training run must not notice that it was looked at.
+        with torch.random.fork_rng(devices=[]), self._averaged_weights():
             return super().evaluate(*args, **kwargs)
 
     def _averaged_weights(self):

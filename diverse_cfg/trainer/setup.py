@@ -22,6 +22,7 @@ from transformers import (
 
 from diverse_cfg.assets import nano_path
 from diverse_cfg.config import CFGDiversityConfig
+from diverse_cfg.embeddings.clap import ClapEmbedder
 from diverse_cfg.functional.codebooks import num_decoder_steps
 from diverse_cfg.musicgen.layout import num_frames_to_tokens, playing_config, repair_token_ids
 from diverse_cfg.musicgen.policy import (
@@ -250,8 +251,21 @@ def check_reward_funcs(reward_funcs: Any, args: CFGDiversityConfig, base_model: 
 
 
 def default_reward(args: CFGDiversityConfig, base_model: str | None) -> DiversityReward:
-    """DiversityReward with the configured encoder, the shipped one for the nano base, or CLAP."""
-    return DiversityReward(args.diversity_embedder or default_embedder(base_model), args.guards)
+    """DiversityReward with the configured encoder, the shipped one for the nano base, or CLAP.
+
+    Raises:
+        ValueError: CLAP is needed, is not in the cache, and cannot be downloaded.
+    """
+    name = args.diversity_embedder or default_embedder(base_model)
+    if name != DEFAULT_CLAP:
+        return DiversityReward(name, args.guards)
+    try:
+        return DiversityReward(ClapEmbedder(name), args.guards)
+    except OSError as error:
+        raise ValueError(
+            f"the default diversity reward needs CLAP: {error} (setting diversity_embedder, or passing "
+            "reward_funcs=DiversityReward(...))"
+        ) from error
 
 
 def default_embedder(base_model: str | None) -> str:
