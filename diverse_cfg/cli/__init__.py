@@ -14,10 +14,16 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from diverse_cfg import __version__
-from diverse_cfg.cli import inspect, merge, publish, train
+from diverse_cfg.cli import generate, inspect, merge, publish, train
 from diverse_cfg.cli.command import Command
 
-COMMANDS: tuple[Command, ...] = (train.COMMAND, merge.COMMAND, inspect.COMMAND, publish.COMMAND)
+COMMANDS: tuple[Command, ...] = (
+    train.COMMAND,
+    generate.COMMAND,
+    merge.COMMAND,
+    inspect.COMMAND,
+    publish.COMMAND,
+)
 
 # What a person can put right: one line, no traceback. Everything else is our bug and keeps its traceback.
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)

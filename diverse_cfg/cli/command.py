@@ -33,3 +33,12 @@ def model_source(value: str) -> str:
     from diverse_cfg.assets import nano_path
 
     return str(nano_path())
+
+
+def prompt_source(value: str) -> str:
+    """A prompt dataset as `load_prompts` takes it: `nano` stands for the prompts that are shipped with us."""
+    if value != "nano":
+        return value
+    from diverse_cfg.assets import nano_path
+
+    return str(nano_path("prompts"))

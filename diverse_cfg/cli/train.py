@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diverse_cfg.cli.command import Command, model_source
+from diverse_cfg.cli.command import Command, model_source, prompt_source
 
 USAGE = (
     "diverse-cfg train [--config recipe.yaml] --model_name_or_path MODEL --dataset_name PROMPTS "
@@ -25,7 +25,7 @@ class TrainArguments:
         metadata={"help": "Student's start and teacher: Hub id, folder, or `nano` for the shipped base."}
     )
     dataset_name: str = field(
-        metadata={"help": "Prompts: Hub dataset id, folder or file (see load_prompts)."}
+        metadata={"help": "Prompts: Hub dataset id, folder, file, or `nano` for the shipped ones."}
     )
     dataset_train_split: str = field(default="train", metadata={"help": "Split of the prompts to train on."})
     dataset_prompt_column: str | None = field(
@@ -72,7 +72,7 @@ def train(args: TrainArguments, config) -> None:
 
     model = model_source(args.model_name_or_path)
     prompts = load_prompts(
-        args.dataset_name, split=args.dataset_train_split, column=args.dataset_prompt_column
+        prompt_source(args.dataset_name), split=args.dataset_train_split, column=args.dataset_prompt_column
     )
     trainer = CFGDiversityTrainer(
         model,
@@ -92,7 +92,7 @@ def _held_out(args: TrainArguments):
 
     if args.eval_dataset_name is None and args.dataset_test_split is None:
         return None
-    source = args.eval_dataset_name or args.dataset_name
+    source = prompt_source(args.eval_dataset_name or args.dataset_name)
     return load_prompts(source, split=args.dataset_test_split or "test", column=args.dataset_prompt_column)
 
 

@@ -1,0 +1,136 @@
+"""`diverse-cfg generate`: clips of any MusicGen as WAV files, sampled as the model's own settings say."""
+
+import argparse
+
+from diverse_cfg.cli.command import Command, model_source, prompt_source
+
+# AudioCraft's own setting; the released generation configs leave it out, and transformers would take 50.
+USUAL_TOP_K = 250
+LONGEST_DEFAULT_SECONDS = 10.0
+
+
+def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="folder or Hub id of a model or adapter, or `nano` for the shipped base",
+    )
+    parser.add_argument("--adapter", help="a LoRA adapter to apply to --model")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", action="append", help="a text (repeatable)")
+    what.add_argument("--prompts", metavar="SOURCE", help="a file, folder or Hub dataset of texts, or `nano`")
+    parser.add_argument(
+        "--prompts-split", default="test", help="split of a folder or dataset (default: test)"
+    )
+    parser.add_argument("--prompt-column", help="column of --prompts that holds the texts (default: prompt)")
+    parser.add_argument(
+        "--output", required=True, help="folder for the WAV files; new, empty, or begun with --resume"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with a folder that the same command has begun"
+    )
+    parser.add_argument(
+        "--num-generations", type=int, default=1, metavar="G", help="clips per prompt (default: 1)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same clips (default: 0)")
+    parser.add_argument("--seconds", type=float, help="length (default: the model's own, at most 10)")
+    parser.add_argument(
+        "--guidance-scale", type=float, metavar="γ", help="default: the model's own; 1 is no guidance"
+    )
+    parser.add_argument("--negative-prompt", help="text to be guided away from, in the place of no text")
+    parser.add_argument("--temperature", type=float, help="default: the model's own, or 1; 0 is greedy")
+    parser.add_argument(
+        "--top-k", type=int, help=f"default: the model's own, or {USUAL_TOP_K}; 0 keeps all codes"
+    )
+    parser.add_argument("--top-p", type=float, default=1.0, help="default: 1, which keeps all codes")
+    parser.add_argument("--min-p", type=float, default=0.0, help="default: 0, which keeps all codes")
+    parser.add_argument(
+        "--sample-format",
+        choices=["int16", "float32"],
+        default="int16",
+        help="of the WAV files (default: int16)",
+    )
+    parser.add_argument("--batch-size", type=int, default=16, help="clips at once (default: 16)")
+    parser.add_argument("--device", help="torch device (default: a GPU if there is one)")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the decoder"
+    )
+    parser.add_argument(
+        "--rollout-backend",
+        choices=["fast", "transformers"],
+        default="fast",
+        help="our sampling loop, or stock `generate`: the same clips, slower",
+    )
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    from diverse_cfg.prompts import load_prompts
+
+    if args.prompt:
+        prompts = load_prompts(args.prompt)
+    else:
+        prompts = load_prompts(
+            prompt_source(args.prompts), split=args.prompts_split, column=args.prompt_column
+        )
+    if args.seconds is not None and not args.seconds > 0:
+        raise ValueError(f"--seconds {args.seconds} must be positive")
+
+    import torch
+
+    from diverse_cfg.musicgen.files import generate_files
+    from diverse_cfg.musicgen.loading import is_distilled, load_policy, load_processor
+    from diverse_cfg.musicgen.policy import frame_rate
+    from diverse_cfg.provenance import warn_if_guided
+
+    source = model_source(args.model)
+    model = load_policy(source, adapter=args.adapter)
+    own = model.generation_config
+    guidance_scale = _first(args.guidance_scale, own.guidance_scale, 1.0)
+    if args.adapter or is_distilled(source):
+        warn_if_guided({}, guidance_scale, args.adapter or args.model)
+    seconds = _first(args.seconds, min(_own_seconds(model), LONGEST_DEFAULT_SECONDS))
+    clips = generate_files(
+        model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        list(prompts["prompt"]),
+        args.output,
+        processor=load_processor(source),
+        num_frames=max(1, round(seconds * frame_rate(model))),
+        num_generations=args.num_generations,
+        guidance_scale=guidance_scale,
+        temperature=_first(args.temperature, own.temperature, 1.0),
+        top_k=_first(args.top_k, own.top_k, USUAL_TOP_K),
+        top_p=args.top_p,
+        min_p=args.min_p,
+        seed=args.seed,
+        negative_prompt=args.negative_prompt,
+        sample_format=args.sample_format,
+        resume=args.resume,
+        model_name=args.model if args.adapter is None else f"{args.model} + {args.adapter}",
+        batch_size=args.batch_size,
+        rollout_backend=args.rollout_backend,
+        dtype=getattr(torch, args.dtype),
+    )
+    print(f"{len(clips)} clips in {args.output}")
+
+
+def _first(*values):
+    return next(value for value in values if value is not None)
+
+
+def _own_seconds(model) -> float:
+    """Length of the clips that the model's own generation settings ask for."""
+    from diverse_cfg.musicgen.policy import delays, frame_rate
+
+    own = model.generation_config
+    # Read from a generation config, both count the steps after the start column.
+    steps = own.max_new_tokens or own.max_length
+    return (steps - max(delays(model))) / frame_rate(model) if steps else LONGEST_DEFAULT_SECONDS
+
+
+COMMAND = Command(
+    name="generate",
+    summary="generate clips for prompts with any MusicGen, student, adapter or merge",
+    add_arguments=add_generate_arguments,
+    run=run_generate,
+    resume="clips that are there are kept; add --resume to go on",
+)

@@ -1,0 +1,122 @@
+"""`diverse-cfg generate`: clips on disk, sampled as the model's own settings say unless told otherwise."""
+
+import json
+
+import pytest
+import soundfile
+from transformers import GenerationConfig
+
+import diverse_cfg.musicgen.files as files
+from diverse_cfg.cli import main
+from diverse_cfg.provenance import Provenance, write_provenance
+from tests.tiny import save_tiny
+
+PROMPT = "a calm piano song"
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """A tiny checkpoint that says it was distilled."""
+    folder = save_tiny(tmp_path_factory.mktemp("student") / "model")
+    write_provenance(folder, Provenance(kind="student", guidance_scale=3.0))
+    settings = GenerationConfig.from_pretrained(folder)
+    settings.update(top_k=0, temperature=0.9, guidance_scale=1.0)
+    settings.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """Keyword arguments of `generate_files`, which then does nothing."""
+    calls = []
+    monkeypatch.setattr(files, "generate_files", lambda *args, **kwargs: calls.append((*args, kwargs)) or [])
+    return calls
+
+
+def test_clips_are_written(tiny_folder, tmp_path, capsys):
+    """The whole command: files that play, named in the list, the same again with the same seed, resumable."""
+    arguments = ["generate", "--model", tiny_folder, "--prompt", PROMPT, "--prompt", "sad cello"]
+    arguments += ["--num-generations", "2", "--seconds", "0.2", "--sample-format", "float32"]
+    assert main([*arguments, "--output", str(tmp_path / "a")]) == 0
+    assert capsys.readouterr().out == f"4 clips in {tmp_path / 'a'}\n"
+    clips = json.loads((tmp_path / "a" / "generations.json").read_text())["clips"]
+    assert [clip["prompt"] for clip in clips] == [PROMPT, PROMPT, "sad cello", "sad cello"]
+    audio = [soundfile.read(tmp_path / "a" / clip["file"]) for clip in clips]
+    assert all(rate == 3200 and len(samples) == 640 for samples, rate in audio)
+    assert not (audio[0][0] == audio[1][0]).all()
+
+    assert main([*arguments, "--output", str(tmp_path / "a")]) == 2
+    assert "not empty" in capsys.readouterr().err
+    (tmp_path / "a" / clips[1]["file"]).unlink()
+    assert main([*arguments, "--output", str(tmp_path / "a"), "--resume"]) == 0
+    again, _ = soundfile.read(tmp_path / "a" / clips[1]["file"])
+    assert abs(again - audio[1][0]).max() < 1e-4  # another batch rounds differently
+
+
+def test_a_base_plays_as_it_is_meant_to(called, tiny_folder):
+    """Guidance of its own generation config, AudioCraft's top-k where it names none, and its own length."""
+    assert main(["generate", "--model", tiny_folder, "--prompt", PROMPT, "--output", "out"]) == 0
+    settings = called[0][-1]
+    assert (settings["guidance_scale"], settings["top_k"], settings["temperature"]) == (3.0, 250, 1.0)
+    assert settings["num_frames"] == 17  # 20 steps, three of them the delay of four codebooks
+
+
+def test_a_student_plays_without_guidance_and_as_it_was_trained(called, student, capsys):
+    """Catches guidance applied twice, and a filter that the student never saw."""
+    assert main(["generate", "--model", student, "--prompt", PROMPT, "--output", "out"]) == 0
+    settings = called[0][-1]
+    assert (settings["guidance_scale"], settings["top_k"], settings["temperature"]) == (1.0, 0, 0.9)
+    assert "warning" not in capsys.readouterr().err
+    assert (
+        main(["generate", "--model", student, "--prompt", PROMPT, "--output", "out", "--guidance-scale", "3"])
+        == 0
+    )
+    assert "guidance would be applied twice" in capsys.readouterr().err
+
+
+def test_flags_win_and_prompts_come_from_files(called, tiny_folder, tmp_path):
+    (tmp_path / "test.jsonl").write_text(json.dumps({"caption": PROMPT}))
+    flags = [
+        "--guidance-scale",
+        "2",
+        "--top-k",
+        "5",
+        "--temperature",
+        "0",
+        "--min-p",
+        "0.1",
+        "--seconds",
+        "0.1",
+    ]
+    source = ["--prompts", str(tmp_path), "--prompt-column", "caption"]
+    assert main(["generate", "--model", tiny_folder, *source, *flags, "--output", "out", "--seed", "7"]) == 0
+    _, prompts, output, settings = called[0]
+    assert (prompts, output) == ([PROMPT], "out")
+    expected = {
+        "guidance_scale": 2.0,
+        "top_k": 5,
+        "temperature": 0.0,
+        "min_p": 0.1,
+        "num_frames": 5,
+        "seed": 7,
+    }
+    assert {name: settings[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prompt", " "], "empty prompt"),
+        (["--prompts", "/no/such/file.txt"], "no prompt file or folder"),
+        (["--prompt", "x", "--seconds", "-1"], "--seconds -1.0 must be positive"),
+        (["--prompt", "x", "--seconds", "60"], "at most"),
+        (["--prompt", "x", "--temperature", "-1"], "temperature"),
+        (["--prompt", "x", "--model", "/no/such/model"], "/no/such/model"),
+    ],
+)
+def test_wrong_input_is_one_line(tiny_folder, tmp_path, capsys, flags, message):
+    assert main(["generate", "--model", tiny_folder, "--output", str(tmp_path / "out"), *flags]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("diverse-cfg: error: ")
+    assert message in error
+    assert not list(tmp_path.glob("out/*.wav"))
