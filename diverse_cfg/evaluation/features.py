@@ -1,0 +1,268 @@
+"""What is computed from clips once and kept: embeddings, judgements, acoustics, divergence to the teacher.
+
+A feature turns a batch of clips into one row per clip. Each names what it depends on (its `fingerprint`),
+which together with the clips' description is the key under which its rows are kept. Metrics are cheap
+functions of these rows.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diverse_cfg.embeddings import Embedder
+from diverse_cfg.evaluation.acoustics import rule_adherence, validity
+from diverse_cfg.evaluation.cache import Cache, content_digest
+from diverse_cfg.evaluation.generations import Player, Progress
+from diverse_cfg.evaluation.systems import System
+from diverse_cfg.musicgen.policy import code_logits, encode_text, null_condition
+from diverse_cfg.musicgen.sampling import SamplingSettings, sampling_logits
+from diverse_cfg.types import TextCondition
+
+_CHUNK = 64  # clips whose audio is in memory at once
+_LOGIT_BYTES = 256 * 2**20
+
+
+@dataclass
+class Batch:
+    """Some clips of one replicate, decoded when a feature asks for audio."""
+
+    system: System
+    player: Player
+    prompts: list[str]  # one per clip
+    codes: Tensor  # [B, K, T]
+
+    @property
+    def sampling_rate(self) -> int:
+        """Of the audio, in Hz."""
+        return self.player.sampling_rate
+
+    @cached_property
+    def waveforms(self) -> Tensor:
+        """[B, L] or [B, 2, L]."""
+        return self.player.decode(self.codes)
+
+
+class Feature(Protocol):
+    """One kind of row per clip.
+
+    Attributes:
+        name: under which metrics find it.
+        fingerprint: everything beside the clips that decides the rows, as plain values.
+    """
+
+    name: str
+    fingerprint: Mapping[str, Any]
+
+    def compute(self, batch: Batch) -> dict[str, np.ndarray]:
+        """Arrays [B, ...]."""
+        ...
+
+
+class EmbeddingFeature:
+    """Embeddings of one encoder, `values` [B, D]; a clip that has none (silence) gets a row of NaN.
+
+    Args:
+        name: "reward" or "heldout".
+        embedder: the encoder.
+        source: its folder or id, for the fingerprint.
+    """
+
+    def __init__(self, name: str, embedder: Embedder, source: str):
+        self.name = name
+        self.embedder = embedder
+        self.fingerprint = {
+            "feature": "embedding",
+            "encoder": embedder.name,
+            "content": content_digest(source),
+            "reads": embedder.reads,
+        }
+
+    def compute(self, batch: Batch) -> dict[str, np.ndarray]:
+        if self.embedder.reads == "codes" and self.embedder.sampling_rate != batch.sampling_rate:
+            raise ValueError(
+                f"encoder {self.embedder.name!r} reads codes of a {self.embedder.sampling_rate} Hz codec, "
+                "the system's "
+                f"codec has {batch.sampling_rate} Hz: take an encoder that reads waveforms"
+            )
+        inputs = batch.codes if self.embedder.reads == "codes" else batch.waveforms
+        values = self.embed(inputs, batch.sampling_rate)
+        return {"values": values}
+
+    def embed(self, inputs: Tensor, sampling_rate: int) -> np.ndarray:
+        """Embeddings [B, D] of codes or waveforms; NaN where the encoder has no direction for a clip."""
+        with torch.no_grad():
+            values = self.embedder.embed(inputs, sampling_rate=sampling_rate).float().cpu()
+        if values.ndim != 2 or len(values) != len(inputs):
+            raise ValueError(
+                f"encoder {self.embedder.name!r} returned shape {tuple(values.shape)} for {len(inputs)} "
+                "clips; "
+                "it must return [B, D]"
+            )
+        norms = values.norm(dim=1)
+        values[~(torch.isfinite(norms) & (norms > 0))] = torch.nan
+        return values.numpy()
+
+
+class JudgeFeature:
+    """Adherence by the trained judge: `mean` and one column per attribute, NaN where the prompt names none.
+
+    Args:
+        judge: an `AttributeJudge`, or anything with its `adherence`.
+        source: its folder.
+    """
+
+    name = "judge"
+
+    def __init__(self, judge: Any, source: str):
+        self.judge = judge
+        self.fingerprint = {"feature": "judge", "content": content_digest(source)}
+
+    def compute(self, batch: Batch) -> dict[str, np.ndarray]:
+        return _floats(self.judge.adherence(batch.waveforms, batch.sampling_rate, batch.prompts))
+
+
+class RulesFeature:
+    """Adherence by rules without any network: onset rate, pitch, chroma."""
+
+    name = "rules"
+    fingerprint: Mapping[str, Any] = {"feature": "rules", "version": 1}
+
+    def compute(self, batch: Batch) -> dict[str, np.ndarray]:
+        return _floats(rule_adherence(batch.waveforms, batch.sampling_rate, batch.prompts))
+
+
+class ValidityFeature:
+    """Level, peak, clipping, silence, and whether a clip is sound at all."""
+
+    name = "validity"
+    fingerprint: Mapping[str, Any] = {"feature": "validity", "version": 1}
+
+    def compute(self, batch: Batch) -> dict[str, np.ndarray]:
+        return _floats(validity(batch.waveforms, batch.sampling_rate))
+
+
+class DivergenceFeature:
+    """KL(system ‖ teacher) of the distributions that codes are drawn from, on the system's own clips.
+
+    `kl` is summed over all codes of a clip (nats), as in the paper; `entropy_0` is the mean entropy (nats)
+    of the distributions of codebook 0, which falls when a policy becomes colder.
+
+    Args:
+        teacher: the frozen base.
+        source: its folder or id.
+        guidance_scale: γ of the teacher.
+    """
+
+    name = "divergence"
+
+    def __init__(self, teacher: Player, source: str, guidance_scale: float):
+        self.teacher = teacher
+        self.sampling = SamplingSettings(guidance_scale)
+        self.fingerprint = {
+            "feature": "divergence",
+            "teacher": content_digest(source),
+            "guidance_scale": float(guidance_scale),
+            "version": 1,
+        }
+
+    @torch.no_grad()
+    def compute(self, batch: Batch) -> dict[str, np.ndarray]:
+        student, teacher = batch.player.model, self.teacher.model
+        self._check(student, teacher)
+        device = next(student.parameters()).device
+        of_student = encode_text(student, batch.player.processor, batch.prompts)
+        of_teacher = encode_text(teacher, self.teacher.processor, batch.prompts)
+        vocabulary = student.config.decoder.vocab_size
+        at_once = max(1, _LOGIT_BYTES // (8 * 4 * vocabulary * batch.codes[0].numel()))
+        kl, entropy = [], []
+        for rows in torch.arange(len(batch.codes)).split(at_once):
+            codes, select = batch.codes[rows].to(device), rows.to(device)
+            p = _distribution(student, codes, of_student.select(select), batch.system.sampling)
+            q = _distribution(teacher, codes, of_teacher.select(select), self.sampling)
+            weight = p.exp()
+            # 0·log 0 = 0: a filter's −inf belongs to a probability of 0.
+            per_code = torch.where(weight > 0, weight * (p - q), 0).sum(dim=-1)
+            kl.append(per_code.double().sum(dim=(1, 2)))
+            of_first = torch.where(weight[:, 0] > 0, -weight[:, 0] * p[:, 0], 0).sum(dim=-1)
+            entropy.append(of_first.double().mean(dim=-1))
+        return {"kl": torch.cat(kl).cpu().numpy(), "entropy_0": torch.cat(entropy).cpu().numpy()}
+
+    @staticmethod
+    def _check(student: Any, teacher: Any) -> None:
+        for name in ("num_codebooks", "vocab_size", "audio_channels"):
+            ours, theirs = getattr(student.config.decoder, name), getattr(teacher.config.decoder, name)
+            if ours != theirs:
+                raise ValueError(
+                    f"the system has {name}={ours} and the teacher {theirs}: there is no divergence "
+                    "between them"
+                )
+
+
+def _distribution(model: Any, codes: Tensor, condition: TextCondition, sampling: SamplingSettings) -> Tensor:
+    """Log-probabilities [B, K, T, V] under which the codes are drawn."""
+    logits = code_logits(model, codes, condition)
+    if sampling.guided:
+        logits = torch.cat([logits, code_logits(model, codes, null_condition(condition))])
+    logits = sampling_logits(logits, sampling)
+    if sampling.greedy:
+        logits = logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True), -torch.inf)
+    return logits.log_softmax(dim=-1)
+
+
+def compute_features(
+    system: System,
+    player: Player,
+    prompts: Sequence[str],
+    codes: np.ndarray,
+    description: Mapping[str, Any],
+    features: Sequence[Feature],
+    cache: Cache,
+    progress: Progress | None = None,
+) -> dict[str, dict[str, np.ndarray]]:
+    """All features of the clips of one replicate and seed, from the cache or newly computed.
+
+    Args:
+        system: that played the clips.
+        player: its replicate; loaded only if something is missing.
+        prompts: P.
+        codes: [N, K, T], N = P·G.
+        description: of the clips, see `generations.describe`.
+        features: what is wanted.
+        cache: where it is kept.
+        progress: told the number of clips done, of N in all.
+    """
+    keys = {feature.name: {"clips": dict(description), **feature.fingerprint} for feature in features}
+    found = {feature.name: cache.load("features", keys[feature.name]) for feature in features}
+    missing = [feature for feature in features if found[feature.name] is None]
+    if not missing:
+        if progress:
+            progress(len(codes))
+        return {name: rows for name, rows in found.items() if rows is not None}
+    per_clip = [prompt for prompt in prompts for _ in range(len(codes) // len(prompts))]
+    parts: dict[str, list[dict[str, np.ndarray]]] = {feature.name: [] for feature in missing}
+    for start in range(0, len(codes), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        batch = Batch(system, player, per_clip[rows], torch.from_numpy(codes[rows].astype(np.int64)))
+        for feature in missing:
+            computed = feature.compute(batch)
+            wrong = [name for name, values in computed.items() if len(values) != len(batch.prompts)]
+            if wrong:
+                raise ValueError(f"feature {feature.name!r}: {wrong[0]!r} has not one row per clip")
+            parts[feature.name].append(computed)
+        if progress:
+            progress(len(batch.prompts))
+    for feature in missing:
+        of_feature = parts[feature.name]
+        rows_of = {name: np.concatenate([part[name] for part in of_feature]) for name in of_feature[0]}
+        cache.save("features", keys[feature.name], rows_of)
+        found[feature.name] = rows_of
+    return {name: rows for name, rows in found.items() if rows is not None}
+
+
+def _floats(columns: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(values, dtype=np.float64) for name, values in columns.items()}

@@ -1,0 +1,207 @@
+"""The clips of a system: the same held-out prompts and the same random numbers for every system.
+
+Clip g of prompt p has sample id p·G + g under every system, so that two systems differ by their
+distributions and not by their luck. Codes are kept, audio is decoded again when a metric needs it: it takes
+80 times the space.
+"""
+
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diverse_cfg.evaluation.cache import Cache, mixture_digest
+from diverse_cfg.evaluation.systems import Mixture, System
+from diverse_cfg.functional.codebooks import num_decoder_steps
+from diverse_cfg.merging import merge_checkpoints
+from diverse_cfg.musicgen.loading import load_policy, load_processor
+from diverse_cfg.musicgen.rollout import RolloutWeights, decode_codes, fast_generate
+
+_VERSION = 1  # of the description and of the sampler; raise it when either changes what is played
+_BATCH = 64
+
+Progress = Callable[[int], None]
+"""Called with the number of clips that have just been finished."""
+
+
+@dataclass(frozen=True)
+class ClipSet:
+    """What every system plays.
+
+    Args:
+        prompts: P held-out prompts, all different.
+        num_generations: G clips per prompt and seed.
+        num_frames: T, length of a clip.
+        seeds: sampling seeds; each adds a group of G clips per prompt.
+    """
+
+    prompts: tuple[str, ...]
+    num_generations: int
+    num_frames: int
+    seeds: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError("there are no prompts to evaluate on")
+        twice = sorted({prompt for prompt in self.prompts if self.prompts.count(prompt) > 1})
+        if twice:
+            raise ValueError(
+                f"{len(twice)} prompts occur twice, e.g. {twice[0]!r}: an interval needs each once"
+            )
+        if any(not prompt.strip() for prompt in self.prompts):
+            raise ValueError("a prompt is empty")
+        for name in ("num_generations", "num_frames"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds must be different numbers, got {list(self.seeds)}")
+
+    @property
+    def num_clips(self) -> int:
+        """Clips of one replicate: prompts × seeds × generations."""
+        return len(self.prompts) * len(self.seeds) * self.num_generations
+
+
+class Player:
+    """One replicate of a system, loaded when somebody needs it.
+
+    Args:
+        mixture: the model, or the merge that is made in a temporary folder.
+        device: torch device.
+    """
+
+    def __init__(self, mixture: Mixture, device: str = "cpu"):
+        self.mixture = mixture
+        self.device = device
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        if len(self.mixture) == 1:
+            source = self.mixture[0][0]
+            return load_policy(source).to(self.device), load_processor(source)
+        with TemporaryDirectory(prefix="diverse-cfg-merge-") as folder, warnings.catch_warnings():
+            # How the merge would play by default does not matter: a system says how it is sampled.
+            warnings.simplefilter("ignore", UserWarning)
+            checkpoints, weights = zip(*self.mixture, strict=True)
+            merged = merge_checkpoints(checkpoints, weights, Path(folder) / "merged")
+            return load_policy(merged).to(self.device), load_processor(merged)
+
+    @property
+    def model(self):
+        """The policy, in eval mode."""
+        return self._loaded[0]
+
+    @property
+    def processor(self):
+        """Its processor."""
+        return self._loaded[1]
+
+    @property
+    def sampling_rate(self) -> int:
+        """Of the audio, in Hz."""
+        return self.model.config.audio_encoder.sampling_rate
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Waveforms [B, L] or [B, 2, L], on the CPU."""
+        return decode_codes(self.model, codes.to(self.device)).float().cpu()
+
+    def decoder_rows(self, system: System, num_frames: int) -> int:
+        """Rows that the decoder computes for one clip: its steps, twice with guidance."""
+        config = self.model.config.decoder
+        steps = num_decoder_steps(num_frames, config.num_codebooks, config.audio_channels)
+        return steps * (2 if system.sampling.guided else 1)
+
+    @contextmanager
+    def timed(self):
+        """A function that tells the seconds since, with the device's queue empty."""
+        self._wait()
+        started = time.perf_counter()
+
+        def seconds() -> float:
+            self._wait()
+            return time.perf_counter() - started
+
+        yield seconds
+
+    def _wait(self) -> None:
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.synchronize()
+
+
+def describe(system: System, mixture: Mixture, clips: ClipSet, seed: int) -> dict[str, Any]:
+    """Everything that decides the codes of one replicate under one seed."""
+    return {
+        "version": _VERSION,
+        "model": mixture_digest(mixture),
+        "guidance_scale": float(system.guidance_scale),
+        "temperature": float(system.temperature),
+        "top_k": system.top_k,
+        "prompts": list(clips.prompts),
+        "num_generations": clips.num_generations,
+        "num_frames": clips.num_frames,
+        "seed": seed,
+    }
+
+
+def generations(
+    system: System, player: Player, clips: ClipSet, seed: int, cache: Cache, progress: Progress | None = None
+) -> dict[str, np.ndarray]:
+    """Codes of one replicate under one seed, from the cache or newly sampled.
+
+    Returns:
+        `codes` int32 [N, K, T], clips of a prompt adjacent; `seconds` per clip, of the sampling [N];
+        `batch` of each clip [N], since clips of one batch share their time; `decoder_rows` per clip [N].
+    """
+    description = describe(system, player.mixture, clips, seed)
+    kept = cache.load("generations", description)
+    if kept is not None:
+        if progress:
+            progress(len(kept["codes"]))
+        return kept
+    sampling = system.sampling
+    per_batch = max(1, _BATCH // clips.num_generations)
+    weights = RolloutWeights.from_model(player.model)
+    codes, seconds, batches = [], [], []
+    for start in range(0, len(clips.prompts), per_batch):
+        prompts = list(clips.prompts[start : start + per_batch])
+        first = start * clips.num_generations
+        count = len(prompts) * clips.num_generations
+        with player.timed() as elapsed:
+            rollout = fast_generate(
+                player.model,
+                prompts,
+                processor=player.processor,
+                num_frames=clips.num_frames,
+                guidance_scale=sampling.guidance_scale,
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                seed=seed,
+                num_generations=clips.num_generations,
+                batch_size=count,
+                sample_ids=range(first, first + count),
+                decode=False,
+                weights=weights,
+            )
+            spent = elapsed()
+        codes.append(rollout.codes.to("cpu", torch.int32))
+        seconds += [spent / count] * count
+        batches += [start // per_batch] * count
+        if progress:
+            progress(count)
+    arrays = {
+        "codes": torch.cat(codes).numpy(),
+        "seconds": np.array(seconds),
+        "batch": np.array(batches, dtype=np.int32),
+        "decoder_rows": np.full(len(seconds), player.decoder_rows(system, clips.num_frames), dtype=np.int32),
+    }
+    cache.save("generations", description, arrays)
+    return arrays

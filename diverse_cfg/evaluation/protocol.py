@@ -1,0 +1,240 @@
+"""`SweepConfig`: the YAML file of `diverse-cfg evaluate`, and how a `Sweep` is built from it.
+
+    systems:
+      - {name: base, model: nano}
+      - {name: base guided, model: nano, guidance_scale: [2, 3, 5]}
+      - {name: student, model: runs/diverse}
+      - {name: LERP, checkpoints: [runs/quality, runs/diverse], merge_weight: "0:1:0.25"}
+    output: runs/sweep
+    compare_to: [base guided γ=3]
+
+`nano` stands for the shipped base, judge, encoders and prompts. Everything is checked before anything is
+generated.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from diverse_cfg.assets import nano_path
+from diverse_cfg.embeddings import load_embedder
+from diverse_cfg.evaluation.attributes import parse_prompt
+from diverse_cfg.evaluation.cache import Cache
+from diverse_cfg.evaluation.features import (
+    DivergenceFeature,
+    EmbeddingFeature,
+    Feature,
+    JudgeFeature,
+    RulesFeature,
+    ValidityFeature,
+)
+from diverse_cfg.evaluation.generations import ClipSet, Player
+from diverse_cfg.evaluation.reference import reference_embeddings
+from diverse_cfg.evaluation.sweep import Sweep
+from diverse_cfg.evaluation.systems import System, expand_systems, single
+from diverse_cfg.musicgen.policy import frame_rate
+from diverse_cfg.prompts import load_prompts
+
+
+@dataclass
+class SweepConfig:
+    """Settings of an evaluation.
+
+    Args:
+        systems: entries, see `systems.expand_systems`.
+        output: folder of the results; its cache lets a sweep go on and grow.
+        prompts: held-out prompts: "nano", a folder, a file or a Hub dataset.
+        prompts_split: of a folder or dataset.
+        prompt_column: column that holds them.
+        num_prompts: take the first so many; None takes all.
+        num_generations: clips per prompt and seed; at least 2 for diversity.
+        seeds: sampling seeds, the same for every system.
+        clip_seconds: length of a clip; None takes the model's own, at most 10 s.
+        teacher: the base whose guided distribution is the reference of the KL; None leaves the KL out.
+        teacher_guidance_scale: γ of the teacher.
+        judge: folder of an attribute judge, "nano", or None.
+        reward_encoder: encoder of the diversity reward: "nano", a folder, an id, or None.
+        heldout_encoder: an encoder that was not rewarded.
+        reference: folder of reference audio, for Fréchet and MMD.
+        metrics: names; None for every metric whose ingredients are there.
+        compare_to: systems that all others are compared with.
+        x: metric on the front's horizontal axis; None takes diversity under the held-out encoder.
+        y: metric on the front's vertical axis; None takes adherence.
+        min_validity: share of valid clips below which a system is flagged.
+        gallery_prompts: prompts on the page to listen to; 0 makes none.
+        gallery_generations: clips per prompt and system on that page.
+        device: torch device; None takes a GPU if there is one.
+    """
+
+    systems: list[dict[str, Any]] = field(default_factory=list)
+    output: str = ""
+    prompts: str = "nano"
+    prompts_split: str = "test"
+    prompt_column: str | None = None
+    num_prompts: int | None = None
+    num_generations: int = 8
+    seeds: list[int] = field(default_factory=lambda: [0])
+    clip_seconds: float | None = None
+    teacher: str | None = "nano"
+    teacher_guidance_scale: float = 3.0
+    judge: str | None = "nano"
+    reward_encoder: str | None = "nano"
+    heldout_encoder: str | None = "nano"
+    reference: str | None = None
+    metrics: list[str] | None = None
+    compare_to: list[str] = field(default_factory=list)
+    x: str | None = None
+    y: str | None = None
+    min_validity: float = 0.9
+    gallery_prompts: int = 4
+    gallery_generations: int = 4
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.output:
+            raise ValueError("output is missing: name the folder for the results")
+        if not 0 <= self.min_validity <= 1:
+            raise ValueError(f"min_validity={self.min_validity} must lie between 0 and 1")
+        for name in ("num_prompts", "num_generations"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+        for name in ("gallery_prompts", "gallery_generations"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 (no page) or more")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "SweepConfig":
+        """From plain values, refusing names that do not exist."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(
+                f"the sweep has no setting {', '.join(unknown)}; known: "
+                f"{', '.join(f.name for f in fields(cls))}"
+            )
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike) -> "SweepConfig":
+        """From a YAML file; `output` and models are relative to the working directory.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not YAML, or not a mapping of known settings.
+        """
+        path = Path(path)
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not valid YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold settings by name, such as systems and output")
+        return cls.from_dict(values)
+
+
+def build_sweep(config: SweepConfig) -> tuple[Sweep, list[System]]:
+    """The protocol and the systems of a configuration; models are loaded later, one by one.
+
+    Raises:
+        ValueError, FileNotFoundError: whatever is wrong or missing.
+    """
+    systems = [_with_nano(system) for system in expand_systems([_with_nano_role(e) for e in config.systems])]
+    prompts = held_out_prompts(config)
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cache = Cache(Path(config.output) / "cache")
+    teacher = model_path(config.teacher or systems[0].replicates[0][0][0])
+    player = Player(single(teacher)[0], device)
+    num_frames, seconds = _length(player, config.clip_seconds)
+    clips = ClipSet(tuple(prompts), config.num_generations, num_frames, tuple(config.seeds))
+    features: list[Feature] = [ValidityFeature()]
+    if config.teacher:
+        features.append(DivergenceFeature(player, teacher, config.teacher_guidance_scale))
+    features += _judges(config, prompts, device)
+    for name, encoder in (("reward", config.reward_encoder), ("heldout", config.heldout_encoder)):
+        if encoder:
+            path = _encoder_path(name, encoder)
+            features.append(EmbeddingFeature(name, load_embedder(path, device=device), path))
+    reference = None
+    if config.reference:
+        heldout = [f for f in features if isinstance(f, EmbeddingFeature) and f.name == "heldout"]
+        if not heldout:
+            raise ValueError("reference needs heldout_encoder, in whose space distances are taken")
+        reference = reference_embeddings(config.reference, heldout[0], seconds, cache)
+    sweep = Sweep(
+        clips,
+        features,
+        cache,
+        metrics=config.metrics,
+        reference=reference,
+        min_validity=config.min_validity,
+        device=device,
+        settings={"clip_seconds": seconds, "teacher_guidance_scale": config.teacher_guidance_scale},
+    )
+    return sweep, systems
+
+
+def held_out_prompts(config: SweepConfig) -> list[str]:
+    """Distinct prompts, in their order.
+
+    Raises:
+        ValueError: fewer than were asked for.
+    """
+    source = str(nano_path("prompts")) if config.prompts == "nano" else config.prompts
+    rows = load_prompts(source, split=config.prompts_split, column=config.prompt_column)
+    prompts = list(dict.fromkeys(rows["prompt"]))
+    if config.num_prompts is not None and len(prompts) < config.num_prompts:
+        raise ValueError(
+            f"{source} has {len(prompts)} different prompts, num_prompts={config.num_prompts}: lower it"
+        )
+    return prompts[: config.num_prompts]
+
+
+def model_path(model: str) -> str:
+    """`nano` as the path of the shipped base; anything else as it is."""
+    return str(nano_path()) if model == "nano" else model
+
+
+def _with_nano(system: System) -> System:
+    replicates = tuple(
+        tuple((model_path(checkpoint), weight) for checkpoint, weight in mixture)
+        for mixture in system.replicates
+    )
+    return System(**{**vars(system), "replicates": replicates})
+
+
+def _with_nano_role(entry: Any) -> Any:
+    """`nano` resolved before an entry's role is looked up in its folder."""
+    if isinstance(entry, Mapping) and entry.get("model") == "nano":
+        return {**entry, "model": model_path("nano")}
+    return entry
+
+
+def _judges(config: SweepConfig, prompts: list[str], device: str) -> list[Feature]:
+    features: list[Feature] = []
+    if config.judge:
+        # Imported where it is used: prompts of another world need no judge, and no part of the nano world.
+        from diverse_cfg.evaluation.judge import AttributeJudge
+
+        path = str(nano_path("judge")) if config.judge == "nano" else config.judge
+        features.append(JudgeFeature(AttributeJudge.from_pretrained(path), path))
+    if all(parse_prompt(prompt) for prompt in prompts):
+        features.append(RulesFeature())
+    return features
+
+
+def _encoder_path(name: str, encoder: str) -> str:
+    part = {"reward": "reward-encoder", "heldout": "eval-encoder"}[name]
+    return str(nano_path(part)) if encoder == "nano" else encoder
+
+
+def _length(player: Player, clip_seconds: float | None) -> tuple[int, float]:
+    from diverse_cfg.trainer.setup import clip_frames
+
+    frames = clip_frames(player.model, clip_seconds)
+    return frames, frames / frame_rate(player.model)

@@ -1,0 +1,354 @@
+"""What an evaluation found: per system and metric a number with its interval, and the cells it came from.
+
+The cells (means per prompt and replicate) are kept, so that differences between systems, fronts and
+hypervolumes are computed from the file alone, with the same bootstrap as the table. `metrics.json` holds
+the numbers, `cells.npz` the cells.
+"""
+
+import csv
+import io
+import json
+import os
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from diverse_cfg.evaluation.measures import Replicate
+from diverse_cfg.evaluation.metrics import METRICS, Metric
+from diverse_cfg.evaluation.systems import System
+from diverse_cfg.functional.statistics import bootstrap_mean, bootstrap_statistic, hypervolume
+from diverse_cfg.provenance import write_text
+
+_FORMAT = 1
+_SET_RESAMPLES = 200
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its interval.
+
+    Args:
+        estimate: mean over prompts (or the statistic of all of them); None if it does not apply to any
+            prompt.
+        low, high: bounds of the 95 % interval; None where one prompt alone allows none.
+        standard_error: of the estimate.
+        num_prompts: how many prompts it rests on.
+    """
+
+    estimate: float | None
+    low: float | None = None
+    high: float | None = None
+    standard_error: float | None = None
+    num_prompts: int = 0
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether 0 lies outside of the interval: of a difference, whether there is one."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+    def text(self, digits: int = 3) -> str:
+        """For tables: "0.754 [0.731, 0.776]"."""
+        if self.estimate is None:
+            return "–"
+        number = f"{self.estimate:.{digits}f}"
+        return number if self.low is None else f"{number} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+
+
+@dataclass
+class SystemResult:
+    """One row.
+
+    Args:
+        system: what was evaluated.
+        error: why it failed; None if it did not.
+        metrics: metric → estimate.
+        cells: metric → cells [P, R], R replicates; NaN where a prompt has no value. Metrics of the whole
+            set have none.
+        flags: what a reader must know before comparing this row.
+    """
+
+    system: System
+    error: str | None = None
+    metrics: dict[str, Estimate] = field(default_factory=dict)
+    cells: dict[str, np.ndarray] = field(default_factory=dict)
+    flags: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether it has numbers."""
+        return self.error is None
+
+
+@dataclass
+class Results:
+    """A table, and everything needed to draw it.
+
+    Args:
+        prompts: P.
+        systems: rows in the order of the sweep, failed ones included.
+        settings: how it was measured: generations per prompt, seeds, frames, encoders, versions, machine.
+        compare_to: names of the systems that the others are compared with.
+    """
+
+    prompts: list[str]
+    systems: list[SystemResult]
+    settings: dict[str, Any] = field(default_factory=dict)
+    compare_to: list[str] = field(default_factory=list)
+
+    def __getitem__(self, name: str) -> SystemResult:
+        for row in self.systems:
+            if row.system.name == name:
+                return row
+        raise ValueError(f"no system {name!r}; there are {', '.join(r.system.name for r in self.systems)}")
+
+    @property
+    def usable(self) -> list[SystemResult]:
+        """Rows that did not fail."""
+        return [row for row in self.systems if row.ok]
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metrics that at least one row has, in the order of the registry."""
+        found = {name for row in self.usable for name in row.metrics}
+        return [name for name in METRICS if name in found]
+
+    def difference(self, system: str, other: str, metric: str) -> Estimate:
+        """Paired difference of two systems, first minus second, on the same prompts.
+
+        Replicates are paired one by one where both have as many; a single one (the base) serves for all;
+        other numbers are averaged first.
+
+        Raises:
+            ValueError: a system that is not there or failed, or a metric without cells.
+        """
+        first, second = self._cells(system, metric), self._cells(other, metric)
+        if len({first.shape[1], second.shape[1], 1}) == 3:  # nothing to pair one by one
+            first, second = first.mean(axis=1, keepdims=True), second.mean(axis=1, keepdims=True)
+        return mean_estimate(first - second)
+
+    def hypervolume(
+        self, names: Iterable[str], x: str, y: str, corner: tuple[float, float], num_resamples: int = 500
+    ) -> Estimate:
+        """Area that a set of systems dominates above a corner, in the plane of two metrics that are better
+        when larger.
+
+        Flagged systems do not count: their numbers are not comparable.
+
+        Raises:
+            ValueError: no usable system, or as `bootstrap_statistic`.
+        """
+        rows = [self[name] for name in names]
+        rows = [row for row in rows if row.ok and not row.flags]
+        if not rows:
+            raise ValueError("none of these systems can be compared: all failed or are flagged")
+        signs = [_sign(x), _sign(y)]
+        cells = torch.stack(
+            [
+                torch.stack(
+                    [sign * _per_prompt(row.cells[name]) for sign, name in zip(signs, (x, y), strict=True)]
+                )
+                for row in rows
+            ]
+        )  # [systems, 2, P]
+        reference = [sign * value for sign, value in zip(signs, corner, strict=True)]
+
+        def area(prompts: torch.Tensor) -> float:
+            return hypervolume(cells[:, :, prompts].nanmean(dim=2), reference)
+
+        if cells.shape[2] < 2:
+            return Estimate(area(torch.arange(cells.shape[2])), num_prompts=cells.shape[2])
+        interval = bootstrap_statistic(area, cells.shape[2], num_resamples=num_resamples)
+        return Estimate(*interval, num_prompts=cells.shape[2])
+
+    def _cells(self, name: str, metric: str) -> np.ndarray:
+        row = self[name]
+        if not row.ok:
+            raise ValueError(f"system {name!r} failed: {row.error}")
+        if metric not in row.cells:
+            raise ValueError(f"system {name!r} has no {metric!r} per prompt")
+        return row.cells[metric]
+
+    # ---- files -----------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: settings, rows, and the differences from `compare_to`."""
+        rows = []
+        for row in self.systems:
+            values: dict[str, Any] = {"system": row.system.to_dict(), "error": row.error, "flags": row.flags}
+            values["metrics"] = {name: asdict(estimate) for name, estimate in row.metrics.items()}
+            values["differences"] = {
+                other: {
+                    metric: asdict(self.difference(row.system.name, other, metric))
+                    for metric in row.cells
+                    if metric in self[other].cells
+                }
+                for other in self.compare_to
+                if row.ok and other != row.system.name and self[other].ok
+            }
+            rows.append(values)
+        return {
+            "format": _FORMAT,
+            "settings": self.settings,
+            "compare_to": self.compare_to,
+            "prompts": self.prompts,
+            "systems": rows,
+        }
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """Write `metrics.json`, `metrics.csv` and `cells.npz`; return the path of the first."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = {
+            f"{index}:{metric}": cells
+            for index, row in enumerate(self.systems)
+            for metric, cells in row.cells.items()
+        }
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, **arrays)
+        write_bytes(folder / "cells.npz", buffer.getvalue())
+        write_text(folder / "metrics.csv", self.csv())
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+        return write_text(folder / "metrics.json", text + "\n")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> "Results":
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there are no results.
+            ValueError: they are of another format, or the two files do not belong together.
+        """
+        folder = Path(folder)
+        content = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        if content.get("format") != _FORMAT:
+            raise ValueError(
+                f"{folder / 'metrics.json'} has format {content.get('format')!r}, not {_FORMAT}: "
+                "run the evaluation again"
+            )
+        with np.load(folder / "cells.npz", allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        rows = []
+        for index, values in enumerate(content["systems"]):
+            prefix = f"{index}:"
+            cells = {name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)}
+            metrics = {name: Estimate(**estimate) for name, estimate in values["metrics"].items()}
+            if set(cells) - set(metrics) or any(len(a) != len(content["prompts"]) for a in cells.values()):
+                raise ValueError(
+                    f"{folder}: metrics.json and cells.npz do not belong together: evaluate again"
+                )
+            system = System.from_dict(values["system"])
+            rows.append(SystemResult(system, values["error"], metrics, cells, values["flags"]))
+        return cls(content["prompts"], rows, content["settings"], content["compare_to"])
+
+    def csv(self, metrics: Sequence[str] | None = None) -> str:
+        """One line per system and metric."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(
+            ["system", "role", "series", "metric", "estimate", "low", "high", "standard_error", "prompts"]
+        )
+        for row in self.systems:
+            for name in metrics or self.metrics:
+                e = row.metrics.get(name, Estimate(None))
+                numbers = [
+                    "" if v is None else f"{v:.6g}" for v in (e.estimate, e.low, e.high, e.standard_error)
+                ]
+                writer.writerow(
+                    [row.system.name, row.system.role, row.system.series, name, *numbers, e.num_prompts]
+                )
+        return out.getvalue()
+
+    def table(self, metrics: Sequence[str] | None = None, digits: int = 3) -> str:
+        """A Markdown table; failures and flags are in it."""
+        names = list(metrics or self.metrics)
+        header = ["system", *(METRICS[name].label for name in names)]
+        lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        for row in self.systems:
+            mark = "" if not row.flags else " ⚠"
+            cells = [row.metrics.get(name, Estimate(None)).text(digits) for name in names]
+            if not row.ok:
+                cells = [f"failed: {row.error}", *[""] * (len(names) - 1)]
+            lines.append("| " + " | ".join([row.system.name + mark, *cells]).replace("\n", " ") + " |")
+        notes = [f"⚠ {row.system.name}: {flag}" for row in self.systems for flag in row.flags]
+        return "\n".join([*lines, *([""] if notes else []), *notes])
+
+
+def estimate(metric: Metric, replicates: Sequence[Replicate]) -> tuple[Estimate, np.ndarray | None]:
+    """A metric of one system over all its replicates: the number with its interval, and its cells [P, R].
+
+    Raises:
+        ValueError: a measure that returned another number of prompts than there are, or infinite values.
+    """
+    if metric.of_set is not None:
+        return _set_estimate(metric, replicates), None
+    assert metric.cells is not None
+    columns = [np.asarray(metric.cells(replicate), dtype=np.float64) for replicate in replicates]
+    cells = np.stack(columns, axis=1)
+    if len(cells) != len(replicates[0].codes) or np.isinf(cells).any():
+        raise ValueError(f"metric {metric.name!r} gave infinite values, or {len(cells)} prompts")
+    clusters = None
+    if metric.cluster != "prompt":
+        clusters = replicates[0].timing[metric.cluster][:, 0, 0].tolist()
+    return mean_estimate(cells, clusters), cells
+
+
+def mean_estimate(cells: np.ndarray, clusters: Sequence[int] | None = None) -> Estimate:
+    """Mean of cells [P, R] with its interval.
+
+    Prompts are what is resampled, all replicates of a prompt together; from three replicates on these are
+    resampled too, so that the interval holds for new training seeds.
+    """
+    known = ~np.isnan(cells).any(axis=1)
+    values = cells[known]
+    num_prompts, num_replicates = values.shape
+    if num_prompts == 0:
+        return Estimate(None)
+    labels = np.arange(len(cells)) if clusters is None else np.asarray(clusters)
+    prompts = labels[known].repeat(num_replicates).tolist()
+    if len(set(prompts)) < 2:
+        return Estimate(float(values.mean()), num_prompts=num_prompts)
+    seeds = np.tile(np.arange(num_replicates), num_prompts).tolist() if num_replicates >= 3 else None
+    interval = bootstrap_mean(torch.from_numpy(values.flatten()), prompts, seeds)
+    return Estimate(*interval, num_prompts=num_prompts)
+
+
+def _set_estimate(metric: Metric, replicates: Sequence[Replicate]) -> Estimate:
+    assert metric.of_set is not None
+    num_prompts = len(replicates[0].codes)
+    statistics = [metric.of_set(replicate) for replicate in replicates]
+
+    def mean(prompts: torch.Tensor) -> float:
+        return sum(statistic(prompts) for statistic in statistics) / len(statistics)
+
+    if num_prompts < 2:
+        return Estimate(mean(torch.arange(num_prompts)), num_prompts=num_prompts)
+    return Estimate(
+        *bootstrap_statistic(mean, num_prompts, num_resamples=_SET_RESAMPLES), num_prompts=num_prompts
+    )
+
+
+def _per_prompt(cells: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(cells).mean(dim=1)
+
+
+def _sign(metric: str) -> int:
+    better = METRICS[metric].better
+    if not better:
+        raise ValueError(f"metric {metric!r} is neither better when larger nor when smaller: it has no front")
+    return better
+
+
+def write_bytes(path: Path, content: bytes) -> Path:
+    """Write a file so that a reader finds the old content or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,211 @@
+"""Many systems, one protocol: generate, compute features, reduce to numbers; keep what succeeds, record
+what fails.
+
+Everything expensive is in the cache before a number is made of it, so that an interrupted sweep goes on
+where it stopped, and one that gets another system or metric computes only that.
+"""
+
+import logging
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from diverse_cfg.evaluation.cache import Cache
+from diverse_cfg.evaluation.features import Feature, compute_features
+from diverse_cfg.evaluation.generations import ClipSet, Player, describe, generations
+from diverse_cfg.evaluation.measures import Replicate
+from diverse_cfg.evaluation.metrics import Metric, require
+from diverse_cfg.evaluation.results import Results, SystemResult, estimate
+from diverse_cfg.evaluation.systems import Mixture, System
+from diverse_cfg.provenance import library_versions
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Sweep:
+    """An evaluation protocol; `run` applies it to systems.
+
+    Args:
+        clips: prompts, generations per prompt, length and seeds.
+        features: what is computed from clips; decides which metrics there can be.
+        cache: where generations and features are kept.
+        metrics: names; None for every metric whose ingredients are there.
+        reference: embeddings of reference audio under the held-out encoder [C, D], or None.
+        min_validity: share of valid clips below which a system is flagged: it stays in the table and leaves
+            the front.
+        device: torch device.
+        settings: further facts for the results file.
+
+    Raises:
+        ValueError: metrics that do not exist or cannot be computed; raised before anything is generated.
+    """
+
+    clips: ClipSet
+    features: Sequence[Feature]
+    cache: Cache
+    metrics: Sequence[str] | None = None
+    reference: np.ndarray | None = None
+    min_validity: float = 0.9
+    device: str = "cpu"
+    settings: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [feature.name for feature in self.features]
+        if len(set(names)) != len(names):
+            raise ValueError(f"features must have different names, got {', '.join(names)}")
+        available = {*names, "codes", "timing"} | ({"reference"} if self.reference is not None else set())
+        self.chosen: list[Metric] = require(
+            self.metrics, available, self.clips.num_generations, len(self.clips.prompts)
+        )
+        needed = {need for metric in self.chosen for need in metric.needs}
+        # Validity is always looked at: a broken system must not pass for a diverse one.
+        self.features = [f for f in self.features if f.name in needed or f.name == "validity"]
+
+    def run(
+        self, systems: Sequence[System], compare_to: Sequence[str] = (), *, progress: bool = True
+    ) -> Results:
+        """Evaluate systems; a failure is recorded in its row and the others go on.
+
+        Args:
+            systems: with unique names.
+            compare_to: names of systems that all others are compared with.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: no systems, names that are not unique, or a name in `compare_to` that is not among
+                them.
+        """
+        names = [system.name for system in systems]
+        if not systems or len(set(names)) != len(names):
+            raise ValueError(f"systems need unique names, got {', '.join(names) or 'none'}")
+        unknown = [name for name in compare_to if name not in names]
+        if unknown:
+            raise ValueError(f"compare_to names {unknown[0]!r}, which is none of {', '.join(names)}")
+        parts = sum(len(system.replicates) for system in systems)
+        total = 2 * parts * self.clips.num_clips  # sampling and judging each see every clip
+        rows = []
+        with tqdm(total=total, unit="clip", disable=not progress, desc="evaluate") as bar:
+            for system in systems:
+                bar.set_description(f"evaluate {system.name}")
+                before = bar.n
+                try:
+                    rows.append(self.evaluate(system, bar))
+                # Whatever breaks one system (a missing folder, NaN weights, no memory) must not cost the
+                # others.
+                except Exception as error:
+                    logger.warning("system %s failed", system.name, exc_info=True)
+                    rows.append(SystemResult(system, error=f"{type(error).__name__}: {error}"))
+                bar.update(before + 2 * len(system.replicates) * self.clips.num_clips - bar.n)
+        return Results(list(self.clips.prompts), rows, self._settings(), list(compare_to))
+
+    def evaluate(self, system: System, bar: tqdm | None = None) -> SystemResult:
+        """One system, failures raised."""
+        replicates = [self._replicate(system, mixture, bar) for mixture in system.replicates]
+        row = SystemResult(system)
+        for metric in self.chosen:
+            number, cells = estimate(metric, replicates)
+            row.metrics[metric.name] = number
+            if cells is not None:
+                row.cells[metric.name] = cells
+        row.flags = self._flags(replicates)
+        return row
+
+    def _replicate(self, system: System, mixture: Mixture, bar: tqdm | None) -> Replicate:
+        player = Player(mixture, self.device)
+        update = None if bar is None else bar.update
+        by_seed = []
+        for seed in self.clips.seeds:
+            played = generations(system, player, self.clips, seed, self.cache, update)
+            features = compute_features(
+                system,
+                player,
+                self.clips.prompts,
+                played["codes"],
+                describe(system, mixture, self.clips, seed),
+                self.features,
+                self.cache,
+                update,
+            )
+            by_seed.append((played, features))
+        timing = {
+            name: self._grouped([played[name] for played, _ in by_seed])
+            for name in ("seconds", "batch", "decoder_rows")
+        }
+        features = {
+            feature.name: {
+                column: self._grouped([found[feature.name][column] for _, found in by_seed])
+                for column in by_seed[0][1][feature.name]
+            }
+            for feature in self.features
+        }
+        codes = self._grouped([played["codes"] for played, _ in by_seed])
+        return Replicate(features, codes, timing, self.reference)
+
+    def _grouped(self, by_seed: list[np.ndarray]) -> np.ndarray:
+        """Rows [N, ...] of each seed as [P, S, G, ...]."""
+        shape = (len(self.clips.prompts), self.clips.num_generations)
+        return np.stack([rows.reshape(*shape, *rows.shape[1:]) for rows in by_seed], axis=1)
+
+    def _flags(self, replicates: list[Replicate]) -> list[str]:
+        flags = []
+        names = {feature.name for feature in self.features}
+        if "validity" in names:
+            valid = float(np.mean([replicate.clips("validity", "valid") for replicate in replicates]))
+            if valid < self.min_validity:
+                flags.append(
+                    f"only {valid:.0%} of the clips are valid audio (at least {self.min_validity:.0%} are "
+                    "wanted): its "
+                    "diversity is not comparable, and it is left out of fronts"
+                )
+        for encoder in sorted(names & {"reward", "heldout"}):
+            values = np.concatenate([replicate.features[encoder]["values"] for replicate in replicates])
+            missing = int(np.isnan(values).any(axis=-1).sum())
+            if missing:
+                flags.append(
+                    f"{missing} clips have no {encoder} embedding (silent?) and count as equal to all others"
+                )
+        return flags
+
+    def _settings(self) -> dict:
+        clips = self.clips
+        return {
+            "num_prompts": len(clips.prompts),
+            "num_generations": clips.num_generations,
+            "num_frames": clips.num_frames,
+            "seeds": list(clips.seeds),
+            "features": {feature.name: dict(feature.fingerprint) for feature in self.features},
+            "min_validity": self.min_validity,
+            "versions": library_versions(),
+            "machine": f"{platform.machine()}, {self.device}, {torch.get_num_threads()} threads",
+            **self.settings,
+        }
+
+
+def quality_metric(results: Results) -> str:
+    """The best quality axis that these results have.
+
+    Raises:
+        ValueError: they have none.
+    """
+    for name in ("adherence", "rules"):
+        if name in results.metrics:
+            return name
+    raise ValueError(f"no quality among the metrics {', '.join(results.metrics)}: pass y=…")
+
+
+def diversity_metric(results: Results) -> str:
+    """The best diversity axis that these results have: under the encoder that was not the reward, if there
+    is one.
+
+    Raises:
+        ValueError: they have none.
+    """
+    for name in ("diversity_heldout", "diversity_reward"):
+        if name in results.metrics:
+            return name
+    raise ValueError(f"no diversity among the metrics {', '.join(results.metrics)}: pass x=…")

@@ -1,0 +1,207 @@
+"""What is compared: a system is a model (or a merge of models) together with the way it is sampled.
+
+A system may have several replicates, one per training seed; their clips are pooled as crossed with the
+prompts. `expand_systems` turns the entries of a sweep's YAML into systems: lists of guidance scales,
+temperatures or merge weights are grids.
+"""
+
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from diverse_cfg.merging.weights import parse_sweep, resolve_weights
+from diverse_cfg.musicgen.loading import is_distilled
+from diverse_cfg.musicgen.sampling import SamplingSettings
+
+ROLES = ("base", "guided", "student", "merge")
+
+Mixture = tuple[tuple[str, float], ...]
+"""Checkpoints with their weights; one checkpoint of weight 1 is a plain model."""
+
+_ENTRY_KEYS = (
+    "name",
+    "model",
+    "checkpoints",
+    "merge_weight",
+    "weights",
+    "guidance_scale",
+    "temperature",
+    "top_k",
+    "role",
+    "series",
+    "step",
+)
+_GRID_KEYS = {"guidance_scale": "γ", "temperature": "T", "top_k": "k"}
+
+
+@dataclass(frozen=True)
+class System:
+    """One row of the table.
+
+    Args:
+        name: unique in a sweep.
+        replicates: one model per training seed; clips are generated for each of them.
+        guidance_scale: γ at inference; 1 is no guidance.
+        temperature: 0 is greedy.
+        top_k: 0 keeps all codes.
+        role: "base", "guided", "student" or "merge"; decides how it is drawn.
+        series: systems of one series are joined by a line in the plots.
+        merge_weight: λ of a merge of two, its place on the LERP's axis.
+        step: training step of a checkpoint, its place on a trajectory.
+    """
+
+    name: str
+    replicates: tuple[Mixture, ...]
+    guidance_scale: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    role: str = "student"
+    series: str = ""
+    merge_weight: float | None = None
+    step: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise ValueError("a system needs a name")
+        if not self.replicates or not all(self.replicates):
+            raise ValueError(f"system {self.name!r} has no model")
+        if self.role not in ROLES:
+            raise ValueError(f"system {self.name!r}: role={self.role!r} must be one of {', '.join(ROLES)}")
+        try:
+            _ = self.sampling
+        except ValueError as error:
+            raise ValueError(f"system {self.name!r}: {error}") from None
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        """How its codes are drawn."""
+        return SamplingSettings(self.guidance_scale, self.temperature, self.top_k)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for the results file."""
+        values = asdict(self)
+        values["replicates"] = [[list(part) for part in mixture] for mixture in self.replicates]
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "System":
+        """The inverse of `to_dict`."""
+        replicates = tuple(
+            tuple((str(checkpoint), float(weight)) for checkpoint, weight in mixture)
+            for mixture in values["replicates"]
+        )
+        return cls(**{**values, "replicates": replicates})
+
+
+def single(model: str | os.PathLike) -> tuple[Mixture, ...]:
+    """Replicates of a system that is one model."""
+    return (((os.fspath(model), 1.0),),)
+
+
+def expand_systems(entries: Sequence[Mapping[str, Any]]) -> list[System]:
+    """Systems of a sweep from its YAML entries.
+
+    An entry has a `name` and either `model` or `checkpoints` with `merge_weight` (two checkpoints: a
+    number, a list, or "0:1:0.05") or `weights` (one per checkpoint; the uniform average when both are left
+    out). A list of models, or of lists of checkpoints' models, holds the training seeds of one arm. Lists
+    of `guidance_scale`, `temperature`, `top_k` and `merge_weight` are grids; their systems form a series
+    with the entry's name.
+
+    Raises:
+        ValueError: unknown or missing keys, names that are not unique, numbers out of range.
+    """
+    if isinstance(entries, str | Mapping) or not isinstance(entries, Sequence) or not entries:
+        raise ValueError("systems must be a non-empty list of entries, each with a name and a model")
+    systems = [system for entry in entries for system in _expand(entry)]
+    names = [system.name for system in systems]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"system names must be unique; twice: {', '.join(twice)}")
+    return systems
+
+
+def _expand(entry: Mapping[str, Any]) -> list[System]:
+    if not isinstance(entry, Mapping) or not str(entry.get("name", "")).strip():
+        raise ValueError(f"every system needs a name, got {entry!r}")
+    name = str(entry["name"])
+    unknown = sorted(set(entry) - set(_ENTRY_KEYS))
+    if unknown:
+        raise ValueError(
+            f"system {name!r} has no setting {', '.join(unknown)}; known: {', '.join(_ENTRY_KEYS)}"
+        )
+    if ("model" in entry) == ("checkpoints" in entry):
+        raise ValueError(f"system {name!r} needs either a model or checkpoints to merge")
+    grid = {key: _listed(entry[key]) for key in _GRID_KEYS if key in entry}
+    varied = [key for key, values in grid.items() if len(values) > 1]
+    series = str(entry.get("series", name))
+    systems = []
+    for suffix, weight, replicates in _models(name, entry):
+        for point in itertools.product(*grid.values()):
+            sampling = dict(zip(grid, point, strict=True))
+            marks = [suffix, *(f"{_GRID_KEYS[key]}={sampling[key]:g}" for key in varied)]
+            systems.append(
+                System(
+                    name=" ".join([name, *filter(None, marks)]),
+                    replicates=replicates,
+                    role=entry.get("role") or _role(replicates, sampling.get("guidance_scale", 1.0)),
+                    series=series,
+                    merge_weight=weight,
+                    step=entry.get("step"),
+                    **sampling,
+                )
+            )
+    return systems
+
+
+def _models(name: str, entry: Mapping[str, Any]) -> list[tuple[str, float | None, tuple[Mixture, ...]]]:
+    """(suffix of the name, λ, replicates) of every model that an entry names."""
+    if "model" in entry:
+        wrong = [key for key in ("merge_weight", "weights") if key in entry]
+        if wrong:
+            raise ValueError(f"system {name!r}: {wrong[0]} needs checkpoints to merge, not a model")
+        models = _listed(entry["model"])
+        return [("", None, tuple(((str(model), 1.0),) for model in models))]
+    seeds = _seeds(name, entry["checkpoints"])
+    if "merge_weight" in entry:
+        weights = entry["merge_weight"]
+        points = parse_sweep(weights) if isinstance(weights, str) else [float(w) for w in _listed(weights)]
+        several = len(points) > 1
+        return [(f"λ={point:g}" if several else "", point, _mixtures(name, seeds, point)) for point in points]
+    return [("", None, _mixtures(name, seeds, entry.get("weights")))]
+
+
+def _seeds(name: str, checkpoints: Any) -> list[tuple[str, ...]]:
+    """Checkpoints of every training seed; a single one (the base) serves all seeds."""
+    if not isinstance(checkpoints, list) or not checkpoints:
+        raise ValueError(f"system {name!r}: checkpoints must be a list, got {checkpoints!r}")
+    columns = [_listed(checkpoint) for checkpoint in checkpoints]
+    count = max(len(column) for column in columns)
+    wrong = [column for column in columns if len(column) not in (1, count)]
+    if wrong:
+        raise ValueError(
+            f"system {name!r}: {len(wrong[0])} training seeds of one checkpoint and {count} of another"
+        )
+    columns = [column if len(column) == count else column * count for column in columns]
+    return [tuple(str(part) for part in row) for row in zip(*columns, strict=True)]
+
+
+def _mixtures(name: str, seeds: list[tuple[str, ...]], weights: Any) -> tuple[Mixture, ...]:
+    try:
+        resolved = resolve_weights(weights, len(seeds[0]))
+    except ValueError as error:
+        raise ValueError(f"system {name!r}: {error}") from None
+    return tuple(tuple(zip(seed, resolved, strict=True)) for seed in seeds)
+
+
+def _role(replicates: tuple[Mixture, ...], guidance_scale: float) -> str:
+    if len(replicates[0]) > 1:
+        return "merge"
+    if guidance_scale > 1:
+        return "guided"
+    return "student" if is_distilled(replicates[0][0][0]) else "base"
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]

@@ -1,0 +1,175 @@
+"""Features: divergence to the teacher against a slow loop, silence, and codecs that do not fit."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from diverse_cfg.evaluation.features import (
+    Batch,
+    DivergenceFeature,
+    EmbeddingFeature,
+    RulesFeature,
+    ValidityFeature,
+)
+from diverse_cfg.evaluation.generations import Player
+from diverse_cfg.evaluation.systems import System, single
+from diverse_cfg.musicgen.policy import code_logits, encode_text, null_condition
+from tests import oracles
+from tests.evaluation.worlds import CodesEncoder, WaveEncoder, broken_audio, encoder_folder
+from tests.tiny import PROMPTS, save_tiny, tiny_musicgen, tiny_processor
+
+
+class Memory(Player):
+    """A player of a model in memory."""
+
+    def __init__(self, model):
+        super().__init__(single("memory")[0])
+        self.__dict__["_loaded"] = (model, tiny_processor())
+
+
+def batch(system, model, num_frames=5, seed=0):
+    codes = torch.randint(16, (len(PROMPTS), 4, num_frames), generator=torch.Generator().manual_seed(seed))
+    return Batch(system, Memory(model), list(PROMPTS), codes)
+
+
+class FixedAudio(Player):
+    """Plays the given waveforms, whatever the codes."""
+
+    sampling_rate = 3200
+
+    def __init__(self, waveforms):
+        super().__init__(single("fixed")[0])
+        self.waveforms = waveforms
+
+    def decode(self, codes):
+        return self.waveforms
+
+
+def of_audio(waveforms):
+    system = System("audio", single("fixed"))
+    return Batch(
+        system, FixedAudio(waveforms), ["a piano"] * len(waveforms), torch.zeros(len(waveforms), 4, 3).long()
+    )
+
+
+@torch.no_grad()
+def slow_divergence(model, teacher, one, student_settings, teacher_scale):
+    """KL per clip and entropy of codebook 0, cell by cell in float64; `student_settings` = (γ, T, k)."""
+    scale, temperature, top_k = student_settings
+
+    def logits(policy):
+        condition = encode_text(policy, tiny_processor(), one.prompts)
+        return [
+            code_logits(policy, one.codes, text).double().numpy()
+            for text in (condition, null_condition(condition))
+        ]
+
+    ours, theirs = logits(model), logits(teacher)
+    kl, entropy = np.zeros(len(one.codes)), np.zeros(len(one.codes))
+    clips, codebooks, frames = one.codes.shape
+    for n, k, t in np.ndindex(clips, codebooks, frames):
+        guided = oracles.guided_logits(ours[0][n, k, t], ours[1][n, k, t], scale)
+        if temperature == 0:
+            p = np.zeros(len(guided))
+            p[guided.argmax()] = 1
+        else:
+            p = oracles.softmax(guided / temperature)
+            p[np.argsort(p)[: len(p) - top_k]] = 0
+            p /= p.sum()
+        q = oracles.softmax(oracles.guided_logits(theirs[0][n, k, t], theirs[1][n, k, t], teacher_scale))
+        kl[n] += oracles.kl(p, q)
+        if k == 0:
+            entropy[n] += oracles.entropy(p) / frames
+    return kl, entropy
+
+
+@pytest.mark.parametrize("settings", [(1.0, 1.0, 16), (2.0, 0.8, 16), (1.0, 1.2, 5), (1.0, 0.0, 16)])
+def test_divergence_is_that_of_what_was_sampled(tmp_path, settings):
+    """Catches a KL of raw logits: guidance, temperature and top-k belong to the policy that played the
+    clip."""
+    student, teacher = tiny_musicgen(seed=1), tiny_musicgen(seed=0)
+    folder = save_tiny(tmp_path / "base")
+    system = System(
+        "x",
+        single("memory"),
+        guidance_scale=settings[0],
+        temperature=settings[1],
+        top_k=settings[2] if settings[2] < 16 else 0,
+    )
+    one = batch(system, student)
+    found = DivergenceFeature(Memory(teacher), folder, 3.0).compute(one)
+    kl, entropy = slow_divergence(student, teacher, one, settings, 3.0)
+    np.testing.assert_allclose(found["kl"], kl, rtol=1e-4)
+    np.testing.assert_allclose(found["entropy_0"], entropy, rtol=1e-4, atol=1e-6)
+
+
+def test_the_guided_base_is_its_own_teacher(tmp_path):
+    base = tiny_musicgen()
+    one = batch(System("guided", single("memory"), guidance_scale=3.0), base)
+    found = DivergenceFeature(Memory(base), save_tiny(tmp_path / "base"), 3.0).compute(one)
+    np.testing.assert_allclose(found["kl"], 0, atol=1e-5)
+    assert (found["entropy_0"] > 0.1).all() and (found["entropy_0"] < math.log(16)).all()
+
+
+def test_memory_is_bounded_and_changes_nothing(tmp_path, monkeypatch):
+    one = batch(System("x", single("memory")), tiny_musicgen(seed=1))
+    feature = DivergenceFeature(Memory(tiny_musicgen()), save_tiny(tmp_path / "base"), 3.0)
+    whole = feature.compute(one)
+    monkeypatch.setattr("diverse_cfg.evaluation.features._LOGIT_BYTES", 1)
+    for name, values in feature.compute(one).items():
+        np.testing.assert_allclose(values, whole[name], rtol=1e-6)
+
+
+def test_a_teacher_with_other_codes_is_refused(tmp_path):
+    other = tiny_musicgen(vocab_size=32)
+    feature = DivergenceFeature(Memory(other), save_tiny(tmp_path / "base", vocab_size=32), 3.0)
+    with pytest.raises(ValueError, match="vocab_size=16 and the teacher 32"):
+        feature.compute(batch(System("x", single("memory")), tiny_musicgen()))
+
+
+def test_silence_has_no_embedding(tmp_path):
+    """Catches a zero vector that is kept: a cosine with it is undefined."""
+    audio = broken_audio("noise", 3, 640)
+    audio[1] = 0
+    feature = EmbeddingFeature("heldout", WaveEncoder(), encoder_folder(tmp_path / "e"))
+    values = feature.compute(of_audio(audio))["values"]
+    assert np.isnan(values).any(axis=1).tolist() == [False, True, False]
+
+
+def test_an_encoder_of_other_codes_is_refused(tmp_path):
+    """Codes of another codec mean other sounds: their histogram says nothing."""
+    feature = EmbeddingFeature("reward", CodesEncoder(), encoder_folder(tmp_path / "e"))
+    one = of_audio(broken_audio("noise", 2, 640))
+    one.player.sampling_rate = 32000
+    with pytest.raises(ValueError, match=r"3200 Hz codec.*32000 Hz"):
+        feature.compute(one)
+
+
+def test_an_encoder_with_rows_missing_is_refused(tmp_path):
+    class Pooled(WaveEncoder):
+        def embed(self, inputs, sampling_rate=None):
+            return super().embed(inputs).mean(dim=0, keepdim=True)
+
+    feature = EmbeddingFeature("heldout", Pooled(), encoder_folder(tmp_path / "e"))
+    with pytest.raises(ValueError, match="for 3 clips"):
+        feature.compute(of_audio(broken_audio("noise", 3, 640)))
+
+
+def test_broken_audio_is_not_valid():
+    for kind in ("silence", "noise", "clipping"):
+        columns = ValidityFeature().compute(of_audio(broken_audio(kind, 3, 3200)))
+        assert columns["valid"].tolist() == [0, 0, 0], kind
+    time = torch.arange(3200) / 3200
+    tone = 0.2 * torch.sin(2 * math.pi * 220 * time).repeat(2, 1)
+    assert ValidityFeature().compute(of_audio(tone))["valid"].tolist() == [1, 1]
+
+
+def test_rules_leave_out_what_a_prompt_does_not_name():
+    one = of_audio(broken_audio("clipping", 2, 9600))
+    one.prompts = ["a slow melody on a piano", "a melody in C major on a piano"]
+    columns = RulesFeature().compute(one)
+    assert np.isnan(columns["key"]).tolist() == [True, False]
+    assert np.isnan(columns["tempo"]).tolist() == [False, True]
+    assert np.isfinite(columns["mean"]).all()

@@ -1,0 +1,155 @@
+"""Measures against slow loops and closed forms that share no code with them."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from diverse_cfg.evaluation.measures import (
+    Replicate,
+    clip_mean,
+    codebook_entropy,
+    different_prompts,
+    timing_mean,
+    to_reference,
+    within_prompt_distance,
+    within_prompt_vendi,
+)
+from diverse_cfg.functional.statistics import frechet_distance, mmd
+from tests import oracles
+
+P, S, G, D = 3, 2, 4, 5
+
+
+def replicate(values=None, **columns):
+    """A replicate with the given embeddings or columns; codes are random."""
+    generator = np.random.default_rng(0)
+    if values is None:
+        values = generator.normal(size=(P, S, G, D))
+    features = {"reward": {"values": values}, "heldout": {"values": values}, "judge": columns}
+    shape = values.shape[:3]
+    codes = generator.integers(0, 16, size=(*shape, 2, 6))
+    return Replicate(features, codes, {"seconds": generator.uniform(size=shape)})
+
+
+def test_diversity_is_the_mean_over_pairs_of_one_group():
+    """Catches pairs across sampling seeds or prompts, and a diagonal that is counted."""
+    values = np.random.default_rng(1).normal(size=(P, S, G, D))
+    cells = within_prompt_distance("reward")(replicate(values))
+    for p in range(P):
+        groups = [
+            np.mean([oracles.cosine_distance(a, b) for a, b in itertools.combinations(values[p, s], 2)])
+            for s in range(S)
+        ]
+        assert cells[p] == pytest.approx(np.mean(groups), abs=1e-12)
+
+
+def test_vendi_against_the_oracle_and_its_closed_forms():
+    values = np.random.default_rng(2).normal(size=(P, S, G, D))
+    cells = within_prompt_vendi("reward")(replicate(values))
+    for p in range(P):
+        assert cells[p] == pytest.approx(np.mean([oracles.vendi_score(group) for group in values[p]]))
+    identity = np.broadcast_to(np.eye(G, D), (1, 1, G, D)).copy()
+    assert within_prompt_vendi("reward")(replicate(identity)) == pytest.approx(G)
+    assert within_prompt_vendi("reward")(replicate(np.ones((1, 1, G, D)))) == pytest.approx(1)
+
+
+def test_identical_generations_have_no_diversity():
+    same = np.repeat(np.random.default_rng(3).normal(size=(P, S, 1, D)), G, axis=2)
+    np.testing.assert_allclose(within_prompt_distance("reward")(replicate(same)), 0, atol=1e-12)
+    np.testing.assert_allclose(within_prompt_vendi("reward")(replicate(same)), 1, atol=1e-9)
+
+
+def test_clips_without_an_embedding_earn_no_diversity():
+    """Catches silence that passes for variety: its distances are undefined, and NaN or 1 would both be
+    wrong."""
+    values = np.random.default_rng(4).normal(size=(1, 1, G, D))
+    values[0, 0, 0] = np.nan
+    pairs = [oracles.cosine_distance(a, b) for a, b in itertools.combinations(values[0, 0, 1:], 2)]
+    number_of_pairs = G * (G - 1) / 2
+    cells = within_prompt_distance("reward")(replicate(values))
+    assert cells[0] == pytest.approx(sum(pairs) / number_of_pairs)
+    copied = values[0, 0].copy()
+    copied[0] = copied[1]
+    assert within_prompt_vendi("reward")(replicate(values))[0] == pytest.approx(oracles.vendi_score(copied))
+    nothing = np.full((1, 1, G, D), np.nan)
+    assert within_prompt_distance("reward")(replicate(nothing))[0] == 0
+    assert within_prompt_vendi("reward")(replicate(nothing))[0] == pytest.approx(1)
+
+
+def test_the_upper_bound_is_the_mean_over_pairs_of_different_prompts():
+    values = np.random.default_rng(5).normal(size=(P, S, G, D))
+    statistic = different_prompts("reward")(replicate(values))
+    flat = values.reshape(P, S * G, D)
+
+    def slow(prompts):
+        distances = [
+            oracles.cosine_distance(a, b)
+            for p, q in itertools.permutations(prompts, 2)
+            if p != q
+            for a in flat[p]
+            for b in flat[q]
+        ]
+        return np.mean(distances)
+
+    assert statistic(torch.arange(P)) == pytest.approx(slow(range(P)))
+    # A prompt that a resample drew twice is not another prompt.
+    assert statistic(torch.tensor([0, 0, 2])) == pytest.approx(slow([0, 0, 2]))
+    # A resample of one prompt alone would have no pair.
+    assert statistic(torch.tensor([1, 1, 1])) == pytest.approx((slow([1, 0]) + slow([1, 2])) / 2)
+
+
+def test_entropy_of_codes():
+    codes = np.zeros((2, 1, 2, 2, 4), dtype=int)
+    codes[0, 0, :, 0] = [[0, 1, 2, 3], [4, 5, 6, 7]]  # eight different ones
+    codes[1, 0, :, 0] = [[0, 0, 0, 0], [1, 1, 1, 1]]  # two, equally often
+    codes[:, :, :, 1] = np.arange(4)  # another codebook, not to be read
+    cells = codebook_entropy(0)(Replicate({}, codes))
+    np.testing.assert_allclose(cells, [math.log(8), math.log(2)])
+
+
+def test_a_mean_leaves_out_what_a_prompt_does_not_name():
+    """Catches NaN that spreads, or counts as 0: a prompt without a key has no key to miss."""
+    column = np.full((2, 1, 3), np.nan)
+    column[0, 0] = [1, 0, np.nan]
+    cells = clip_mean("judge", "key")(replicate(np.zeros((2, 1, 3, D)), key=column))
+    assert cells[0] == 0.5
+    assert np.isnan(cells[1])
+
+
+def test_timing():
+    one = replicate()
+    np.testing.assert_allclose(timing_mean("seconds")(one), one.timing["seconds"].mean(axis=(1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("ours", "oracle"),
+    [
+        (frechet_distance, oracles.frechet_distance),
+        (
+            mmd,
+            lambda x, y: oracles.mmd(x, y, lambda a, b: oracles.rbf(a, b, oracles.median_distance(y))),
+        ),
+    ],
+)
+def test_distances_to_reference_audio(ours, oracle):
+    """All clips of the drawn prompts, as often as drawn; clips without an embedding left out."""
+    generator = np.random.default_rng(6)
+    values, reference = generator.normal(size=(P, S, G, D)), generator.normal(0.3, 1.2, size=(30, D))
+    values[1, 0, 2] = np.nan
+    one = replicate(values)
+    statistic = to_reference(ours)(Replicate(one.features, one.codes, reference=reference))
+    flat = values.reshape(P, S * G, D)
+    for drawn in ([0, 1, 2], [2, 2, 1]):
+        clips = np.concatenate([flat[p] for p in drawn])
+        clips = clips[~np.isnan(clips).any(axis=1)]
+        assert statistic(torch.tensor(drawn)) == pytest.approx(oracle(clips, reference), rel=1e-5)
+
+
+def test_no_distance_of_silence_to_reference_audio():
+    one = replicate(np.full((P, S, G, D), np.nan))
+    statistic = to_reference(frechet_distance)(Replicate(one.features, one.codes, reference=np.eye(D)))
+    with pytest.raises(ValueError, match="silent"):
+        statistic(torch.arange(P))

@@ -1,0 +1,264 @@
+"""Numbers, intervals, differences, hypervolume; and the file that holds them."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from diverse_cfg.evaluation.measures import Replicate
+from diverse_cfg.evaluation.metrics import METRICS, Metric, register, require
+from diverse_cfg.evaluation.results import Estimate, Results, SystemResult, estimate, mean_estimate
+from diverse_cfg.evaluation.systems import System, single
+
+ALL = {"reward", "heldout", "judge", "rules", "divergence", "validity", "codes", "timing", "reference"}
+
+
+def row(name, cells, **kwargs):
+    metrics = {metric: mean_estimate(values) for metric, values in cells.items()}
+    return SystemResult(System(name, single("x"), **kwargs), metrics=metrics, cells=cells)
+
+
+def results(**rows):
+    systems = [row(name, cells) for name, cells in rows.items()]
+    prompts = [f"prompt {index}" for index in range(len(next(iter(systems[0].cells.values()))))]
+    return Results(prompts, systems)
+
+
+def noise(seed, shape, mean=0.0):
+    return np.random.default_rng(seed).normal(mean, 1, size=shape)
+
+
+# ---- intervals -----------------------------------------------------------------------------------
+
+
+def test_interval_is_the_t_interval_of_the_means_by_prompt():
+    """Catches clips that are resampled as if they were independent: the interval would be far too narrow."""
+    cells = noise(0, (40, 1))
+    found = mean_estimate(cells)
+    low, high = scipy.stats.t.interval(0.95, 39, cells.mean(), scipy.stats.sem(cells[:, 0]))
+    assert found.estimate == pytest.approx(cells.mean())
+    assert (found.low, found.high) == (pytest.approx(low, abs=0.06), pytest.approx(high, abs=0.06))
+    assert found.num_prompts == 40
+
+
+def test_coverage_by_simulation():
+    """95 % intervals hold the truth in about 95 % of 200 repetitions of an experiment with 16 prompts."""
+    hits = 0
+    for seed in range(200):
+        found = mean_estimate(noise(seed, (16, 1)) + noise(10_000 + seed, (16, 2)) / 2)
+        hits += found.low <= 0 <= found.high
+    assert 0.90 <= hits / 200 <= 0.99
+
+
+def test_two_training_seeds_of_a_prompt_are_one_cluster():
+    """Catches replicates counted as further prompts, which would narrow the interval by √2."""
+    cells = noise(1, (30, 1))
+    once, twice = mean_estimate(cells), mean_estimate(np.repeat(cells, 2, axis=1))
+    assert twice.standard_error == pytest.approx(once.standard_error, rel=0.1)
+
+
+def test_three_training_seeds_are_resampled_too():
+    """Catches an interval that ignores how much training seeds differ."""
+    by_seed = np.array([-1.0, 0.0, 1.0])
+    cells = 0.01 * noise(2, (30, 3)) + by_seed
+    found = mean_estimate(cells)
+    assert found.high - found.low > 1
+    assert mean_estimate(cells[:, 1:2]).high - mean_estimate(cells[:, 1:2]).low < 0.1
+
+
+def test_prompts_without_a_value_do_not_count():
+    cells = np.array([[1.0], [np.nan], [3.0]])
+    found = mean_estimate(cells)
+    assert (found.estimate, found.num_prompts) == (2.0, 2)
+    assert mean_estimate(np.full((3, 1), np.nan)) == Estimate(None)
+
+
+def test_one_prompt_has_a_number_and_no_interval():
+    found = mean_estimate(np.array([[0.4]]))
+    assert (found.estimate, found.low, found.high) == (0.4, None, None)
+    assert found.text() == "0.400"
+
+
+def test_times_are_clustered_by_batch():
+    """Catches a time per clip, equal within a batch, that passes for as many measurements as clips."""
+    batch = np.repeat([0, 1, 2, 3], 10)[:, None, None]
+    seconds = np.repeat([1.0, 2.0, 3.0, 4.0], 10)[:, None, None]
+    one = Replicate({}, np.zeros((40, 1, 1, 1, 1)), {"seconds": seconds, "batch": batch})
+    found, _ = estimate(METRICS["seconds"], [one])
+    assert found.estimate == 2.5
+    assert found.high - found.low > 1.5  # four measurements, not forty
+
+
+def test_a_measure_with_infinite_values_is_an_error():
+    metric = Metric("x", "x", "", 1, (), cells=lambda replicate: np.array([1.0, np.inf]))
+    with pytest.raises(ValueError, match="'x' gave infinite"):
+        estimate(metric, [Replicate({}, np.zeros((2, 1, 1, 1, 1)))])
+
+
+# ---- comparisons ---------------------------------------------------------------------------------
+
+
+def test_differences_are_paired():
+    """Catches unpaired intervals: what a prompt does to both systems must cancel."""
+    prompt_effect = 10 * noise(3, (20, 1))
+    found = results(
+        a={"adherence": prompt_effect + 0.5 + 0.1 * noise(4, (20, 1))}, b={"adherence": prompt_effect}
+    )
+    difference = found.difference("a", "b", "adherence")
+    assert difference.estimate == pytest.approx(0.5, abs=0.1)
+    assert difference.high - difference.low < 0.3
+    assert difference.excludes_zero
+    assert not found.difference("a", "a", "adherence").excludes_zero
+
+
+def test_three_seeds_against_one_base():
+    found = results(a={"adherence": noise(5, (20, 3), 2.0)}, base={"adherence": noise(6, (20, 1))})
+    difference = found.difference("a", "base", "adherence")
+    assert difference.estimate == pytest.approx(
+        found["a"].cells["adherence"].mean() - found["base"].cells["adherence"].mean()
+    )
+
+
+def test_comparisons_that_cannot_be_made():
+    found = results(a={"adherence": noise(0, (5, 1))})
+    found.systems.append(SystemResult(System("broken", single("x")), error="OSError: gone"))
+    for arguments, message in (
+        (("a", "nobody", "adherence"), "no system 'nobody'; there are a, broken"),
+        (("a", "broken", "adherence"), "'broken' failed: OSError: gone"),
+        (("a", "a", "frechet"), "has no 'frechet'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            found.difference(*arguments)
+
+
+def test_hypervolume_of_constant_systems_is_counted_by_hand():
+    """Two points (1, 3) and (2, 1) above the corner (0, 0): 1·3 + 1·1 = 4."""
+    ones = np.ones((6, 1))
+    found = results(
+        a={"diversity_heldout": ones, "adherence": 3 * ones},
+        b={"diversity_heldout": 2 * ones, "adherence": ones},
+    )
+    volume = found.hypervolume(["a", "b"], "diversity_heldout", "adherence", (0, 0))
+    assert (volume.estimate, volume.low, volume.high) == (4, 4, 4)
+
+
+def test_hypervolume_of_a_metric_that_is_better_when_smaller():
+    ones = np.ones((6, 1))
+    found = results(a={"diversity_heldout": ones, "kl_teacher": 3 * ones})
+    assert found.hypervolume(["a"], "diversity_heldout", "kl_teacher", (0, 10)).estimate == 7
+
+
+def test_broken_systems_win_no_hypervolume():
+    """Catches noise that wins the front because it is diverse."""
+    ones = np.ones((6, 1))
+    found = results(
+        good={"diversity_heldout": ones, "adherence": ones},
+        noise={"diversity_heldout": 9 * ones, "adherence": 9 * ones},
+    )
+    found["noise"].flags.append("only 0% of the clips are valid audio")
+    assert found.hypervolume(["good", "noise"], "diversity_heldout", "adherence", (0, 0)).estimate == 1
+    with pytest.raises(ValueError, match="flagged"):
+        found.hypervolume(["noise"], "diversity_heldout", "adherence", (0, 0))
+
+
+def test_a_metric_without_direction_has_no_front():
+    found = results(a={"level": np.ones((3, 1)), "adherence": np.ones((3, 1))})
+    with pytest.raises(ValueError, match="'level' is neither"):
+        found.hypervolume(["a"], "level", "adherence", (0, 0))
+
+
+# ---- files and tables ----------------------------------------------------------------------------
+
+
+def full_results():
+    found = results(
+        a={"adherence": noise(0, (5, 2)), "validity": np.ones((5, 2))}, b={"adherence": noise(1, (5, 1))}
+    )
+    found.systems.append(SystemResult(System("c | d", single("x")), error="OSError: gone"))
+    found["a"].flags.append("look twice")
+    found.settings, found.compare_to = {"seeds": [0]}, ["b"]
+    return found
+
+
+def test_results_survive_their_file(tmp_path):
+    found = full_results()
+    found.save(tmp_path)
+    back = Results.load(tmp_path)
+    assert back.to_dict() == found.to_dict()
+    np.testing.assert_array_equal(back["a"].cells["adherence"], found["a"].cells["adherence"])
+    assert back["c | d"].error == "OSError: gone"
+    content = json.loads((tmp_path / "metrics.json").read_text())
+    assert content["systems"][0]["differences"]["b"]["adherence"]["estimate"] == pytest.approx(
+        found.difference("a", "b", "adherence").estimate
+    )
+
+
+def test_files_of_two_evaluations_are_not_mixed(tmp_path):
+    found = full_results()
+    found.save(tmp_path / "one")
+    results(a={"adherence": noise(0, (7, 1)), "level": noise(0, (7, 1))}).save(tmp_path / "two")
+    (tmp_path / "two" / "cells.npz").replace(tmp_path / "one" / "cells.npz")
+    with pytest.raises(ValueError, match="do not belong together"):
+        Results.load(tmp_path / "one")
+
+
+def test_results_of_another_format_are_refused(tmp_path):
+    full_results().save(tmp_path)
+    path = tmp_path / "metrics.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 99'))
+    with pytest.raises(ValueError, match="format 99"):
+        Results.load(tmp_path)
+
+
+def test_failures_and_flags_are_in_the_table():
+    table = full_results().table(["adherence", "validity"])
+    assert "failed: OSError: gone" in table
+    assert "| a ⚠ |" in table and "⚠ a: look twice" in table
+    assert "–" in table  # b has no validity
+
+
+def test_the_csv_has_a_line_per_system_and_metric():
+    lines = list(csv.DictReader(io.StringIO(full_results().csv())))
+    assert len(lines) == 3 * 2
+    assert {line["system"] for line in lines} == {"a", "b", "c | d"}
+    assert float(lines[0]["low"]) < float(lines[0]["estimate"]) < float(lines[0]["high"])
+
+
+# ---- the registry --------------------------------------------------------------------------------
+
+
+def test_unknown_metrics_are_refused_by_name():
+    with pytest.raises(ValueError, match="unknown metric 'adherance'; known: adherence"):
+        require(["adherence", "adherance"], ALL, 8, 10)
+
+
+@pytest.mark.parametrize(
+    ("names", "available", "generations", "prompts", "message"),
+    [
+        (["frechet"], ALL - {"reference"}, 8, 10, "'frechet' needs reference"),
+        (["adherence"], ALL - {"judge"}, 8, 10, "needs judge"),
+        (["diversity_heldout"], ALL, 1, 10, "num_generations >= 2, got 1"),
+        (["different_prompts_heldout"], ALL, 8, 1, "at least 2 prompts"),
+        ([], ALL, 8, 10, "must be a list"),
+        ("adherence", ALL, 8, 10, "must be a list"),
+    ],
+)
+def test_metrics_that_cannot_be_computed_say_what_is_missing(names, available, generations, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        require(names, available, generations, prompts)
+
+
+def test_by_default_everything_that_can_be_computed():
+    assert {metric.name for metric in require(None, ALL, 8, 10)} == set(METRICS)
+    without = {metric.name for metric in require(None, {"codes", "timing"}, 1, 1)}
+    assert without == {"codebook0_entropy", "decoder_rows", "seconds"}
+
+
+def test_names_are_registered_once():
+    with pytest.raises(ValueError, match="'adherence' already"):
+        register(METRICS["adherence"])
+    with pytest.raises(ValueError, match="either cells or of_set"):
+        register(Metric("new", "new", "", 1, ()))

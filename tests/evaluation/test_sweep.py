@@ -1,0 +1,289 @@
+"""Sweeps: the same clips for everyone, what is kept, what is computed again, and what breaks without
+breaking the rest."""
+
+import numpy as np
+import pytest
+import torch
+
+from diverse_cfg.evaluation import features as features_module
+from diverse_cfg.evaluation import generations as generations_module
+from diverse_cfg.evaluation.features import JudgeFeature
+from diverse_cfg.evaluation.generations import ClipSet, Player
+from diverse_cfg.evaluation.sweep import Sweep
+from diverse_cfg.evaluation.systems import System, expand_systems, single
+from diverse_cfg.musicgen.loading import load_policy, load_processor
+from diverse_cfg.musicgen.rollout import fast_generate
+from tests.evaluation.worlds import CountingJudge, broken_audio, encoder_folder, save_sibling, small_sweep
+from tests.tiny import PROMPTS, save_tiny
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two models that differ."""
+    root = tmp_path_factory.mktemp("models")
+    return save_tiny(root / "a"), save_sibling(root / "b")
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How many batches were sampled, and how many clips decoded."""
+    counts = {"sampled": 0, "decoded": 0}
+    sample, decode = generations_module.fast_generate, Player.decode
+
+    def counting_sample(*args, **kwargs):
+        counts["sampled"] += 1
+        return sample(*args, **kwargs)
+
+    def counting_decode(self, codes):
+        counts["decoded"] += len(codes)
+        return decode(self, codes)
+
+    monkeypatch.setattr(generations_module, "fast_generate", counting_sample)
+    monkeypatch.setattr(Player, "decode", counting_decode)
+    return counts
+
+
+def run(sweep, systems, **kwargs):
+    return sweep.run(systems, progress=False, **kwargs)
+
+
+def test_every_system_plays_the_same_prompts_with_the_same_noise(folders, tmp_path):
+    """Catches noise keyed by the batch or by the system: clip g of prompt p has sample id p·G + g, always."""
+    sweep = small_sweep(tmp_path)
+    (system,) = expand_systems([{"name": "a", "model": folders[0], "guidance_scale": 2}])
+    codes = sweep._replicate(system, system.replicates[0], None).codes[:, 0]
+    direct = fast_generate(
+        load_policy(folders[0]),
+        PROMPTS,
+        processor=load_processor(folders[0]),
+        num_frames=12,
+        guidance_scale=2.0,
+        seed=0,
+        num_generations=3,
+        decode=False,
+    ).codes
+    np.testing.assert_array_equal(codes.reshape(12, 4, 12), direct.numpy())
+
+
+def test_batches_do_not_matter(folders, tmp_path, monkeypatch):
+    (system,) = expand_systems([{"name": "a", "model": folders[0]}])
+    whole = small_sweep(tmp_path / "whole")._replicate(system, system.replicates[0], None)
+    monkeypatch.setattr(generations_module, "_BATCH", 4)
+    monkeypatch.setattr(features_module, "_CHUNK", 5)
+    parts = small_sweep(tmp_path / "parts")._replicate(system, system.replicates[0], None)
+    np.testing.assert_array_equal(parts.codes, whole.codes)
+    for encoder in ("reward", "heldout"):
+        torch.testing.assert_close(parts.groups(encoder), whole.groups(encoder))
+    assert set(parts.timing["batch"].flatten()) == {0, 1, 2, 3}
+    assert set(whole.timing["batch"].flatten()) == {0}
+
+
+def test_a_second_run_computes_nothing(folders, tmp_path, counted, monkeypatch):
+    """Catches a cache that is written and never read; not even the model is loaded again."""
+    systems = expand_systems([{"name": "a", "model": folders[0]}, {"name": "b", "model": folders[1]}])
+    first = run(small_sweep(tmp_path), systems)
+    assert counted == {"sampled": 2, "decoded": 24}
+    monkeypatch.setattr(Player, "model", property(lambda self: pytest.fail("a model was loaded")))
+    again = run(small_sweep(tmp_path), systems)
+    assert counted == {"sampled": 2, "decoded": 24}
+    assert again.to_dict() == first.to_dict()
+
+
+def test_a_new_system_or_metric_computes_only_itself(folders, tmp_path, counted):
+    entries = [{"name": "a", "model": folders[0]}]
+    run(small_sweep(tmp_path), expand_systems(entries))
+    entries.append({"name": "b", "model": folders[1]})
+    run(small_sweep(tmp_path), expand_systems(entries))
+    assert counted == {"sampled": 2, "decoded": 24}
+    judge = CountingJudge()
+    judged = [JudgeFeature(judge, encoder_folder(tmp_path / "judge"))]
+    found = run(small_sweep(tmp_path, features=judged), expand_systems(entries))
+    assert counted == {"sampled": 2, "decoded": 48}
+    assert judge.calls == 2
+    assert found["a"].metrics["adherence"].num_prompts == 4
+    assert found["a"].metrics["adherence/key"].num_prompts == 1  # one prompt names it
+
+
+@pytest.mark.parametrize("change", ["weights", "settings", "prompts", "seed", "encoder"])
+def test_what_has_changed_is_computed_again(tmp_path, counted, change):
+    """Catches a key that forgets what the clips depend on."""
+    folder, settings, prompts, seeds = save_tiny(tmp_path / "model"), {}, PROMPTS, (0,)
+    run(small_sweep(tmp_path), [System("a", single(folder))])
+    before = dict(counted)
+    if change == "weights":
+        save_tiny(folder, seed=5)
+    elif change == "settings":
+        settings = {"temperature": 0.9}
+    elif change == "prompts":
+        prompts = [*PROMPTS[:-1], "slow drum song"]
+    elif change == "seed":
+        seeds = (1,)
+    sweep = small_sweep(tmp_path, prompts=prompts, seeds=seeds)
+    if change == "encoder":
+        sweep.features[-1].fingerprint["content"] = "other"
+    run(sweep, [System("a", single(folder), **settings)])
+    assert (counted["sampled"] > before["sampled"]) == (change != "encoder")
+    assert counted["decoded"] == before["decoded"] + 12
+
+
+def test_an_interrupted_sweep_goes_on(folders, tmp_path, counted, monkeypatch):
+    systems = expand_systems([{"name": "a", "model": folders[0]}, {"name": "b", "model": folders[1]}])
+    compute = features_module.compute_features
+
+    def interrupted(system, *args):
+        if system.name == "b":
+            raise KeyboardInterrupt
+        return compute(system, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("diverse_cfg.evaluation.sweep.compute_features", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(small_sweep(tmp_path), systems)
+    assert counted == {"sampled": 2, "decoded": 12}
+    found = run(small_sweep(tmp_path), systems)
+    assert counted == {"sampled": 2, "decoded": 24}
+    assert [row.ok for row in found.systems] == [True, True]
+
+
+def test_a_system_that_fails_is_in_the_table_and_the_others_are_kept(folders, tmp_path, counted):
+    """Catches one bad checkpoint that costs a night's sweep; after a repair only it is computed."""
+    missing = tmp_path / "later"
+    systems = expand_systems(
+        [
+            {"name": "bad", "checkpoints": [folders[0], str(missing)], "merge_weight": 0.5},
+            {"name": "a", "model": folders[0]},
+        ]
+    )
+    found = run(small_sweep(tmp_path), systems, compare_to=["bad", "a"])
+    assert "no folder" in found["bad"].error
+    assert found["a"].ok
+    assert "failed: FileNotFoundError" in found.table(["diversity_heldout"])
+    found.save(tmp_path / "results")
+    save_sibling(missing)
+    sampled = counted["sampled"]
+    assert run(small_sweep(tmp_path), systems)["bad"].ok
+    assert counted["sampled"] == sampled + 1
+
+
+def test_broken_weights_are_a_failure_not_a_number(folders, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = save_tiny(tmp_path / "nan")
+    weights = load_file(f"{folder}/model.safetensors")
+    weights["decoder.lm_heads.0.weight"][:] = torch.nan
+    save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
+    found = run(small_sweep(tmp_path), [System("nan", single(folder)), System("a", single(folders[0]))])
+    assert "FloatingPointError" in found["nan"].error
+    assert found["a"].ok
+
+
+def test_a_merge_is_what_merge_checkpoints_writes(folders, tmp_path):
+    """λ = 1 is the second checkpoint, to the bit; the half is neither."""
+    systems = expand_systems(
+        [
+            {"name": "b", "model": folders[1]},
+            {"name": "LERP", "checkpoints": list(folders), "merge_weight": [0.5, 1.0]},
+        ]
+    )
+    found = run(small_sweep(tmp_path), systems)
+    assert all(row.ok for row in found.systems)
+    for metric, cells in found["b"].cells.items():
+        if metric != "seconds":
+            np.testing.assert_array_equal(found["LERP λ=1"].cells[metric], cells)
+    assert found["LERP λ=0.5"].metrics["diversity_reward"] != found["b"].metrics["diversity_reward"]
+
+
+def test_sampling_seeds_are_groups_of_their_own(folders, tmp_path):
+    """Catches seeds that are pooled into one group (pairs across seeds), or counted as prompts."""
+    system = System("a", single(folders[0]))
+    both = run(small_sweep(tmp_path, seeds=(0, 1)), [system])["a"]
+    apart = [run(small_sweep(tmp_path, seeds=(seed,)), [system])["a"] for seed in (0, 1)]
+    np.testing.assert_allclose(
+        both.cells["diversity_reward"], np.mean([row.cells["diversity_reward"] for row in apart], axis=0)
+    )
+    assert both.metrics["diversity_reward"].num_prompts == 4
+
+
+def test_training_seeds_are_replicates(folders, tmp_path):
+    (system,) = expand_systems([{"name": "arm", "model": list(folders)}])
+    found = run(small_sweep(tmp_path), [system])["arm"]
+    alone = [run(small_sweep(tmp_path), [System("x", single(folder))])["x"] for folder in folders]
+    np.testing.assert_array_equal(
+        found.cells["diversity_heldout"], np.hstack([row.cells["diversity_heldout"] for row in alone])
+    )
+
+
+@pytest.mark.parametrize("kind", ["silence", "noise", "clipping"])
+def test_broken_audio_ranks_last_and_does_not_win_unnoticed(folders, tmp_path, monkeypatch, kind):
+    """Catches a front that a system wins by noise: its clips are all different, and nobody wants them."""
+    decode = Player.decode
+
+    def play(self, codes):
+        if self.mixture[0][0] == folders[1]:
+            return broken_audio(kind, len(codes), codes.shape[-1] * 64, seed=int(codes.sum()))
+        time = torch.arange(codes.shape[-1] * 64) / 3200
+        tones = 200 * (1 + codes[:, 0, :1] / 16)
+        return 0.2 * torch.sin(2 * torch.pi * tones * time) + 0.02 * decode(self, codes).tanh()
+
+    monkeypatch.setattr(Player, "decode", play)
+    systems = [System("sound", single(folders[0])), System("broken", single(folders[1]))]
+    found = run(small_sweep(tmp_path), systems)
+    validity = {row.system.name: row.metrics["validity"].estimate for row in found.systems}
+    assert validity["broken"] == 0 and validity["sound"] > 0.9
+    assert not found["sound"].flags
+    assert any("0% of the clips are valid" in flag for flag in found["broken"].flags)
+    assert "broken ⚠" in found.table(["diversity_heldout"])
+    if kind == "silence":
+        assert found["broken"].metrics["diversity_heldout"].estimate == 0
+        assert any("no heldout embedding" in flag for flag in found["broken"].flags)
+    volume = found.hypervolume(["sound", "broken"], "diversity_heldout", "validity", (0, -1))
+    assert volume.estimate == found.hypervolume(["sound"], "diversity_heldout", "validity", (0, -1)).estimate
+
+
+def test_one_prompt_and_one_generation(folders, tmp_path):
+    """Numbers without intervals, no diversity, and no crash."""
+    found = run(
+        small_sweep(tmp_path, prompts=PROMPTS[:1], num_generations=1), [System("a", single(folders[0]))]
+    )
+    row = found["a"]
+    assert row.ok
+    assert "diversity_heldout" not in row.metrics and "different_prompts_heldout" not in row.metrics
+    assert row.metrics["validity"].low is None
+    with pytest.raises(ValueError, match="num_generations >= 2"):
+        small_sweep(tmp_path, num_generations=1, metrics=["diversity_heldout"])
+
+
+@pytest.mark.parametrize(
+    ("systems", "compare_to", "message"),
+    [
+        ([], [], "unique names, got none"),
+        ([System("a", single("x")), System("a", single("y"))], [], "unique names"),
+        ([System("a", single("x"))], ["b"], "'b', which is none of a"),
+    ],
+)
+def test_wrong_runs_are_refused_before_anything_is_generated(tmp_path, systems, compare_to, message):
+    with pytest.raises(ValueError, match=message):
+        run(small_sweep(tmp_path), systems, compare_to=compare_to)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"prompts": ()}, "no prompts"),
+        ({"prompts": ("a", "b", "a")}, "1 prompts occur twice, e.g. 'a'"),
+        ({"prompts": ("a", " ")}, "empty"),
+        ({"num_generations": 0}, "num_generations=0"),
+        ({"num_frames": 0}, "num_frames=0"),
+        ({"seeds": ()}, "seeds must be different"),
+        ({"seeds": (1, 1)}, "seeds must be different"),
+    ],
+)
+def test_wrong_clip_sets_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        ClipSet(**{"prompts": ("a",), "num_generations": 2, "num_frames": 3, **values})
+
+
+def test_features_need_names_of_their_own(tmp_path):
+    sweep = small_sweep(tmp_path)
+    with pytest.raises(ValueError, match="different names"):
+        Sweep(sweep.clips, [*sweep.features, sweep.features[0]], sweep.cache)

@@ -1,0 +1,85 @@
+"""Systems: grids, merges, training seeds, and what a sweep's YAML must not say."""
+
+import pytest
+
+from diverse_cfg.evaluation.systems import System, expand_systems, single
+
+
+def test_grids_become_named_systems_of_one_series(tiny_folder):
+    systems = expand_systems(
+        [{"name": "base", "model": tiny_folder, "guidance_scale": [1.0, 3], "temperature": [0.9, 1.0]}]
+    )
+    assert [system.name for system in systems] == [
+        "base γ=1 T=0.9",
+        "base γ=1 T=1",
+        "base γ=3 T=0.9",
+        "base γ=3 T=1",
+    ]
+    assert {system.series for system in systems} == {"base"}
+    assert [system.role for system in systems] == ["base", "base", "guided", "guided"]
+    assert [(s.guidance_scale, s.temperature) for s in systems] == [(1, 0.9), (1, 1), (3, 0.9), (3, 1)]
+
+
+def test_lerp_gives_the_second_checkpoint_the_weight():
+    """Catches λ and 1 − λ swapped: λ is the weight of the second checkpoint, the diverse one."""
+    systems = expand_systems(
+        [{"name": "LERP", "checkpoints": ["quality", "diverse"], "merge_weight": "0.25:0.75:0.5"}]
+    )
+    assert [system.merge_weight for system in systems] == [0.25, 0.75]
+    assert systems[0].replicates == ((("quality", 0.75), ("diverse", 0.25)),)
+    assert [system.name for system in systems] == ["LERP λ=0.25", "LERP λ=0.75"]
+    assert systems[0].role == "merge"
+
+
+def test_a_merge_without_weights_is_the_uniform_average():
+    (system,) = expand_systems([{"name": "mean", "checkpoints": ["a", "b", "c", "d"]}])
+    assert system.replicates == ((("a", 0.25), ("b", 0.25), ("c", 0.25), ("d", 0.25)),)
+    assert system.merge_weight is None
+
+
+def test_training_seeds_are_replicates_and_one_base_serves_them_all():
+    (system,) = expand_systems(
+        [{"name": "with base", "checkpoints": ["base", ["d0", "d1", "d2"]], "merge_weight": 0.5}]
+    )
+    assert system.replicates == tuple((("base", 0.5), (f"d{seed}", 0.5)) for seed in range(3))
+
+
+def test_a_system_survives_its_file():
+    system = System("x", ((("a", 0.5), ("b", 0.5)),), temperature=0.9, merge_weight=0.5, role="merge", step=3)
+    assert System.from_dict(system.to_dict()) == system
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"model": "x"}, "needs a name"),
+        ({"name": "a"}, "either a model or checkpoints"),
+        ({"name": "a", "model": "x", "checkpoints": ["y"]}, "either a model or checkpoints"),
+        ({"name": "a", "model": "x", "guidance": 3}, "no setting guidance"),
+        ({"name": "a", "model": "x", "merge_weight": 0.5}, "needs checkpoints"),
+        ({"name": "a", "checkpoints": ["x", "y"], "merge_weight": 1.5}, "leave \\[0, 1\\]"),
+        ({"name": "a", "checkpoints": ["x", "y"], "weights": [0.5]}, "1 merge weights for 2"),
+        ({"name": "a", "checkpoints": [["x", "y"], ["z", "z", "z"]], "weights": None}, "2 training seeds"),
+        ({"name": "a", "checkpoints": "x"}, "must be a list"),
+        ({"name": "a", "model": "x", "guidance_scale": 0.5, "role": "base"}, "guidance_scale=0.5"),
+        ({"name": "a", "model": "x", "temperature": -1, "role": "base"}, "temperature=-1"),
+        ({"name": "a", "model": "x", "role": "hero"}, "role='hero'"),
+    ],
+)
+def test_wrong_entries_are_named(entry, message):
+    with pytest.raises(ValueError, match=message):
+        expand_systems([entry])
+
+
+def test_names_are_unique():
+    """Two rows of one name could not be told apart in the table, and their cells would overwrite each
+    other."""
+    entry = {"name": "a", "model": "x", "role": "base"}
+    with pytest.raises(ValueError, match="twice: a"):
+        expand_systems([entry, entry])
+    with pytest.raises(ValueError, match="non-empty list"):
+        expand_systems([])
+
+
+def test_single():
+    assert single("folder") == ((("folder", 1.0),),)
