@@ -1,6 +1,7 @@
 """`diverse-cfg generate`: clips of any MusicGen as WAV files, sampled as the model's own settings say."""
 
 import argparse
+from typing import Any
 
 from diverse_cfg.cli.command import Command, model_source, prompt_source
 
@@ -83,7 +84,7 @@ def run_generate(args: argparse.Namespace) -> None:
     from diverse_cfg.provenance import warn_if_guided
 
     source = model_source(args.model)
-    model = load_policy(source, adapter=args.adapter)
+    model: Any = load_policy(source, adapter=args.adapter)
     own = model.generation_config
     guidance_scale = _first(args.guidance_scale, own.guidance_scale, 1.0)
     if args.adapter or is_distilled(source):
