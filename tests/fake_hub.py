@@ -12,10 +12,10 @@ import hashlib
 import json
 import re
 import threading
-import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+SILENCE_S = 30.0  # how long a silent server keeps a connection open
 TOKEN = "hf_" + "s3cr3t" * 6
 
 
@@ -135,7 +135,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _misbehave(self, fault: Fault) -> None:
         if fault.how == "silence":
-            self.hub.closing.wait(20)
+            self.hub.closing.wait(SILENCE_S)
             self.close_connection = True
         elif fault.how == "drop":
             self.close_connection = True
@@ -293,11 +293,3 @@ class _Handler(BaseHTTPRequestHandler):
             "hookOutput": "",
             "success": True,
         }
-
-
-def wait_until(condition, seconds: float = 5.0) -> None:
-    """Poll for something that another thread does."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.01)

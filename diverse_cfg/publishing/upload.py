@@ -199,7 +199,7 @@ def _look(api: HfApi, repo_id: str, wait_s: float) -> _Remote | None:
     """The repository as it is now; None if there is none."""
     for attempt in range(_LOOKS):
         try:
-            info = api.model_info(repo_id, files_metadata=True)
+            info = api.model_info(repo_id, files_metadata=True, timeout=_TIMEOUT_S)
             break
         except RepositoryNotFoundError:
             return None
