@@ -439,3 +439,16 @@ def test_written_file_is_ordinary_safetensors(world, tmp_path):
     with safe_open(merged / made.MODEL, "pt") as file:
         assert file.metadata() == {"format": "pt"}
         assert set(file.keys()) == set(load_file(world["full1"] / made.MODEL))
+
+
+def test_the_commands_of_the_documentation(world, tmp_path, capsys):
+    """`--weight`, `--uniform` and `-o` as users read them; `--sweep` prints one folder per line."""
+    from diverse_cfg.cli import main
+
+    pair = [str(world["lora1"]), str(world["lora2"])]
+    assert main(["merge", *pair, "--weight", "0.25", "-o", str(tmp_path / "a")]) == 0
+    assert [e["weight"] for e in read_recipe(tmp_path / "a")["experts"]] == [0.75, 0.25]
+    assert main(["merge", *pair, str(world["full1"]), "--uniform", "-o", str(tmp_path / "b")]) == 0
+    assert [e["weight"] for e in read_recipe(tmp_path / "b")["experts"]] == [1 / 3] * 3
+    assert main(["merge", *pair, "--sweep", "0:1:1", "-o", str(tmp_path / "c")]) == 0
+    assert capsys.readouterr().out.split()[-2:] == [str(tmp_path / "c" / f"weight-{w}") for w in (0, 1)]

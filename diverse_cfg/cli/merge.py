@@ -13,17 +13,22 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
+        "--weight",
         "--merge-weight",
+        dest="merge_weight",
         type=float,
         metavar="λ",
         help="weight of the second of two: (1 − λ)·first + λ·second",
+    )
+    how.add_argument(
+        "--uniform", action="store_true", help="the plain average, also what happens when nothing is said"
     )
     how.add_argument("--weights", type=float, nargs="+", metavar="w", help="one weight per checkpoint")
     how.add_argument(
         "--sweep", metavar="START:STOP:STEP", help="several λ at once, e.g. 0:1:0.05, one folder each"
     )
     parser.add_argument(
-        "--output", required=True, help="folder to create (a sweep continues in an existing one)"
+        "-o", "--output", required=True, help="folder to create (a sweep continues in an existing one)"
     )
     parser.add_argument("--base", help="the adapters' base, where it is not what they name")
     parser.add_argument(
