@@ -93,10 +93,16 @@ class AudioSamplesCallback(TrainerCallback):
 
 def write_wav(path: Path, waveform: Tensor, sampling_rate: int) -> None:
     """Write 16-bit audio, whole or not at all; what lies outside [−1, 1] is clipped."""
-    samples = waveform.detach().float().cpu().clamp(-1, 1)
+    samples = interleaved(waveform).clamp(-1, 1)
     temporary = path.with_name(f".{path.name}")
-    soundfile.write(temporary, samples.T.numpy(), sampling_rate, format="WAV", subtype="PCM_16")
+    soundfile.write(temporary, samples.numpy(), sampling_rate, format="WAV", subtype="PCM_16")
     os.replace(temporary, path)
+
+
+def interleaved(waveform: Tensor) -> Tensor:
+    """[L] stays, [2, L] becomes [L, 2], as audio files and trackers want it."""
+    samples = waveform.detach().float().cpu()
+    return samples.mT if samples.ndim == 2 else samples
 
 
 def slug(text: str, length: int = 48) -> str:

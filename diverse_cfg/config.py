@@ -21,19 +21,35 @@ ROLLOUT_SOURCES = ("student", "teacher", "mix")
 class GuardConfig:
     """Guards against reward hacking. All off: the paper has none.
 
+    Each limits what the diversity reward may pay for, and keeps it a function of pairs of clips, so that its
+    gradient stays unbiased.
+
     Args:
-        silence_dbfs: clips quieter than this RMS level earn no diversity: their distances count as 0.
-        max_clipping: clips with a larger fraction of samples at full scale earn no diversity.
-        distance_cap: pairwise distances above this count as this much (the base model's 95th percentile,
-            say).
-        quality_product: name of a reward function; the diversity reward is multiplied by it (DARLING,
-            arXiv 2509.02534) instead of being added to it.
+        silence_dbfs: clips quieter than this RMS level (dB of full scale, −50 say) earn no diversity.
+        max_clipping: clips with a larger share of samples at full scale (0.01, say) earn none.
+        max_flatness: clips with a larger spectral flatness (0.5, say: noise) earn none.
+        distance_quantile: distances count up to this quantile (0.95, say) of those of the unguided base,
+            measured before training.
+        gate: name of a reward function (text_adherence, say); clips that it rates below what `gate_quantile`
+            of the teacher's clips reach, measured before training, earn none.
+        gate_quantile: see `gate`.
+        quality_product: name of a reward function, with values ≥ 0; distances are multiplied by those of both
+            clips, after DARLING (arXiv 2509.02534), instead of adding the two.
     """
 
     silence_dbfs: float | None = None
     max_clipping: float | None = None
-    distance_cap: float | None = None
+    max_flatness: float | None = None
+    distance_quantile: float | None = None
+    gate: str | None = None
+    gate_quantile: float = 0.05
     quality_product: str | None = None
+
+    def __post_init__(self):
+        for name in ("distance_quantile", "gate_quantile", "max_clipping", "max_flatness"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"guards.{name}={value!r} must lie between 0 and 1")
 
     @classmethod
     def from_dict(cls, values: "dict[str, Any] | GuardConfig | None") -> "GuardConfig":
@@ -47,9 +63,19 @@ class GuardConfig:
         return cls(**(values or {}))
 
     @property
+    def listens(self) -> bool:
+        """Whether a guard needs the audio."""
+        return any(v is not None for v in (self.silence_dbfs, self.max_clipping, self.max_flatness))
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a limit is measured on clips of the base or the teacher before training."""
+        return self.distance_quantile is not None or self.gate is not None
+
+    @property
     def active(self) -> bool:
         """Whether any guard is on."""
-        return any(getattr(self, f.name) is not None for f in fields(self))
+        return self.listens or self.calibrated or self.quality_product is not None
 
 
 @dataclass

@@ -1,15 +1,14 @@
-"""Reward functions for the trainer, called as TRL calls any reward function, with audio instead of text.
+"""Reward functions for the trainer, called as TRL calls any reward function, with audio in the place of text.
 
-    reward(prompts=…, completions=…, num_generations=…, sampling_rate=…, codes=…, waveforms=…, **columns) ->
-    list[float]
+    reward(prompts=…, completions=…, num_generations=…, sampling_rate=…, codes=…, waveforms=…, **columns)
 
-`completions` holds one waveform per clip (one grid of codes when nothing asked for audio). The rows of a
-prompt are adjacent and complete. A function that declares `reads = "codes"` spares the decoding when no other
-wants audio.
+returns one number (or None: does not apply) per clip. `completions` holds one waveform per clip, or one grid
+of codes when nothing asked for audio. The rows of a prompt are adjacent and complete. A function that
+declares `reads = "codes"` spares the decoding when no other wants audio.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from diverse_cfg.config import GuardConfig
 from diverse_cfg.embeddings import Embedder, load_embedder
+from diverse_cfg.embeddings.audio import resample, to_mono
 from diverse_cfg.functional.diversity import pairwise_cosine_distance
 
 
@@ -34,12 +34,14 @@ class DiversityReward:
     def __init__(self, embedder: Embedder | str, guards: GuardConfig | None = None):
         self.embedder = load_embedder(embedder) if isinstance(embedder, str) else embedder
         self.guards = guards or GuardConfig()
+        self.distance_cap: float | None = None
         self.embeddings: Tensor | None = None
+        self.distances: Tensor | None = None
 
     @property
     def reads(self) -> str:
-        """ "codes" or "waveforms": what the embedder takes."""
-        return getattr(self.embedder, "reads", "waveforms")
+        """What must be handed over: "waveforms", or "codes" where neither embedder nor guard listens."""
+        return "waveforms" if self.guards.listens else self.embedder.reads
 
     def __call__(
         self,
@@ -51,37 +53,109 @@ class DiversityReward:
         waveforms: Tensor | None = None,
         **_: Any,
     ) -> list[float]:
-        """Rewards of N clips; also keeps their embeddings [N, D] for the prefix baseline."""
-        inputs = codes if self.reads == "codes" else waveforms
+        """Rewards of N clips; `embeddings` [N, D] and `distances` [P, G, G] stay for the trainer."""
+        inputs = codes if self.embedder.reads == "codes" else waveforms
         if inputs is None:
             inputs = torch.stack(list(completions))
         if len(inputs) % num_generations or num_generations < 2:
             raise ValueError(
                 f"DiversityReward got {len(inputs)} clips in groups of {num_generations}: it needs whole "
-                "groups of at "
-                "least 2 clips per prompt"
+                "groups "
+                "of at least 2 clips per prompt"
             )
         self.embeddings = embed_clips(self.embedder, inputs, sampling_rate)
         distances = pairwise_cosine_distance(self.embeddings.unflatten(0, (-1, num_generations)))
-        distances = self._guarded(distances, waveforms, num_generations)
-        return (distances.sum(dim=-1) / (num_generations - 1)).flatten().tolist()
+        if self.distance_cap is not None:
+            distances = distances.clamp(max=self.distance_cap)
+        if self.guards.listens:
+            assert waveforms is not None  # `reads` asked for them
+            distances = mask_pairs(distances, valid_audio(waveforms, self.guards))
+        self.distances = distances
+        return mean_distances(distances).flatten().tolist()
 
-    def _guarded(self, distances: Tensor, waveforms: Tensor | None, num_generations: int) -> Tensor:
-        if self.guards.distance_cap is not None:
-            distances = distances.clamp(max=self.guards.distance_cap)
-        if self.guards.silence_dbfs is None and self.guards.max_clipping is None:
-            return distances
-        if waveforms is None:
+
+class TextAdherenceReward:
+    """Cosine between a clip and its prompt in an embedding space of both, such as CLAP's.
+
+    Args:
+        embedder: has `embed` and `embed_text`, e.g. `ClapEmbedder`; or the id or folder of a CLAP checkpoint.
+    """
+
+    __name__ = "text_adherence"
+    reads = "waveforms"
+
+    def __init__(self, embedder: Any = "laion/larger_clap_music"):
+        self.embedder = load_embedder(embedder) if isinstance(embedder, str) else embedder
+        if not hasattr(self.embedder, "embed_text"):
             raise ValueError(
-                "the guards silence_dbfs and max_clipping need audio: use an embedder that reads waveforms"
+                f"embedder {getattr(self.embedder, 'name', self.embedder)!r} has no text tower: use a CLAP "
+                "checkpoint"
             )
-        valid = valid_audio(waveforms, self.guards.silence_dbfs, self.guards.max_clipping)
-        valid = valid.view(-1, num_generations).to(distances.device)
-        return distances * valid[:, :, None] * valid[:, None, :]
+
+    def __call__(
+        self, prompts: Sequence[str], *, sampling_rate: int, waveforms: Tensor, **_: Any
+    ) -> list[float]:
+        """Cosines of N clips."""
+        audio = embed_clips(self.embedder, waveforms, sampling_rate)
+        distinct = list(dict.fromkeys(prompts))
+        text = self.embedder.embed_text(distinct).to(audio)
+        rows = [distinct.index(prompt) for prompt in prompts]
+        return torch.cosine_similarity(audio, text[rows], dim=1).tolist()
+
+
+class AestheticsReward:
+    """Audiobox-Aesthetics (arXiv 2502.05139): how a listener would rate the clip, about 1 to 10.
+
+    The package `audiobox_aesthetics` is installed with `--no-deps` (its metadata pulls torchaudio, which is
+    not needed here); its weights are CC-BY-4.0.
+
+    Args:
+        axis: "CE" content enjoyment, "CU" usefulness, "PC" complexity, or "PQ" production quality.
+        model: an `AesMultiOutput`; by default that of the Hub.
+        device: where it runs; the GPU when there is one.
+    """
+
+    reads = "waveforms"
+    sampling_rate = 16_000
+    window_seconds = 10
+
+    def __init__(self, axis: str = "CE", model: Any = None, device: str | None = None):
+        if axis not in ("CE", "CU", "PC", "PQ"):
+            raise ValueError(f"axis={axis!r} must be one of CE, CU, PC, PQ")
+        if model is None:
+            try:
+                from audiobox_aesthetics.model.aes import AesMultiOutput
+            except ImportError as error:
+                raise ImportError(
+                    "AestheticsReward needs audiobox_aesthetics: pip install 'diverse-cfg[eval]', then "
+                    "pip install --no-deps audiobox_aesthetics"
+                ) from error
+            model = AesMultiOutput.from_pretrained("facebook/audiobox-aesthetics")
+        self.__name__ = f"aesthetics_{axis.lower()}"
+        self.axis = axis
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = model.to(self.device).eval()
+        self.scale = model.target_transform[axis]
+
+    @torch.no_grad()
+    def __call__(self, *, sampling_rate: int, waveforms: Tensor, **_: Any) -> list[float]:
+        """Scores of N clips; of a long clip the mean over windows of 10 s, weighted by their length."""
+        audio = resample(to_mono(waveforms.to(self.device)), sampling_rate, self.sampling_rate)
+        window = self.window_seconds * self.sampling_rate
+        total, weight = torch.zeros(len(audio), device=self.device), 0
+        for start in range(0, audio.shape[1], window):
+            part = audio[:, None, start : start + window]
+            length = part.shape[2]
+            part = torch.nn.functional.pad(part, (0, window - length))
+            mask = torch.zeros_like(part, dtype=torch.bool)
+            mask[..., :length] = True
+            total += length * self.model({"wav": part, "mask": mask})[self.axis].float()
+            weight += length
+        return (total / weight * self.scale["std"] + self.scale["mean"]).tolist()
 
 
 def embed_clips(embedder: Embedder, inputs: Tensor, sampling_rate: int) -> Tensor:
-    """Embeddings [N, D] in float32, checked: one finite row per clip.
+    """Embeddings [N, D] in float32 or float64, checked: one finite row per clip.
 
     Raises:
         ValueError: wrong shape, or a clip (named) without a finite embedding.
@@ -92,31 +166,52 @@ def embed_clips(embedder: Embedder, inputs: Tensor, sampling_rate: int) -> Tenso
     if embeddings.ndim != 2 or len(embeddings) != len(inputs):
         raise ValueError(
             f"embedder {name!r} returned shape {tuple(embeddings.shape)} for {len(inputs)} clips; it must "
-            "return [B, D]"
+            "return "
+            "[B, D]"
         )
-    embeddings = embeddings.float()
+    embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
     broken = ~torch.isfinite(embeddings).all(dim=1)
     if bool(broken.any()):
         raise ValueError(f"embedder {name!r} returned non-finite values for clip {int(broken.nonzero()[0])}")
     return embeddings
 
 
-def valid_audio(waveforms: Tensor, silence_dbfs: float | None, max_clipping: float | None) -> Tensor:
-    """Which clips are audible and not clipped [N].
+def mean_distances(distances: Tensor) -> Tensor:
+    """r_i = Σ_{j≠i} d_ij / (G − 1): [P, G, G] → [P, G]; the diagonal is 0."""
+    return distances.sum(dim=-1) / (distances.shape[-1] - 1)
+
+
+def mask_pairs(distances: Tensor, weights: Tensor) -> Tensor:
+    """d_ij · w_i · w_j for weights of clips [N]: still of pairs, so that the estimator stays unbiased."""
+    weights = weights.to(distances).view(distances.shape[:2])
+    return distances * weights[:, :, None] * weights[:, None, :]
+
+
+def valid_audio(waveforms: Tensor, guards: GuardConfig) -> Tensor:
+    """Which clips are audible, unclipped and no noise [N].
 
     Args:
         waveforms: [N, L] or [N, 2, L].
-        silence_dbfs: RMS level (dB relative to full scale) below which a clip counts as silent.
-        max_clipping: largest share of samples at full scale.
+        guards: the limits; those that are None do not count.
     """
     flat = waveforms.flatten(1).float()
     valid = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
-    if silence_dbfs is not None:
+    if guards.silence_dbfs is not None:
         level = 20 * flat.square().mean(dim=1).sqrt().clamp(min=1e-10).log10()
-        valid &= level >= silence_dbfs
-    if max_clipping is not None:
-        valid &= (flat.abs() >= 0.999).float().mean(dim=1) <= max_clipping
+        valid &= level >= guards.silence_dbfs
+    if guards.max_clipping is not None:
+        valid &= (flat.abs() >= 0.999).float().mean(dim=1) <= guards.max_clipping
+    if guards.max_flatness is not None:
+        valid &= spectral_flatness(flat) <= guards.max_flatness
     return valid
+
+
+def spectral_flatness(waveforms: Tensor, window: int = 1024) -> Tensor:
+    """Geometric over arithmetic mean of the power spectrum [N]: near 1 for white noise, 0 for tones."""
+    size = min(window, waveforms.shape[1])
+    frames = waveforms.unfold(1, size, size) * torch.hann_window(size, device=waveforms.device)
+    power = torch.fft.rfft(frames).abs().square().mean(dim=1)[:, 1:] + 1e-12
+    return power.log().mean(dim=1).exp() / power.mean(dim=1)
 
 
 def is_pairwise(reward_func: Any) -> bool:
@@ -134,7 +229,7 @@ def checked(
 ) -> Callable:
     """Wrap a reward function: hand it the audio `context`, and refuse non-finite rewards by name.
 
-    TRL turns None into NaN and then drops NaN from the sum, so a broken reward would silently train something
+    TRL turns None into NaN and drops NaN from the sum, so a broken reward would silently train something
     else.
     """
 
@@ -145,8 +240,8 @@ def checked(
                 prompt = prompts[index] if index < len(prompts) else "?"
                 raise ValueError(
                     f"reward function {name!r} returned {reward} for clip {index} (prompt {prompt!r}); "
-                    "return None if "
-                    "it does not apply, or fix the function"
+                    "return None "
+                    "if it does not apply, or fix the function"
                 )
         return rewards
 

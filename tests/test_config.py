@@ -129,9 +129,9 @@ def test_command_line_and_help(tmp_path):
     parser = HfArgumentParser(CFGDiversityConfig)
     assert "guidance_scale" in parser.format_help()
     (args,) = parser.parse_args_into_dataclasses(
-        ["--output_dir", str(tmp_path), "--diversity_coef", "15", "--guards", '{"distance_cap": 0.5}']
+        ["--output_dir", str(tmp_path), "--diversity_coef", "15", "--guards", '{"max_clipping": 0.5}']
     )
-    assert args.diversity_coef == 15.0 and args.guards.distance_cap == 0.5
+    assert args.diversity_coef == 15.0 and args.guards.max_clipping == 0.5
 
 
 def test_own_fields_are_few_and_documented():

@@ -116,6 +116,7 @@ class Checkpointing(RLOOTrainer):
         setup.restore_token_ids(unwrap(self.model), self._sampling)
         if self.args.ema_decay > 0 and self._average is None:
             self._average = WeightAverage(self.model, self.args.ema_decay)
+        self._calibrate_guards()
         if self._resume_from is not None:
             self._load_state(self._resume_from)
 

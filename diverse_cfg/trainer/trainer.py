@@ -10,9 +10,7 @@ code), a reference model (the teacher is the anchor), and the second forward pas
 equal the new ones.
 """
 
-import contextlib
 import functools
-import hashlib
 import os
 import time
 from collections.abc import Callable
@@ -29,13 +27,12 @@ from trl.trainer.utils import is_async_callable
 from diverse_cfg.callbacks import AudioSamplesCallback, EvaluationClip, RewardHackingAlarm, peak_memory_gb
 from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.embeddings import load_embedder
-from diverse_cfg.functional.diversity import diversity_reward
 from diverse_cfg.musicgen.policy import encode_text, load_policy, load_processor, unwrap
-from diverse_cfg.musicgen.rollout import RolloutWeights, decode_codes, sample_codes
-from diverse_cfg.rewards import checked, embed_clips, is_pairwise, reads_waveforms
+from diverse_cfg.rewards import checked, is_pairwise
 from diverse_cfg.trainer import setup
 from diverse_cfg.trainer.advantages import Advantages, PrefixBaseline
 from diverse_cfg.trainer.checkpointing import Checkpointing
+from diverse_cfg.trainer.guarding import CrossGuards
 from diverse_cfg.trainer.objective import (
     LossBatch,
     LossSettings,
@@ -43,11 +40,12 @@ from diverse_cfg.trainer.objective import (
     student_terms,
     term_gradient_norms,
 )
+from diverse_cfg.trainer.rollouts import Rollouts
 from diverse_cfg.trainer.teacher import Teacher, frozen_copy, share_encoders
 from diverse_cfg.types import Rollout, TextCondition
 
 
-class CFGDiversityTrainer(Checkpointing, RLOOTrainer):
+class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
     """Diversity-rewarded CFG distillation of MusicGen (arXiv 2410.06084), with TRL's interface.
 
     Args:
@@ -161,6 +159,7 @@ class CFGDiversityTrainer(Checkpointing, RLOOTrainer):
         if args.prefix_baseline and args.diversity_coef > 0:
             channels = policy.config.decoder.audio_channels
             prefix = PrefixBaseline(self._num_frames, args.prefix_lambda, channels, self.accelerator.reduce)
+        self._cross_guards = CrossGuards(args.guards, self.reward_func_names, self.reward_funcs)
         self._advantages = Advantages(args, self.reward_funcs, self.reward_weights, prefix)
         self._rollout: Rollout | None = None
         self._pending: dict[str, Any] = {}
@@ -188,86 +187,6 @@ class CFGDiversityTrainer(Checkpointing, RLOOTrainer):
             self.num_iterations == 1
             and self.args.steps_per_generation <= self.args.gradient_accumulation_steps
         )
-
-    # ---- rollout -----------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _generate(self, prompts: list[str]):
-        """Sample one clip per row; the rows of a prompt are adjacent."""
-        started = time.perf_counter()
-        training = self.model.training
-        condition = encode_text(unwrap(self.model), self._tokenizer, prompts)
-        rows = torch.arange(len(prompts), device=condition.hidden_states.device)
-        sample_ids = rows + self.accelerator.process_index * len(prompts)
-        from_teacher = (
-            self._teacher_rows(len(prompts)) if training else torch.zeros_like(rows, dtype=torch.bool)
-        )
-        seed = self._noise_seed(training)
-
-        codes = torch.empty(
-            len(prompts), self._num_codebooks, self._num_frames, dtype=torch.long, device=rows.device
-        )
-        for is_teacher in (False, True):
-            chosen = rows[from_teacher == is_teacher]
-            if len(chosen):
-                codes[chosen] = self._sample(condition.select(chosen), sample_ids[chosen], seed, is_teacher)
-        rate = unwrap(self.model).config.audio_encoder.sampling_rate
-        self._rollout = Rollout(codes, None, None, rate)
-        self._pending = {"condition": condition, "from_teacher": from_teacher}
-        mode = "train" if training else "eval"
-        self._log_time(mode, "rollout", started)
-        # Prompt ids are not read: the text condition travels with the batch, already encoded.
-        labels = [f"clip {int(index)}, seed {seed}" for index in sample_ids]
-        return [[0]] * len(prompts), codes.transpose(1, 2).flatten(1).tolist(), labels
-
-    def _sample(self, condition: TextCondition, sample_ids: Tensor, seed: int, is_teacher: bool) -> Tensor:
-        """Codes [N, K, T] from the student without guidance, or from the guided teacher."""
-        batch = self.args.rollout_batch_size or len(condition)
-        negative = self._teacher.unconditional(condition) if is_teacher and self._teacher.negative else None
-        dtype = torch.bfloat16 if self.args.bf16 else None
-        student = contextlib.nullcontext(unwrap(self.model))
-        with self._teacher.policy() if is_teacher else student as policy:
-            weights = RolloutWeights.from_model(policy, dtype)
-            codes = [
-                sample_codes(
-                    policy,
-                    condition.select(rows),
-                    self._num_frames,
-                    guidance_scale=self.args.guidance_scale if is_teacher else 1.0,
-                    temperature=self.args.temperature,
-                    seed=seed,
-                    sample_ids=sample_ids[rows].tolist(),
-                    negative_condition=None if negative is None else negative.select(rows),
-                    weights=weights,
-                ).codes
-                for rows in torch.arange(len(condition), device=sample_ids.device).split(batch)
-            ]
-        return torch.cat(codes)
-
-    def _teacher_rows(self, num_rows: int) -> Tensor:
-        """Rows that the teacher plays: whole prompts, evenly spread, for any number of processes."""
-        args, device = self.args, self.accelerator.device
-        share = {"student": 0.0, "teacher": 1.0, "mix": args.teacher_fraction}[args.rollout_source]
-        local = num_rows // self.num_generations
-        first = self._generation_index() * self.accelerator.num_processes * local
-        first += self.accelerator.process_index * local
-        prompt = torch.arange(first, first + local, dtype=torch.float64)
-        chosen = ((prompt + 1) * share).floor() > (prompt * share).floor()
-        return chosen.repeat_interleave(self.num_generations).to(device)
-
-    def _generation_index(self) -> int:
-        return self._step // (self.args.steps_per_generation * self.num_iterations)
-
-    def _noise_seed(self, training: bool) -> int:
-        """Seed of this rollout: with a clip's global index it fixes the clip, whatever the batch or process
-        count.
-
-        Every evaluation hears the same noise, so that its curves differ by the policy alone.
-        """
-        stream = f"train/{self._generation_index()}" if training else f"eval/{self._evaluation_batch}"
-        self._evaluation_batch += not training
-        digest = hashlib.blake2b(f"{self.args.seed}/{stream}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big") >> 1
 
     # ---- rewards -----------------------------------------------------------------------------------------
 
@@ -300,43 +219,13 @@ class CFGDiversityTrainer(Checkpointing, RLOOTrainer):
             rewards = super()._calculate_rewards(inputs, prompts, clips, completion_ids_list)
         finally:
             self.reward_funcs = reward_funcs
+        first = self.accelerator.process_index * len(prompts)
+        local = rewards[first : first + len(prompts)]
+        if self._cross_guards.weights(local) is not None:
+            rewards = self.accelerator.gather(self._cross_guards.apply(local, self._advantages.pairwise))
         self._pending["rewards"] = rewards
         self._log_time(mode, "reward", started)
         return rewards
-
-    def _waveforms(self, mode: str) -> Tensor | None:
-        """Audio of the rollout [N, L] or [N, 2, L] if anything listens: decoding costs time."""
-        rollout = self._rollout
-        assert rollout is not None
-        listens = any(reads_waveforms(reward_func) for reward_func in self.reward_funcs)
-        if mode == "eval":
-            listens = listens or getattr(self._monitor, "reads", None) == "waveforms"
-            listens = listens or len(self._evaluation_clips) < self.args.audio_samples
-        return decode_codes(unwrap(self.model), rollout.codes) if listens else None
-
-    def _watch(self, prompts: list[str], waveforms: Tensor | None, num_generations: int) -> None:
-        """At an evaluation: distance under the second encoder, and a few clips to listen to."""
-        rollout = self._rollout
-        assert rollout is not None
-        self._metrics["eval"]["clips"].append(float(self.accelerator.num_processes * len(prompts)))
-        if self._monitor is not None and num_generations > 1:
-            inputs = rollout.codes if self._monitor.reads == "codes" else waveforms
-            embeddings = embed_clips(self._monitor, inputs, rollout.sampling_rate)
-            rewards = diversity_reward(embeddings.unflatten(0, (-1, num_generations)))
-            self._log_means("eval", {"reward/monitor_diversity": rewards.mean()})
-        if waveforms is not None:
-            wanted = self.args.audio_samples - len(self._evaluation_clips)
-            for row in list(range(0, len(prompts), num_generations))[: max(wanted, 0)]:
-                clip = EvaluationClip(prompts[row], waveforms[row].cpu(), rollout.sampling_rate)
-                self._evaluation_clips.append(clip)
-
-    def _embed_codes(self, codes: Tensor) -> Tensor:
-        """Embeddings of beginnings of clips under the diversity reward's encoder."""
-        reward_func = next(function for function in self.reward_funcs if is_pairwise(function))
-        policy = unwrap(self.model)
-        # Cut codes are decoded anew: a decoded clip that is cut has heard what comes later.
-        inputs = codes if reward_func.reads == "codes" else decode_codes(policy, codes)
-        return embed_clips(reward_func.embedder, inputs, policy.config.audio_encoder.sampling_rate)
 
     def _generate_and_score_completions(self, inputs):
         """TRL's batch, plus what it has no room for: the text condition, and one advantage per code."""
@@ -455,10 +344,6 @@ class CFGDiversityTrainer(Checkpointing, RLOOTrainer):
         packed = self.accelerator.reduce(packed, reduction="mean")
         for name, value in zip(values, packed.tolist(), strict=True):
             self._metrics[mode][name].append(value)
-
-    def _log_time(self, mode: str, name: str, started: float) -> None:
-        """Seconds since `started`, of this process; on a GPU, kernels still queued count for a later part."""
-        self._metrics[mode][f"time/{name}"].append(time.perf_counter() - started)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """As TRL's, timed without the rollout that it may contain."""

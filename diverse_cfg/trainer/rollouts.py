@@ -1,0 +1,195 @@
+"""Clips for the trainer: sampled, decoded where something listens, embedded, and measured before training.
+
+A clip's noise is keyed by the run's seed, the rollout's number and the clip's place in it, so that a clip
+depends neither on the batch nor on the number of processes.
+"""
+
+import contextlib
+import hashlib
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from trl import RLOOTrainer
+
+from diverse_cfg.callbacks import EvaluationClip
+from diverse_cfg.embeddings import Embedder
+from diverse_cfg.functional.diversity import diversity_reward
+from diverse_cfg.musicgen.policy import encode_text, unwrap
+from diverse_cfg.musicgen.rollout import RolloutWeights, decode_codes, sample_codes
+from diverse_cfg.rewards import embed_clips, is_pairwise, reads_waveforms
+from diverse_cfg.trainer.guarding import CALIBRATION_PROMPTS, CrossGuards
+from diverse_cfg.trainer.teacher import Teacher
+from diverse_cfg.types import Rollout, TextCondition
+
+if TYPE_CHECKING:
+    from diverse_cfg.config import CFGDiversityConfig
+
+
+class Rollouts(RLOOTrainer):
+    """Base of the trainer: everything that makes clips or listens to them."""
+
+    args: "CFGDiversityConfig"
+    _num_frames: int
+    _num_codebooks: int
+    _teacher: Teacher
+    _cross_guards: CrossGuards
+    _monitor: Embedder | None
+    _evaluation_clips: list[EvaluationClip]
+    _evaluation_batch: int
+    _rollout: Rollout | None
+    _pending: dict[str, Any]
+
+    @torch.no_grad()
+    def _generate(self, prompts: list[str]):
+        """Sample one clip per row; the rows of a prompt are adjacent."""
+        started = time.perf_counter()
+        training = self.model.training
+        condition = encode_text(unwrap(self.model), self._tokenizer, prompts)
+        rows = torch.arange(len(prompts), device=condition.hidden_states.device)
+        sample_ids = rows + self.accelerator.process_index * len(prompts)
+        from_teacher = (
+            self._teacher_rows(len(prompts)) if training else torch.zeros_like(rows, dtype=torch.bool)
+        )
+        seed = self._noise_seed(training)
+
+        codes = torch.empty(
+            len(prompts), self._num_codebooks, self._num_frames, dtype=torch.long, device=rows.device
+        )
+        for is_teacher in (False, True):
+            chosen = rows[from_teacher == is_teacher]
+            if len(chosen):
+                codes[chosen] = self._sample(condition.select(chosen), sample_ids[chosen], seed, is_teacher)
+        rate = unwrap(self.model).config.audio_encoder.sampling_rate
+        self._rollout = Rollout(codes, None, None, rate)
+        self._pending = {"condition": condition, "from_teacher": from_teacher}
+        mode = "train" if training else "eval"
+        self._log_time(mode, "rollout", started)
+        # Prompt ids are not read: the text condition travels with the batch, already encoded.
+        labels = [f"clip {int(index)}, seed {seed}" for index in sample_ids]
+        return [[0]] * len(prompts), codes.transpose(1, 2).flatten(1).tolist(), labels
+
+    def _sample(
+        self,
+        condition: TextCondition,
+        sample_ids: Tensor,
+        seed: int,
+        is_teacher: bool,
+        guidance_scale: float | None = None,
+    ) -> Tensor:
+        """Codes [N, K, T] from the student without guidance, or from the teacher with its own."""
+        if guidance_scale is None:
+            guidance_scale = self.args.guidance_scale if is_teacher else 1.0
+        batch = self.args.rollout_batch_size or len(condition)
+        negative = (
+            self._teacher.unconditional(condition) if guidance_scale > 1 and self._teacher.negative else None
+        )
+        dtype = torch.bfloat16 if self.args.bf16 else None
+        student = contextlib.nullcontext(unwrap(self.model))
+        with self._teacher.policy() if is_teacher else student as policy:
+            weights = RolloutWeights.from_model(policy, dtype)
+            codes = [
+                sample_codes(
+                    policy,
+                    condition.select(rows),
+                    self._num_frames,
+                    guidance_scale=guidance_scale,
+                    temperature=self.args.temperature,
+                    seed=seed,
+                    sample_ids=sample_ids[rows].tolist(),
+                    negative_condition=None if negative is None else negative.select(rows),
+                    weights=weights,
+                ).codes
+                for rows in torch.arange(len(condition), device=sample_ids.device).split(batch)
+            ]
+        return torch.cat(codes)
+
+    def _teacher_rows(self, num_rows: int) -> Tensor:
+        """Rows that the teacher plays: whole prompts, evenly spread, for any number of processes."""
+        args, device = self.args, self.accelerator.device
+        share = {"student": 0.0, "teacher": 1.0, "mix": args.teacher_fraction}[args.rollout_source]
+        local = num_rows // self.num_generations
+        first = self._generation_index() * self.accelerator.num_processes * local
+        first += self.accelerator.process_index * local
+        prompt = torch.arange(first, first + local, dtype=torch.float64)
+        chosen = ((prompt + 1) * share).floor() > (prompt * share).floor()
+        return chosen.repeat_interleave(self.num_generations).to(device)
+
+    def _generation_index(self) -> int:
+        return self._step // (self.args.steps_per_generation * self.num_iterations)
+
+    def _noise_seed(self, training: bool) -> int:
+        """Seed of this rollout: with a clip's global index it fixes the clip, whatever the batch or process
+        count.
+
+        Every evaluation hears the same noise, so that its curves differ by the policy alone.
+        """
+        stream = f"train/{self._generation_index()}" if training else f"eval/{self._evaluation_batch}"
+        self._evaluation_batch += not training
+        digest = hashlib.blake2b(f"{self.args.seed}/{stream}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") >> 1
+
+    def _waveforms(self, mode: str) -> Tensor | None:
+        """Audio of the rollout [N, L] or [N, 2, L] if anything listens: decoding costs time."""
+        rollout = self._rollout
+        assert rollout is not None
+        listens = any(reads_waveforms(reward_func) for reward_func in self.reward_funcs)
+        if mode == "eval":
+            listens = listens or getattr(self._monitor, "reads", None) == "waveforms"
+            listens = listens or len(self._evaluation_clips) < self.args.audio_samples
+        return decode_codes(unwrap(self.model), rollout.codes) if listens else None
+
+    def _watch(self, prompts: list[str], waveforms: Tensor | None, num_generations: int) -> None:
+        """At an evaluation: distance under the second encoder, and a few clips to listen to."""
+        rollout = self._rollout
+        assert rollout is not None
+        self._metrics["eval"]["clips"].append(float(self.accelerator.num_processes * len(prompts)))
+        if self._monitor is not None and num_generations > 1:
+            inputs = rollout.codes if self._monitor.reads == "codes" else waveforms
+            embeddings = embed_clips(self._monitor, inputs, rollout.sampling_rate)
+            rewards = diversity_reward(embeddings.unflatten(0, (-1, num_generations)))
+            self._log_means("eval", {"reward/monitor_diversity": rewards.mean()})
+        if waveforms is not None:
+            wanted = self.args.audio_samples - len(self._evaluation_clips)
+            for row in list(range(0, len(prompts), num_generations))[: max(wanted, 0)]:
+                clip = EvaluationClip(prompts[row], waveforms[row].cpu(), rollout.sampling_rate)
+                self._evaluation_clips.append(clip)
+
+    def _calibrate_guards(self) -> None:
+        """Before the first step: limits that depend on how the base and the teacher play."""
+        guards = self.args.guards
+        if not guards.calibrated:
+            return
+        rows = zip(range(CALIBRATION_PROMPTS), self.train_dataset, strict=False)
+        prompts = [row["prompt"] for _, row in rows for _ in range(self.num_generations)]
+        policy = unwrap(self.model)
+        condition = encode_text(policy, self._tokenizer, prompts)
+        ids = torch.arange(len(prompts), device=condition.hidden_states.device)
+        rate = policy.config.audio_encoder.sampling_rate
+        if guards.distance_quantile is not None:
+            codes = self._sample(condition, ids, self.args.seed, True, guidance_scale=1.0)
+            for function in filter(is_pairwise, self.reward_funcs):
+                inputs = codes if function.embedder.reads == "codes" else decode_codes(policy, codes)
+                self._cross_guards.measure_distances(function, inputs, self.num_generations, rate)
+        if guards.gate is not None:
+            codes = self._sample(condition, ids, self.args.seed, True)
+            context = {
+                "num_generations": self.num_generations,
+                "sampling_rate": rate,
+                "codes": codes,
+                "waveforms": decode_codes(policy, codes),
+            }
+            self._cross_guards.measure_gate(prompts, context)
+
+    def _embed_codes(self, codes: Tensor) -> Tensor:
+        """Embeddings of beginnings of clips under the diversity reward's encoder."""
+        reward_func = next(function for function in self.reward_funcs if is_pairwise(function))
+        policy = unwrap(self.model)
+        # Cut codes are decoded anew: a decoded clip that is cut has heard what comes later.
+        inputs = codes if reward_func.reads == "codes" else decode_codes(policy, codes)
+        return embed_clips(reward_func.embedder, inputs, policy.config.audio_encoder.sampling_rate)
+
+    def _log_time(self, mode: str, name: str, started: float) -> None:
+        """Seconds since `started`, of this process; on a GPU, kernels still queued count for a later part."""
+        self._metrics[mode][f"time/{name}"].append(time.perf_counter() - started)
