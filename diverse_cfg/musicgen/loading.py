@@ -52,7 +52,8 @@ def load_policy(
             adapter whose base is unknown.
     """
     if isinstance(model, nn.Module):
-        policy, distilled = unwrap(model), isinstance(model, PeftModel)
+        policy: Any = unwrap(model)
+        distilled = isinstance(model, PeftModel)
     else:
         source = os.fspath(model)
         if _is_adapter(source):
@@ -96,8 +97,12 @@ def load_processor(path: str | os.PathLike) -> MusicgenProcessor:
     return processor
 
 
-def unwrap(model: nn.Module) -> MusicgenForConditionalGeneration:
+def unwrap(model: nn.Module) -> Any:
     """The MusicGen inside a `PeftModel` (its LoRA layers stay active) or a DDP-like wrapper.
+
+    Returns:
+        A `MusicgenForConditionalGeneration`; typed as anything, since transformers declares its three parts
+        optional.
 
     Raises:
         ValueError: it is another model.
@@ -156,7 +161,7 @@ def _load_full(source: str) -> MusicgenForConditionalGeneration:
             f"{source} is a {kind!r} model, not a MusicGen; use a checkpoint such as facebook/musicgen-small"
         )
     policy = MusicgenForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
-    decoder = policy.config.decoder
+    decoder: Any = policy.config.decoder
     if decoder.pad_token_id != decoder.vocab_size:
         raise ValueError(
             f"{source} has config.decoder.pad_token_id={decoder.pad_token_id}, but MusicGen's only special "

@@ -37,6 +37,7 @@ __all__ = [
     "null_condition",
     "pad_token_id",
     "project_text",
+    "require_prompts",
     "unwrap",
     "zero_dropout",
 ]
@@ -91,14 +92,7 @@ def encode_text(model: nn.Module, tokenizer: Any, prompts: Sequence[str]) -> Tex
     Raises:
         ValueError: no prompts, or one that is blank or no text.
     """
-    if isinstance(prompts, str) or not prompts:
-        raise ValueError(f"prompts must be a non-empty list of texts, got {prompts!r}")
-    for index, prompt in enumerate(prompts):
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(
-                f"prompt {index} is {prompt!r}: every prompt needs text (for clips without a prompt, pass a "
-                "null_condition to sample_codes)"
-            )
+    require_prompts(prompts)
     policy = unwrap(model)
     distinct = list(dict.fromkeys(prompts))
     tokens = getattr(tokenizer, "tokenizer", tokenizer)(distinct, padding=True, return_tensors="pt").to(
@@ -115,6 +109,18 @@ def encode_text(model: nn.Module, tokenizer: Any, prompts: Sequence[str]) -> Tex
     return TextCondition(torch.cat(hidden), tokens.attention_mask).select(
         [index[prompt] for prompt in prompts]
     )
+
+
+def require_prompts(prompts: Sequence[str]) -> None:
+    """Raise unless there are prompts and each has text."""
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"prompts must be a non-empty list of texts, got {prompts!r}")
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(
+                f"prompt {index} is {prompt!r}: every prompt needs text (for clips without a prompt, pass a "
+                "null_condition to sample_codes)"
+            )
 
 
 def null_condition(condition: TextCondition) -> TextCondition:
@@ -207,7 +213,7 @@ def code_logits(model: nn.Module, codes: Tensor, condition: TextCondition | None
     )
 
 
-def effective_weight(module: nn.Module) -> Tensor:
+def effective_weight(module: Any) -> Tensor:
     """Weight of a linear layer plus its active LoRA adapters; the layer is only read, gradients flow.
 
     Raises:
@@ -215,24 +221,25 @@ def effective_weight(module: nn.Module) -> Tensor:
     """
     if not isinstance(module, BaseTunerLayer):
         return module.weight  # also PEFT's `modules_to_save`, which hands out the active copy
+    lora: Any = module
     if not isinstance(module, LoraLayer):
         raise ValueError(f"adapters of type {type(module).__name__} are not supported: use LoRA")
-    base = module.get_base_layer()
+    base = lora.get_base_layer()
     weight = base.weight
-    if module.disable_adapters or module.merged:
-        if module.disable_adapters and module.merged:
+    if lora.disable_adapters or lora.merged:
+        if lora.disable_adapters and lora.merged:
             raise ValueError(
                 "adapters are merged into the weights and disabled at once: call unmerge_adapter() first"
             )
         return weight
-    for name in module.active_adapters:
-        if name not in module.lora_A:
+    for name in lora.active_adapters:
+        if name not in lora.lora_A:
             continue
-        if name in module.lora_variant or module.lora_bias.get(name, False):
+        if name in lora.lora_variant or lora.lora_bias.get(name, False):
             raise ValueError(
                 f"adapter {name!r} is a variant of LoRA (DoRA, a bias, …) that cannot be merged: use LoRA"
             )
-        weight = weight + module.get_delta_weight(name).to(weight.dtype)
+        weight = weight + lora.get_delta_weight(name).to(weight.dtype)
     return weight
 
 

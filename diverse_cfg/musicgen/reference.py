@@ -128,7 +128,7 @@ class _RequireFinite(LogitsProcessor):
 
 
 @contextmanager
-def _caught_codes(policy: nn.Module) -> Iterator[list[Tensor]]:
+def _caught_codes(policy: Any) -> Iterator[list[Tensor]]:
     """Collect the codes that would be decoded, one entry per audio channel [N, K per channel, T]."""
     caught: list[Tensor] = []
 
@@ -145,7 +145,7 @@ def _caught_codes(policy: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _generation_config(policy: nn.Module, num_steps: int, settings: SamplingSettings) -> Iterator[None]:
+def _generation_config(policy: Any, num_steps: int, settings: SamplingSettings) -> Iterator[None]:
     """Replace the generation config, so that nothing is inherited from it."""
     pad = pad_token_id(policy)
     own = policy.generation_config

@@ -16,13 +16,20 @@ from torch import Tensor, nn
 
 from diverse_cfg.functional.codebooks import num_decoder_steps, revert_delay_pattern
 from diverse_cfg.musicgen.loop import DecodeLoop
-from diverse_cfg.musicgen.policy import encode_text, frame_rate, unwrap
+from diverse_cfg.musicgen.policy import encode_text, frame_rate, require_prompts, unwrap
 from diverse_cfg.musicgen.reference import generate_codes
 from diverse_cfg.musicgen.sampling import SamplingSettings, keyed_uniforms, not_finite
 from diverse_cfg.musicgen.weights import RolloutWeights
 from diverse_cfg.types import Rollout, TextCondition
 
-__all__ = ["RolloutWeights", "SamplingSettings", "decode_codes", "fast_generate", "sample_codes"]
+__all__ = [
+    "RolloutWeights",
+    "SamplingSettings",
+    "check_request",
+    "decode_codes",
+    "fast_generate",
+    "sample_codes",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -90,17 +97,17 @@ def fast_generate(
         FloatingPointError: logits that are not finite; names prompt and step.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts:
-        raise ValueError("there are no prompts: pass at least one text")
     settings = SamplingSettings(guidance_scale, temperature, top_k, top_p, min_p)
-    _check_length(model, num_frames)
-    for name, value in (("num_generations", num_generations), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-    if rollout_backend not in ROLLOUT_BACKENDS:
-        raise ValueError(f"rollout_backend={rollout_backend!r} must be one of {', '.join(ROLLOUT_BACKENDS)}")
-    if negative_prompt is not None and not settings.guided:
-        raise ValueError(f"negative_prompt={negative_prompt!r} needs guidance: set guidance_scale above 1")
+    check_request(
+        model,
+        prompts,
+        num_frames,
+        settings,
+        num_generations=num_generations,
+        batch_size=batch_size,
+        rollout_backend=rollout_backend,
+        negative_prompt=negative_prompt,
+    )
     condition, negative = _encode(model, processor, prompts, negative_prompt)
     num_clips = len(prompts) * num_generations
     if seed is None:
@@ -222,6 +229,33 @@ def decode_codes(model: nn.Module, codes: Tensor, *, batch_size: int = 16) -> Te
         return torch.cat(audio, dim=1) if stereo else audio[0][:, 0]
 
     return torch.cat(_in_batches(len(codes), batch_size, decode))
+
+
+def check_request(
+    model: nn.Module,
+    prompts: Sequence[str],
+    num_frames: int,
+    settings: SamplingSettings,
+    *,
+    num_generations: int = 1,
+    batch_size: int | None = None,
+    rollout_backend: str = "fast",
+    negative_prompt: str | None = None,
+) -> None:
+    """Raise what `fast_generate` would raise for these arguments, before anything is computed or written."""
+    require_prompts(prompts)
+    _check_length(model, num_frames)
+    for name, value in (("num_generations", num_generations), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if rollout_backend not in ROLLOUT_BACKENDS:
+        raise ValueError(f"rollout_backend={rollout_backend!r} must be one of {', '.join(ROLLOUT_BACKENDS)}")
+    if negative_prompt is not None:
+        require_prompts([negative_prompt])
+        if not settings.guided:
+            raise ValueError(
+                f"negative_prompt={negative_prompt!r} needs guidance: set guidance_scale above 1"
+            )
 
 
 @torch.no_grad()

@@ -2,9 +2,8 @@
 
 A code is drawn by inverting the cumulative distribution at one uniform number. So a clip's whole randomness
 is a table [K, T] of uniforms, made by a counter-based generator (Philox) from (seed, sample id) alone: the
-clip is the same in every batch, order, process and backend, and a longer clip begins like a shorter one. The
-global random state is never read. Drawing by Gumbel noise or `multinomial` would need V numbers per code
-instead of one, and costs more than the softmax on a CPU.
+clip is the same in every batch, order, process and backend. The global random state is never read. Drawing
+by Gumbel noise or `multinomial` would need V numbers per code, and costs more than the softmax on a CPU.
 """
 
 import math
@@ -81,14 +80,20 @@ def keyed_uniforms(seed: int, sample_ids: Sequence[int], num_codebooks: int, num
     Raises:
         ValueError: a number that does not fit 64 bits.
     """
-    for name, value in [("seed", seed), *(("sample id", sample_id) for sample_id in sample_ids)]:
-        if not 0 <= value < 2**64:
-            raise ValueError(f"{name} {value} must be an integer from 0 to 2**64 - 1")
+    require_64_bits("seed", seed)
+    for sample_id in sample_ids:
+        require_64_bits("sample id", sample_id)
     table = np.empty((len(sample_ids), num_frames, num_codebooks), dtype=np.float32)
     for row, sample_id in zip(table, sample_ids, strict=True):
         key = np.array([seed, sample_id], dtype=np.uint64)
         np.random.Generator(np.random.Philox(key=key)).random(dtype=np.float32, out=row)
     return torch.from_numpy(table).clamp_(max=_LARGEST_UNIFORM).transpose(1, 2)
+
+
+def require_64_bits(name: str, value: int) -> None:
+    """Raise unless a seed or sample id can be half of a key."""
+    if not 0 <= value < 2**64:
+        raise ValueError(f"{name} {value} must be an integer from 0 to 2**64 - 1")
 
 
 def sampling_logits(logits: Tensor, settings: SamplingSettings) -> Tensor:

@@ -126,13 +126,13 @@ class RolloutWeights:
             activation=config.activation_function,
             layer_norm_eps=policy.decoder.model.decoder.layer_norm.eps,
         )
-        dtype = dtype or policy.decoder.dtype
-        wide = torch.promote_types(dtype, torch.float32)
+        narrow: torch.dtype = policy.decoder.dtype if dtype is None else dtype
+        wide = torch.promote_types(narrow, torch.float32)
         tensors = {}
         for name, tensor in _fused(policy, shape):
             # Filled by copy, so that no tensor shares memory with the model, and `.T` becomes contiguous.
             matrix = name.split(".")[-1] in _MATRICES
-            tensors[name] = torch.empty(tensor.shape, dtype=dtype if matrix else wide, device=tensor.device)
+            tensors[name] = torch.empty(tensor.shape, dtype=narrow if matrix else wide, device=tensor.device)
             tensors[name].copy_(tensor)
         return cls(shape, tensors, compiled)
 
@@ -161,7 +161,7 @@ class RolloutWeights:
         return hidden * condition.attention_mask.to(hidden)[..., None]
 
 
-def _fused(policy: nn.Module, shape: DecoderShape) -> Iterator[tuple[str, Tensor]]:
+def _fused(policy: Any, shape: DecoderShape) -> Iterator[tuple[str, Tensor]]:
     """The fused tensors of a policy, one at a time."""
     decoder = policy.decoder.model.decoder
     scale = shape.head_dim**-0.5

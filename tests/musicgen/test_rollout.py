@@ -1,0 +1,483 @@
+"""Rollouts: the fast loop plays what stock `generate` plays, and a clip is nobody's but its own."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from scipy import stats
+
+from diverse_cfg.functional.guidance import guided_logits
+from diverse_cfg.musicgen import rollout as rollouts
+from diverse_cfg.musicgen.decoders import EagerDecoder
+from diverse_cfg.musicgen.loop import DecodeLoop
+from diverse_cfg.musicgen.policy import (
+    LORA_TARGET_MODULES,
+    code_logits,
+    encode_text,
+    load_policy,
+    null_condition,
+)
+from diverse_cfg.musicgen.rollout import RolloutWeights, decode_codes, fast_generate, sample_codes
+from diverse_cfg.types import TextCondition
+from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
+
+CHANNELS = pytest.mark.parametrize("channels", [1, 2], ids=["mono", "stereo"])
+FRAMES = 18
+
+
+def stock(model, prompts, num_frames, **settings):
+    """Audio and codes of plain `generate`, caught where they enter the codec."""
+    caught = []
+    decode = type(model.audio_encoder).decode
+
+    def catch(codes, audio_scales):
+        caught.append(codes[0])
+        return decode(model.audio_encoder, codes, audio_scales)
+
+    model.audio_encoder.decode = catch
+    tokens = tiny_processor()(text=list(prompts), padding=True, return_tensors="pt")
+    audio = model.generate(**tokens, max_new_tokens=num_frames + 3, **settings)
+    del model.audio_encoder.decode
+    return audio, (caught[0] if len(caught) == 1 else torch.stack(caught, 2).flatten(1, 2))
+
+
+def policy_of(channels=1, **settings):
+    return load_policy(tiny_musicgen(channels, **settings))
+
+
+def generate(model, prompts=PROMPTS, **settings):
+    settings = {"processor": tiny_processor(), "num_frames": FRAMES, "seed": 0} | settings
+    return fast_generate(model, prompts, **settings)
+
+
+def log_probabilities(logits, codes):
+    return logits.log_softmax(-1).gather(-1, codes[..., None])[..., 0]
+
+
+@CHANNELS
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_greedy_codes_and_audio_are_those_of_generate(channels, guidance_scale):
+    model = policy_of(channels)
+    audio, codes = stock(model, PROMPTS, FRAMES, do_sample=False, guidance_scale=guidance_scale)
+    ours = generate(model, temperature=0.0, guidance_scale=guidance_scale)
+    assert torch.equal(ours.codes, codes)
+    torch.testing.assert_close(ours.waveforms, audio[:, 0] if channels == 1 else audio)
+    assert ours.sampling_rate == 3200
+    assert torch.equal(
+        generate(model, temperature=0.0, guidance_scale=guidance_scale, batch_size=3).codes, codes
+    )
+    order = [2, 0, 3, 1]
+    shuffled = generate(model, [PROMPTS[i] for i in order], temperature=0.0, guidance_scale=guidance_scale)
+    assert torch.equal(shuffled.codes, codes[order])
+
+
+@CHANNELS
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.8, "top_k": 5},
+        {"guidance_scale": 3.0},
+        {"guidance_scale": 2.0, "top_k": 9, "top_p": 0.8, "min_p": 0.05},
+        {"guidance_scale": 3.0, "negative_prompt": "sad drum"},
+    ],
+)
+def test_both_backends_play_the_same_clips(channels, settings):
+    """Stock `generate` with the clips' own random numbers: temperature, filters, guidance, order of all."""
+    model = policy_of(channels)
+    ours, theirs = (
+        generate(model, num_generations=2, return_logps=True, rollout_backend=backend, **settings)
+        for backend in ("fast", "transformers")
+    )
+    assert torch.equal(ours.codes, theirs.codes)
+    torch.testing.assert_close(ours.logps, theirs.logps, atol=2e-5, rtol=0)
+    assert ours.codes.unique().numel() > 4
+
+
+def test_sampled_distribution_is_that_of_generate():
+    """Two-sample χ² with plain `generate` and its own multinomial, on the codes of the last decoded frame."""
+    model = policy_of()
+    settings = {"guidance_scale": 2.0, "temperature": 0.9, "top_k": 6}
+    prompts = [PROMPTS[0]] * 1500
+    torch.manual_seed(0)
+    _, theirs = stock(model, prompts, 3, do_sample=True, **settings)
+    ours = generate(model, PROMPTS[:1], num_frames=3, num_generations=1500, decode=False, **settings).codes
+    for codebook in range(4):
+        counts = np.stack([np.bincount(codes[:, codebook, 2], minlength=16) for codes in (ours, theirs)])
+        common = counts[:, counts.sum(0) >= 20]
+        assert common.shape[1] >= 3
+        assert stats.chi2_contingency(common).pvalue > 1e-3
+
+
+@CHANNELS
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_recorded_log_probs_are_the_teacher_forced_ones(channels, guidance_scale):
+    """On-policy is a numerical claim: the loop and the training forward are the same distribution."""
+    model = policy_of(channels)
+    condition = encode_text(model, tiny_processor(), PROMPTS)
+    rollout = sample_codes(
+        model, condition, FRAMES, guidance_scale=guidance_scale, temperature=0.7, return_logps=True
+    )
+    with torch.no_grad():
+        cond = code_logits(model, rollout.codes, condition)
+        null = code_logits(model, rollout.codes, null_condition(condition))
+    expected = log_probabilities(guided_logits(cond, null, guidance_scale) / 0.7, rollout.codes)
+    assert (rollout.logps - expected).abs().max() < 1e-5
+    assert rollout.waveforms is None
+
+
+def test_null_rows_sample_the_unconditional_model():
+    model = policy_of()
+    condition = encode_text(model, tiny_processor(), PROMPTS)
+    rollout = sample_codes(model, null_condition(condition), FRAMES, return_logps=True)
+    with torch.no_grad():
+        expected = log_probabilities(code_logits(model, rollout.codes, None), rollout.codes)
+    assert (rollout.logps - expected).abs().max() < 1e-5
+
+
+def test_a_negative_condition_may_have_another_length():
+    model = policy_of()
+    condition = encode_text(model, tiny_processor(), PROMPTS)
+    negative = encode_text(model, tiny_processor(), ["sad"] * 4)
+    assert negative.attention_mask.shape != condition.attention_mask.shape
+    ours = sample_codes(model, condition, FRAMES, guidance_scale=3.0, negative_condition=negative)
+    assert torch.equal(ours.codes, generate(model, guidance_scale=3.0, negative_prompt="sad").codes)
+
+
+def test_a_clip_does_not_depend_on_its_batch():
+    model = policy_of()
+    condition = encode_text(model, tiny_processor(), PROMPTS).repeat_interleave(2)
+    together = sample_codes(model, condition, FRAMES, seed=5, sample_ids=range(40, 48)).codes
+    for row in (0, 3, 7):
+        alone = sample_codes(model, condition.select([row]), FRAMES, seed=5, sample_ids=[40 + row]).codes
+        assert torch.equal(alone[0], together[row])
+    order = [6, 1, 4]
+    some = sample_codes(model, condition.select(order), FRAMES, seed=5, sample_ids=[40 + i for i in order])
+    assert torch.equal(some.codes, together[order])
+    assert not torch.equal(together[0], together[1])
+
+
+@pytest.mark.parametrize("backend", ["fast", "transformers"])
+def test_batch_size_changes_nothing(backend):
+    model = policy_of()
+    whole, split = (
+        generate(model, num_generations=2, batch_size=size, rollout_backend=backend) for size in (None, 3)
+    )
+    assert torch.equal(whole.codes, split.codes)
+    torch.testing.assert_close(whole.waveforms, split.waveforms)
+    # Grouped: the clips of a prompt are adjacent.
+    again = generate(model, PROMPTS[1:2], num_generations=2, sample_ids=[2, 3], rollout_backend=backend)
+    assert torch.equal(again.codes, whole.codes[2:4])
+
+
+def test_a_longer_clip_begins_like_a_shorter_one():
+    """But for the last three frames, where the shorter one decodes beside empty cells."""
+    model = policy_of()
+    longer, shorter = (generate(model, num_frames=frames, decode=False).codes for frames in (30, 12))
+    assert torch.equal(longer[..., :9], shorter[..., :9])
+    assert torch.equal(longer[:, 0, :12], shorter[:, 0])
+
+
+def test_seed_of_torch_is_used_when_none_is_given():
+    model = policy_of()
+    torch.manual_seed(3)
+    first, second = (generate(model, seed=None, decode=False).codes for _ in range(2))
+    torch.manual_seed(3)
+    assert torch.equal(generate(model, seed=None, decode=False).codes, first)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_lora_is_sampled_without_merging(active):
+    """The adapter must count, its absence too, and the model must stay unmerged."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=LORA_TARGET_MODULES, init_lora_weights=False)
+    wrapped = get_peft_model(policy_of(), config)
+    before = copy.deepcopy(wrapped.state_dict())
+    if active:
+        ours = generate(wrapped, decode=False).codes
+    else:
+        with wrapped.disable_adapter():
+            ours = generate(wrapped, decode=False).codes
+    assert all(torch.equal(value, before[name]) for name, value in wrapped.state_dict().items())
+    merged = wrapped.merge_and_unload() if active else policy_of()
+    assert torch.equal(ours, generate(merged, decode=False).codes)
+    assert torch.equal(ours, generate(policy_of(), decode=False).codes) is not active
+
+
+def test_a_snapshot_is_refreshed_in_place():
+    """A CUDA graph keeps addresses: refreshing must change values, never tensors."""
+    model = policy_of()
+    weights = RolloutWeights.from_model(model)
+    addresses = [tensor.data_ptr() for tensor in weights.tensors.values()]
+    shared = {parameter.data_ptr() for parameter in model.parameters()}
+    assert not shared & set(addresses)
+    before = generate(model, weights=weights, decode=False).codes
+    other = tiny_musicgen(seed=1)
+    model.load_state_dict(other.state_dict())
+    assert (
+        torch.equal(generate(model, weights=weights, decode=False).codes, before) is False
+    )  # the text changed
+    weights.refresh(model)
+    assert [tensor.data_ptr() for tensor in weights.tensors.values()] == addresses
+    assert torch.equal(
+        generate(model, weights=weights, decode=False).codes, generate(load_policy(other), decode=False).codes
+    )
+
+
+@CHANNELS
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_static_body_of_gpus_plays_the_same_clips(channels, guidance_scale, compiled, monkeypatch):
+    """What a CUDA graph replays: masked contexts in buckets, tensor positions, buffers used again."""
+    if compiled:
+        compile = torch.compile
+        monkeypatch.setattr(
+            torch, "compile", lambda f, **k: compile(f, backend="aot_eager", fullgraph=True, **k)
+        )
+    monkeypatch.setattr("diverse_cfg.musicgen.loop.BUCKET", 8)
+    model = policy_of(channels)
+    condition = encode_text(model, tiny_processor(), PROMPTS)
+    if guidance_scale > 1:  # rows of the second half with text, too
+        condition = TextCondition(
+            torch.cat([condition.hidden_states, condition.hidden_states[[1, 0, 3, 2]]]),
+            torch.cat([condition.attention_mask, condition.attention_mask[[1, 0, 3, 2]]]),
+        )
+    settings = rollouts.SamplingSettings(guidance_scale, top_k=9)
+    uniforms = rollouts.keyed_uniforms(0, range(4), 4 * channels, FRAMES)
+    eager = DecodeLoop(RolloutWeights.from_model(model), condition, 4, FRAMES, settings)
+    assert eager.mode == "eager"
+    eager.run(uniforms)
+    weights = RolloutWeights.from_model(model, compiled=compiled)
+    reversed_rows = torch.arange(len(condition)).flip(0)
+    static = DecodeLoop(weights, condition.select(reversed_rows), 4, FRAMES, settings, mode="static")
+    static.run(uniforms)
+    assert not torch.equal(static.codes, eager.codes)
+    static.decoder.cache[0].fill_(math.nan)  # as a failed run leaves it
+    static.reset(condition)
+    static.run(uniforms)
+    assert torch.equal(static.codes, eager.codes)
+    torch.testing.assert_close(static.logps, eager.logps, atol=1e-5, rtol=0)
+
+
+def test_a_graph_that_cannot_be_captured_is_reported_once(monkeypatch, caplog):
+    """Never a silent fallback, and the clips are the same."""
+    model = policy_of()
+    condition = encode_text(model, tiny_processor(), PROMPTS)
+    monkeypatch.setattr("diverse_cfg.musicgen.loop._failed_captures", set())
+
+    def fail():
+        raise RuntimeError("no stream here")
+
+    monkeypatch.setattr(torch.cuda, "Stream", fail)
+    uniforms = rollouts.keyed_uniforms(0, range(4), 4, FRAMES)
+    weights = RolloutWeights.from_model(model)
+    for _ in range(2):
+        loop = DecodeLoop(weights, condition, 4, FRAMES, rollouts.SamplingSettings(), mode="graph")
+        loop.run(uniforms)
+        assert loop.mode == "static"
+    assert [record.getMessage().count("no stream here") for record in caplog.records] == [1]
+    ours = sample_codes(model, condition, FRAMES).codes
+    assert torch.equal(loop.codes[:FRAMES, :, 0].T, ours[:, 0])
+
+
+def test_half_precision_matrices_stay_close():
+    """bfloat16 speeds up the matrices; residual stream, norms and draws stay in float32."""
+    model = policy_of()
+    condition = encode_text(model, tiny_processor(), PROMPTS)
+    rollout = sample_codes(model, condition, FRAMES, return_logps=True, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = log_probabilities(code_logits(model, rollout.codes, condition), rollout.codes)
+    error = (rollout.logps - expected).abs()
+    assert 0 < error.mean() < 0.05
+    assert rollout.logps.dtype == torch.float32
+
+
+def test_autocast_and_train_mode_of_the_caller_do_not_reach_in():
+    model = policy_of()
+    condition = encode_text(model, tiny_processor(), PROMPTS)
+    expected = sample_codes(model, condition, FRAMES, return_logps=True)
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = sample_codes(model, condition, FRAMES, return_logps=True)
+    assert torch.equal(ours.logps, expected.logps)
+    assert model.training
+    (ours.logps + torch.zeros(1, requires_grad=True)).sum().backward()  # no inference tensors
+
+
+@pytest.mark.parametrize("backend", ["fast", "transformers"])
+def test_an_exception_leaves_everything_as_it_was(backend, monkeypatch):
+    model = policy_of()
+    model.train()
+    model.decoder.eval()
+    weights = copy.deepcopy(model.state_dict())
+    modes = [module.training for module in model.modules()]
+    config, attributes, state = model.generation_config, set(vars(model.audio_encoder)), torch.get_rng_state()
+    calls = []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    if backend == "fast":
+        original = EagerDecoder.step
+        monkeypatch.setattr(EagerDecoder, "step", interrupted)
+    else:
+        original = model.decoder.forward
+        monkeypatch.setattr(model.decoder, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, rollout_backend=backend, guidance_scale=3.0)
+    monkeypatch.undo()
+    assert len(calls) == 5
+    assert [module.training for module in model.modules()] == modes
+    assert model.generation_config is config
+    assert set(vars(model.audio_encoder)) == attributes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert torch.equal(generate(model, rollout_backend=backend).codes, generate(policy_of()).codes)
+
+
+def test_out_of_memory_halves_the_batch(monkeypatch, caplog):
+    model = policy_of()
+    expected = generate(model, num_generations=2)
+    run, sizes = DecodeLoop.run, []
+
+    def limited(loop, uniforms):
+        sizes.append(len(uniforms))
+        if len(uniforms) > 3:
+            raise torch.OutOfMemoryError("out of memory")
+        run(loop, uniforms)
+
+    monkeypatch.setattr(DecodeLoop, "run", limited)
+    ours = generate(model, num_generations=2)
+    assert sizes == [8, 4, 2, 2, 2, 2]
+    assert torch.equal(ours.codes, expected.codes)
+    assert "going on with 4 clips" in caplog.text
+
+    def never(loop, uniforms):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(DecodeLoop, "run", never)
+    with pytest.raises(torch.OutOfMemoryError):
+        generate(model)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch):
+    calls = []
+
+    def broken(loop, uniforms):
+        calls.append(1)
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(DecodeLoop, "run", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        generate(policy_of())
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("backend", ["fast", "transformers"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_name_prompt_and_step(backend, temperature):
+    """A NaN would otherwise be drawn as some code, and the clip would look like music."""
+    model = policy_of()
+    weights = RolloutWeights.from_model(model)
+    with torch.no_grad():
+        model.decoder.model.decoder.embed_positions.weights[5] = math.nan
+    with pytest.raises(FloatingPointError, match=r"'a calm piano song' are not finite at step 5"):
+        generate(model, rollout_backend=backend, temperature=temperature)
+    del weights
+    # One prompt alone: the word "cello" is broken.
+    model = policy_of()
+    with torch.no_grad():
+        model.text_encoder.shared.weight[tiny_processor().tokenizer("cello").input_ids[0]] = math.inf
+    with pytest.raises(FloatingPointError, match=r"'sad cello' are not finite at step 0"):
+        generate(model, rollout_backend=backend, temperature=temperature)
+
+
+def test_broken_row_of_a_condition_is_named():
+    model = policy_of()
+    condition = encode_text(model, tiny_processor(), PROMPTS)
+    condition.hidden_states[2, 0, 0] = math.nan
+    with pytest.raises(FloatingPointError, match="row 2 of the condition are not finite at step 0"):
+        sample_codes(model, condition, FRAMES)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompts": []}, "non-empty list"),
+        ({"prompts": ["a", ""]}, "prompt 1 is ''"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"num_generations": 0}, "num_generations=0"),
+        ({"num_frames": 0}, "num_frames must be at least 1"),
+        ({"num_frames": 126}, "126 needs 129 positions of 128: ask for at most 125"),
+        ({"num_frames": 1501}, "1501 is 30.0 s; .*at most 1500"),
+        ({"guidance_scale": 0.5}, "guidance_scale=0.5"),
+        ({"guidance_scale": math.nan}, "guidance_scale=nan"),
+        ({"rollout_backend": "vllm"}, "'vllm' must be one of fast, transformers"),
+        ({"negative_prompt": "bad"}, "needs guidance"),
+        ({"negative_prompt": " ", "guidance_scale": 3.0}, "needs text"),
+        ({"sample_ids": [1]}, "1 sample_ids for 4 clips"),
+        ({"seed": -1}, "seed -1"),
+        ({"rollout_backend": "transformers", "num_frames": 2}, "at least 3 frames"),
+    ],
+)
+def test_bad_requests_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        generate(policy_of(), settings.pop("prompts", PROMPTS), **settings)
+
+
+def test_short_clips_are_possible():
+    """`generate` leaves out the delay pattern below K − 1 frames; the loop does not."""
+    model = policy_of()
+    condition = encode_text(model, tiny_processor(), PROMPTS)
+    for num_frames in (1, 2):
+        rollout = sample_codes(model, condition, num_frames, return_logps=True)
+        with torch.no_grad():
+            expected = log_probabilities(code_logits(model, rollout.codes, condition), rollout.codes)
+        assert (rollout.logps - expected).abs().max() < 1e-5
+
+
+def test_bad_conditions_are_refused():
+    model = policy_of()
+    condition = encode_text(model, tiny_processor(), PROMPTS)
+    with pytest.raises(ValueError, match="no rows"):
+        sample_codes(model, condition.select([]), FRAMES)
+    with pytest.raises(ValueError, match="1 negative conditions for 4 clips"):
+        sample_codes(model, condition, FRAMES, guidance_scale=2.0, negative_condition=condition.select([0]))
+
+
+def test_unknown_attention_is_refused():
+    model = policy_of()
+    model.decoder.config._attn_implementation = "paged|sdpa"
+    with pytest.raises(ValueError, match=r"paged\|sdpa.*rollout_backend"):
+        generate(model)
+
+
+@CHANNELS
+def test_decoding_in_batches(channels):
+    model = policy_of(channels)
+    codes = torch.randint(0, 16, (5, 4 * channels, 9), generator=torch.Generator().manual_seed(0))
+    whole = decode_codes(model, codes)
+    torch.testing.assert_close(decode_codes(model, codes, batch_size=2), whole)
+    assert whole.shape == ((5, 9 * 64) if channels == 1 else (5, 2, 9 * 64))
+    left = model.audio_encoder.decode(codes[None, :, ::channels], [None]).audio_values[:, 0]
+    torch.testing.assert_close(whole if channels == 1 else whole[:, 0], left)
+
+
+def test_poisoned_codes_are_not_decoded():
+    model = policy_of()
+    codes = torch.zeros(2, 4, 5, dtype=torch.long)
+    for value in (-1, 16):
+        codes[0, 1, 2] = value
+        with pytest.raises(ValueError, match="must lie in 0 … 15"):
+            decode_codes(model, codes)
+    with pytest.raises(ValueError, match="must have shape"):
+        decode_codes(model, codes[:, :3])
+    with pytest.raises(ValueError, match="batch_size=0"):
+        decode_codes(model, torch.zeros(2, 4, 5, dtype=torch.long), batch_size=0)
