@@ -100,6 +100,7 @@ def write_card(
     *,
     repo_id: str | None = None,
     license: str | None = None,
+    datasets: Sequence[str] = (),
     tags: Sequence[str] = (),
 ) -> Path:
     """Render README.md into a model folder; call it after PEFT, which writes one that is replaced.
@@ -114,7 +115,9 @@ def write_card(
     state = _read_json(Path(folder) / "trainer_state.json")
     if state is not None:
         plot_training_curves(folder, state.get("log_history", []))
-    return write_text(path, render_card(folder, repo_id=repo_id, license=license, tags=tags))
+    return write_text(
+        path, render_card(folder, repo_id=repo_id, license=license, datasets=datasets, tags=tags)
+    )
 
 
 def is_generated(card: str) -> bool:
@@ -129,6 +132,7 @@ def render_card(
     repo_id: str | None = None,
     base_model: str | None = None,
     license: str | None = None,
+    datasets: Sequence[str] = (),
     tags: Sequence[str] = (),
 ) -> str:
     """The card of a model folder.
@@ -138,6 +142,7 @@ def render_card(
         repo_id: Hub id that the snippets load; by default the folder's own name.
         base_model: Hub id of the base, where the folder names a place on this machine.
         license: licence of the weights; by default the base's, which they inherit.
+        datasets: Hub ids of the prompts that it was trained on.
         tags: more Hub tags.
 
     Returns:
@@ -157,7 +162,7 @@ def render_card(
     evaluation = _read_json(folder / METRICS_FILE) or {}
     metrics = [Metric(**metric) for metric in evaluation.get("metrics", [])]
     samples = [Sample(**sample) for sample in _read_json(folder / SAMPLES_FILE) or []]
-    data = _metadata(name, provenance, adapter, base, license, metrics, evaluation, samples, tags)
+    data = _metadata(name, provenance, adapter, base, license, metrics, evaluation, samples, datasets, tags)
     body = (
         _environment()
         .get_template("model_card.md.jinja")
@@ -263,6 +268,7 @@ def _metadata(
     metrics: Sequence[Metric],
     evaluation: Mapping[str, Any],
     samples: Sequence[Sample],
+    datasets: Sequence[str],
     tags: Sequence[str],
 ) -> ModelCardData:
     relation = "adapter" if adapter else "merge" if provenance.kind == "merge" else "finetune"
@@ -283,6 +289,8 @@ def _metadata(
         optional |= {"base_model": base, "base_model_relation": relation}
     if results:
         optional |= {"eval_results": results, "model_name": name.split("/")[-1]}
+    if datasets := [name for name in datasets if is_hub_id(name)]:
+        optional["datasets"] = datasets
     if samples:
         optional["widget"] = [{"text": s.prompt, "output": {"url": s.file}} for s in samples]
     own = ["musicgen", "text-to-audio", "music", "cfg-distillation", "diverse-cfg", PAPER]

@@ -218,3 +218,24 @@ def test_seeded_snippet_is_reproducible(world):
         set_seed(0)
         clips.append(music("sad cello")["audio"])
     np.testing.assert_array_equal(*clips)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_trainers_card_is_this_card(world, tmp_path, lora):
+    """Catches TRL's template, PEFT's placeholder after it, and a card for a folder that holds no model yet."""
+    from peft import LoraConfig
+
+    from tests.training import tiny_trainer
+
+    peft_config = LoraConfig(r=2, target_modules=["q_proj"]) if lora else None
+    trainer = tiny_trainer(tmp_path / "student", peft_config=peft_config)
+    trainer.create_model_card()
+    assert not (tmp_path / "student" / "README.md").exists(), "nothing was saved yet"
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card(model_name="student", dataset_name="me/prompts", tags="mine")
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert card == render_card(tmp_path / "student", repo_id="student", datasets=["me/prompts"], tags=["mine"])
+    assert metadata(card)["library_name"] == ("peft" if lora else "transformers")
+    assert metadata(card)["datasets"] == ["me/prompts"]
+    assert "β = 5" in card and "training_curves.png" in card

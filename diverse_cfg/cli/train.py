@@ -83,6 +83,7 @@ def train(args: TrainArguments, config) -> None:
     )
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
+    trainer.create_model_card(dataset_name=args.dataset_name)
     if trainer.is_world_process_zero():
         print(config.output_dir)
 

@@ -13,8 +13,9 @@ from trl import RLOOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from diverse_cfg.callbacks import AdaptiveClipCallback
+from diverse_cfg.cards import plot_training_curves, write_card
 from diverse_cfg.musicgen.policy import frame_rate, unwrap
-from diverse_cfg.provenance import Provenance, write_provenance
+from diverse_cfg.provenance import Provenance, read_provenance, write_provenance
 from diverse_cfg.trainer import setup
 from diverse_cfg.trainer.state import (
     STATE_FILE,
@@ -169,8 +170,24 @@ class Checkpointing(RLOOTrainer):
             training=training | {name: getattr(args, name) for name in named},
         )
 
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Not TRL's: its template calls the model a text generator. `diverse-cfg publish` writes the card."""
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """README.md of the student: the card that `merge` and `publish` write too (TRL's says text
+        generation)."""
+        folder = self.args.output_dir
+        if not self.is_world_process_zero() or read_provenance(folder) is None:
+            return  # a checkpoint's turn comes before the student itself is saved
+        plot_training_curves(folder, self.state.log_history)
+        write_card(
+            folder,
+            repo_id=self.args.hub_model_id or model_name,
+            datasets=[dataset_name] if dataset_name else (),
+            tags=[tags] if isinstance(tags, str) else tags or (),
+        )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # Called for every checkpoint that can be resumed from, on every process.
