@@ -1,0 +1,218 @@
+"""Reward functions on clips whose reward is known by construction."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from diverse_cfg.config import GuardConfig
+from diverse_cfg.rewards import (
+    AestheticsReward,
+    DiversityReward,
+    TextAdherenceReward,
+    checked,
+    spectral_flatness,
+    valid_audio,
+)
+from diverse_cfg.trainer.guarding import CrossGuards
+from tests.training import CodeEmbedder, WaveEmbedder
+
+RATE = 3200
+
+
+class Directions:
+    """Hands out given embeddings."""
+
+    name = "directions"
+    reads = "waveforms"
+    sampling_rate = RATE
+
+    def __init__(self, *degrees):
+        angles = torch.tensor(degrees).deg2rad()
+        self.vectors = (
+            torch.stack([angles.cos(), angles.sin()], dim=1) * torch.arange(1, len(degrees) + 1)[:, None]
+        )
+
+    def embed(self, inputs, sampling_rate=None):
+        assert sampling_rate == RATE
+        return self.vectors
+
+    def embed_text(self, texts):
+        return torch.tensor([[1.0, 0.0], [0.0, 1.0]])[: len(texts)]
+
+
+def tone(seconds=1.0, level=0.3, frequency=220.0):
+    return level * torch.sin(2 * math.pi * frequency * torch.arange(int(RATE * seconds)) / RATE)
+
+
+def test_diversity_by_hand():
+    """Fault: similarity for distance, lengths that count, mixed groups, or a clip compared with itself."""
+    reward = DiversityReward(Directions(0, 90, 180, 0, 0, 60))
+    found = reward(num_generations=3, sampling_rate=RATE, waveforms=torch.zeros(6, 10))
+    wanted = [(1 + 2) / 2, (1 + 1) / 2, (2 + 1) / 2, (0 + 0.5) / 2, (0 + 0.5) / 2, 0.5]
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    assert reward.embeddings.shape == (6, 2) and reward.distances.shape == (2, 3, 3)
+
+
+def test_completions_are_enough():
+    """Fault: the function works inside the trainer only."""
+    reward = DiversityReward(WaveEmbedder())
+    clips = [tone(), tone(level=0.1), tone(), tone(frequency=100.0)]
+    assert len(reward(clips, num_generations=2, sampling_rate=RATE)) == 4
+
+
+@pytest.mark.parametrize("clips", [3, 5])
+def test_broken_groups_are_refused(clips):
+    with pytest.raises(ValueError, match=f"{clips} clips in groups of 2"):
+        DiversityReward(WaveEmbedder())(torch.rand(clips, 100), num_generations=2, sampling_rate=RATE)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_clip_without_embedding_is_named(value):
+    embedder = Directions(0, 90, 180, 10)
+    embedder.vectors[2, 1] = value
+    with pytest.raises(ValueError, match=r"'directions' returned non-finite values for clip 2"):
+        DiversityReward(embedder)(num_generations=4, sampling_rate=RATE, waveforms=torch.zeros(4, 10))
+
+
+def test_a_silent_clip_with_a_zero_embedding_is_refused():
+    embedder = Directions(0, 90, 180, 10)
+    embedder.vectors[1] = 0
+    with pytest.raises(ValueError, match="silent"):
+        DiversityReward(embedder)(num_generations=4, sampling_rate=RATE, waveforms=torch.zeros(4, 10))
+
+
+def test_an_embedder_of_codes_needs_no_audio_unless_a_guard_listens():
+    """Fault: 64 clips decoded for nothing; or a guard that gets codes for audio."""
+    assert DiversityReward(CodeEmbedder()).reads == "codes"
+    assert DiversityReward(CodeEmbedder(), GuardConfig(silence_dbfs=-50.0)).reads == "waveforms"
+
+
+def test_validity_by_ear():
+    """Fault: a limit the wrong way round; brown noise and square waves passed a flatness alone."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(RATE, generator=generator)
+    brown = noise.cumsum(0)
+    clips = torch.stack(
+        [tone(), tone(level=1e-4), tone(level=5.0).clamp(-1, 1), 0.2 * noise, 0.5 * brown / brown.abs().max()]
+    )
+
+    def valid(**limits):
+        return valid_audio(clips, GuardConfig(**limits)).tolist()
+
+    assert valid() == [True] * 5
+    assert valid(silence_dbfs=-50.0) == [True, False, True, True, True]
+    assert valid(max_clipping=0.01) == [True, True, False, True, True]
+    assert valid(max_flatness=0.5) == [True, True, True, False, True]
+    flatness = spectral_flatness(clips)
+    assert flatness[0] < 0.05 and flatness[3] > 0.7
+
+
+def test_an_invalid_clip_earns_nothing_and_gives_nothing():
+    """Fault: silence is far from all music, and would be the best paid clip of its group."""
+    reward = DiversityReward(Directions(0, 90, 180, 45), GuardConfig(silence_dbfs=-40.0))
+    waveforms = torch.stack([tone(), tone(), torch.zeros(RATE), tone()])
+    found = reward(num_generations=4, sampling_rate=RATE, waveforms=waveforms)
+    near = 1 - math.cos(math.pi / 4)
+    np.testing.assert_allclose(found, [(1 + near) / 3, (1 + near) / 3, 0, 2 * near / 3], atol=1e-6)
+
+
+def test_adherence_is_the_cosine_with_the_own_prompt():
+    """Fault: prompts and clips paired by position among the distinct ones."""
+    reward = TextAdherenceReward(Directions(0, 60, 90, 45))
+    prompts = ["first", "first", "second", "second"]
+    found = reward(prompts, sampling_rate=RATE, waveforms=torch.zeros(4, 10))
+    np.testing.assert_allclose(found, [1, 0.5, 1, math.sqrt(0.5)], atol=1e-6)
+
+
+def test_adherence_needs_a_text_tower():
+    with pytest.raises(ValueError, match="'waves' has no text tower"):
+        TextAdherenceReward(WaveEmbedder())
+
+
+class Aesthetics(torch.nn.Module):
+    """Level of the unmasked part, standardised as the real model's output is."""
+
+    target_transform = {"CE": {"mean": 5.0, "std": 2.0}}  # noqa: RUF012
+
+    def forward(self, batch):
+        assert batch["wav"].shape == batch["mask"].shape == (2, 1, 160_000)
+        masked = (batch["wav"].abs() * batch["mask"]).sum(dim=(1, 2)) / batch["mask"].sum(dim=(1, 2))
+        return {"CE": masked}
+
+
+def test_aesthetics_averages_windows_by_their_length():
+    """Fault: a short last window counts as much as a whole one, or its padding counts."""
+    waveforms = torch.cat([torch.full((2, 160_000), 0.5), torch.full((2, 40_000), 0.1)], dim=1)
+    waveforms[1] = 0.3
+    found = AestheticsReward(model=Aesthetics())(sampling_rate=16_000, waveforms=waveforms)
+    np.testing.assert_allclose(found, [5 + 2 * (0.5 * 0.8 + 0.1 * 0.2), 5.6], atol=1e-5)
+
+
+def test_aesthetics_names_what_to_install(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "audiobox_aesthetics", None)
+    with pytest.raises(ImportError, match="--no-deps audiobox_aesthetics"):
+        AestheticsReward()
+    with pytest.raises(ValueError, match="axis='XX'"):
+        AestheticsReward("XX")
+
+
+def test_checked_passes_none_and_names_the_rest():
+    call = checked(lambda **_: [None, 1.0, math.nan], "mine", ["a", "b", "c"], False, {})
+    with pytest.raises(ValueError, match=r"'mine' returned nan for clip 2 \(prompt 'c'\)"):
+        call()
+    assert checked(lambda **_: [None, 1.0], "mine", ["a", "b"], False, {})() == [None, 1.0]
+
+
+def guarded(names, rewards, **settings):
+    diversity = DiversityReward(Directions(0, 90, 180))
+    diversity(num_generations=3, sampling_rate=RATE, waveforms=torch.zeros(3, 10))
+    guards = CrossGuards(GuardConfig(**settings), names, [diversity, lambda **_: None])
+    guards.gate_threshold = 0.5
+    return guards.apply(torch.tensor(rewards), [True, False])[:, 0].tolist()
+
+
+def test_gate_and_product_weigh_both_clips_of_a_pair():
+    """Fault: only the clip's own quality counts, so that it still profits from being far from a bad one."""
+    rewards = [[9.0, 1.0], [9.0, 0.4], [9.0, 0.5]]
+    assert guarded(["diversity", "q"], rewards, gate="q") == [1.0, 0.0, 1.0]
+    found = guarded(["diversity", "q"], rewards, quality_product="q")
+    np.testing.assert_allclose(found, [(0.4 + 2 * 0.5) / 2, (0.4 + 0.2) / 2, (2 * 0.5 + 0.2) / 2], atol=1e-6)
+    assert guarded(["diversity", "q"], rewards) == [9.0, 9.0, 9.0]
+
+
+def test_a_guard_on_an_unknown_reward_is_refused():
+    with pytest.raises(
+        ValueError, match=r"guards.gate='clap' is none of the reward functions \(diversity, q\)"
+    ):
+        guarded(["diversity", "q"], [], gate="clap")
+
+
+def test_a_negative_quality_is_refused():
+    with pytest.raises(ValueError, match="needs rewards ≥ 0, got -1"):
+        guarded(["diversity", "q"], [[9.0, 1.0], [9.0, -1.0], [9.0, 1.0]], quality_product="q")
+
+
+def test_limits_are_measured_before_training(tmp_path):
+    """Fault: a gate or cap that is never set, or set from the student's own clips."""
+    from diverse_cfg.trainer import CFGDiversityTrainer
+    from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
+    from tests.training import tiny_args
+
+    def loudness(waveforms, **_):
+        return waveforms.square().mean(dim=-1).sqrt().tolist()
+
+    trainer = CFGDiversityTrainer(
+        tiny_musicgen(),
+        [DiversityReward(CodeEmbedder()), loudness],
+        tiny_args(tmp_path, guards={"gate": "loudness", "gate_quantile": 0.5, "distance_quantile": 0.9}),
+        train_dataset=PROMPTS,
+        processing_class=tiny_processor(),
+    )
+    trainer.train()
+    assert trainer._cross_guards.gate_threshold > 0
+    cap = trainer.reward_funcs[0].distance_cap
+    assert 0 < cap < 2 and trainer.reward_funcs[0].distances.max().item() <= cap + 1e-6

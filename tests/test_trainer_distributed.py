@@ -1,0 +1,84 @@
+"""Two processes on one machine must be one process with twice the batch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+RUN = """
+import json, os, sys
+import torch
+from peft import LoraConfig
+from tests.training import tiny_trainer, trained
+
+folder, settings = sys.argv[1], json.loads(sys.argv[2])
+if settings.pop("lora"):
+    settings["peft_config"] = LoraConfig(r=2, lora_alpha=4)
+if "WORLD_SIZE" in os.environ:
+    settings["ddp_backend"] = "gloo"
+trainer = tiny_trainer(folder, **settings)
+trainer.train(resume_from_checkpoint=settings.get("resume_from_checkpoint"))
+weights = trained(trainer)
+checksum = {name: value.double().sum().item() for name, value in weights.items()}
+logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+result = {"checksum": checksum, "logs": logs, "processes": trainer.accelerator.num_processes}
+with open(f"{folder}/result-{trainer.accelerator.process_index}.json", "w") as file:
+    json.dump(result, file)
+"""
+
+
+def run(folder, processes, **settings):
+    folder.mkdir(exist_ok=True)
+    script = folder / "run.py"
+    script.write_text(RUN)
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*launcher, str(script), str(folder), json.dumps(settings)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(processes)]
+
+
+CASES = {
+    "full": {"lora": False},
+    "lora": {"lora": True},
+    "prefix baseline, mixed rollouts": {"lora": False, "prefix_baseline": True, "rollout_source": "mix"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_are_one(tmp_path, case):
+    """Fault: gradients that are not averaged (a loss outside the wrapped forward), groups torn apart, or
+    noise that depends on the process."""
+    (single,) = run(tmp_path / "one", 1, **CASES[case])
+    first, second = run(tmp_path / "two", 2, per_device_train_batch_size=4, **CASES[case])
+    assert (single["processes"], first["processes"]) == (1, 2)
+    assert first["checksum"] == second["checksum"]
+    for name in ("loss", "kl/clip", "reward/diversity", "grad_norm"):
+        wanted = [entry[name] for entry in single["logs"]]
+        assert [entry[name] for entry in first["logs"]] == pytest.approx(wanted, rel=1e-4, abs=1e-5), name
+    assert first["checksum"] == pytest.approx(single["checksum"], rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_resume_inside_a_generation_block(tmp_path):
+    """Fault: every process continues with the first one's clips."""
+    settings = {"lora": False, "per_device_train_batch_size": 4, "num_iterations": 2, "max_steps": 4}
+    saving = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
+    straight, _ = run(tmp_path / "straight", 2, **settings, **saving)
+    checkpoint = str(tmp_path / "straight" / "checkpoint-3")
+    again, _ = run(tmp_path / "again", 2, **settings, **saving, resume_from_checkpoint=checkpoint)
+    assert again["checksum"] == straight["checksum"]
