@@ -32,6 +32,7 @@ _MODEL_FILES = (
     "pytorch_model*.bin",
     "config.json",
     "encoder.json",
+    "judge.json",
     "adapter_config.json",
     "modules.json",
     "tokenizer.json",

@@ -5,9 +5,11 @@ which together with the clips' description is the key under which its rows are k
 functions of these rows.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,8 +17,9 @@ import torch
 from torch import Tensor
 
 from diverse_cfg.embeddings import Embedder
+from diverse_cfg.evaluation import acoustics, attributes
 from diverse_cfg.evaluation.acoustics import rule_adherence, validity
-from diverse_cfg.evaluation.cache import Cache, content_digest
+from diverse_cfg.evaluation.cache import Cache, content_digest, file_digest
 from diverse_cfg.evaluation.generations import Player, Progress
 from diverse_cfg.evaluation.systems import System
 from diverse_cfg.musicgen.policy import code_logits, encode_text, null_condition
@@ -80,6 +83,7 @@ class EmbeddingFeature:
             "encoder": embedder.name,
             "content": content_digest(source),
             "reads": embedder.reads,
+            "code": code_digest(type(embedder).__module__),
         }
 
     def compute(self, batch: Batch) -> dict[str, np.ndarray]:
@@ -120,7 +124,11 @@ class JudgeFeature:
 
     def __init__(self, judge: Any, source: str):
         self.judge = judge
-        self.fingerprint = {"feature": "judge", "content": content_digest(source)}
+        self.fingerprint = {
+            "feature": "judge",
+            "content": content_digest(source),
+            "code": code_digest(type(judge).__module__, attributes.__name__),
+        }
 
     def compute(self, batch: Batch) -> dict[str, np.ndarray]:
         return _floats(self.judge.adherence(batch.waveforms, batch.sampling_rate, batch.prompts))
@@ -130,7 +138,9 @@ class RulesFeature:
     """Adherence by rules without any network: onset rate, pitch, chroma."""
 
     name = "rules"
-    fingerprint: Mapping[str, Any] = {"feature": "rules", "version": 1}
+
+    def __init__(self):
+        self.fingerprint = {"feature": "rules", "code": code_digest(acoustics.__name__, attributes.__name__)}
 
     def compute(self, batch: Batch) -> dict[str, np.ndarray]:
         return _floats(rule_adherence(batch.waveforms, batch.sampling_rate, batch.prompts))
@@ -140,7 +150,9 @@ class ValidityFeature:
     """Level, peak, clipping, silence, and whether a clip is sound at all."""
 
     name = "validity"
-    fingerprint: Mapping[str, Any] = {"feature": "validity", "version": 1}
+
+    def __init__(self):
+        self.fingerprint = {"feature": "validity", "code": code_digest(acoustics.__name__)}
 
     def compute(self, batch: Batch) -> dict[str, np.ndarray]:
         return _floats(validity(batch.waveforms, batch.sampling_rate))
@@ -167,7 +179,7 @@ class DivergenceFeature:
             "feature": "divergence",
             "teacher": content_digest(source),
             "guidance_scale": float(guidance_scale),
-            "version": 1,
+            "code": code_digest(__name__),
         }
 
     @torch.no_grad()
@@ -201,6 +213,12 @@ class DivergenceFeature:
                     f"the system has {name}={ours} and the teacher {theirs}: there is no divergence "
                     "between them"
                 )
+
+
+def code_digest(*modules: str) -> list[str]:
+    """Hashes of modules' source: a rule that was changed must not be answered from the cache."""
+    paths = [getattr(sys.modules[name], "__file__", None) for name in modules]
+    return [file_digest(Path(path)) if path else "unknown" for path in paths]
 
 
 def _distribution(model: Any, codes: Tensor, condition: TextCondition, sampling: SamplingSettings) -> Tensor:

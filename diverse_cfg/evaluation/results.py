@@ -51,12 +51,21 @@ class Estimate:
         """Whether 0 lies outside of the interval: of a difference, whether there is one."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
-    def text(self, digits: int = 3) -> str:
-        """For tables: "0.754 [0.731, 0.776]"."""
+    def text(self) -> str:
+        """For tables: "0.754 [0.731, 0.776]", with digits by the size of the number."""
+        number, interval = self.parts("{}, {}")
+        return f"{number} [{interval}]" if interval else number
+
+    def parts(self, between: str = "{} … {}") -> tuple[str, str]:
+        """Number and interval as texts; the interval is empty where there is none, or no width."""
         if self.estimate is None:
-            return "–"
+            return "–", ""
+        size = abs(self.estimate)
+        digits = 3 if size < 10 else 1 if size < 1000 else 0
         number = f"{self.estimate:.{digits}f}"
-        return number if self.low is None else f"{number} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+        if self.low is None or self.high is None or self.low == self.high:
+            return number, ""
+        return number, between.format(f"{self.low:.{digits}f}", f"{self.high:.{digits}f}")
 
 
 @dataclass
@@ -263,14 +272,14 @@ class Results:
                 )
         return out.getvalue()
 
-    def table(self, metrics: Sequence[str] | None = None, digits: int = 3) -> str:
+    def table(self, metrics: Sequence[str] | None = None) -> str:
         """A Markdown table; failures and flags are in it."""
         names = list(metrics or self.metrics)
         header = ["system", *(METRICS[name].label for name in names)]
         lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
         for row in self.systems:
             mark = "" if not row.flags else " ⚠"
-            cells = [row.metrics.get(name, Estimate(None)).text(digits) for name in names]
+            cells = [row.metrics.get(name, Estimate(None)).text() for name in names]
             if not row.ok:
                 cells = [f"failed: {row.error}", *[""] * (len(names) - 1)]
             lines.append("| " + " | ".join([row.system.name + mark, *cells]).replace("\n", " ") + " |")

@@ -1,0 +1,462 @@
+"""The paper's figures from results: front, LERP against the straight line, trajectories, training curves.
+
+Each function writes three files beside each other, SVG, PNG and the CSV of exactly what is drawn, at the
+width of a paper's column. Series differ by marker and line style as well as by colour, so that a
+black-and-white print can be read.
+"""
+
+import itertools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+
+from diverse_cfg.evaluation.metrics import METRICS
+from diverse_cfg.evaluation.plotting import (
+    STYLE,
+    Look,
+    axis_label,
+    error_bars,
+    new_figure,
+    running_mean,
+    save,
+)
+from diverse_cfg.evaluation.results import Estimate, Results, SystemResult, mean_estimate
+
+
+def front(results: Results, x: str, y: str, stem: str | os.PathLike) -> list[Path]:
+    """Every system in the plane of two metrics, with intervals; the systems of a series are joined.
+
+    The legend gives each series of several systems its hypervolume above the worst coordinates of all
+    systems.
+    Flagged systems are named below the plot and count for nothing: their numbers stay in the CSV.
+
+    Args:
+        results: of a sweep.
+        x: metric on the horizontal axis, e.g. "diversity_heldout".
+        y: metric on the vertical axis, e.g. "adherence".
+        stem: path without ending.
+
+    Returns:
+        The SVG, the PNG and the CSV.
+
+    Raises:
+        ValueError: no system has both metrics, or a name that is no metric.
+    """
+    rows = _with_metrics(results, (x, y))
+    volumes = series_hypervolumes(results, x, y)
+    table: list[list[Any]] = [
+        ["system", "series", x, f"{x}_low", f"{x}_high", y, f"{y}_low", f"{y}_high", "flags"]
+    ]
+    for row in rows:
+        table.append(
+            [row.system.name, row.system.series, *_numbers(row, x), *_numbers(row, y), "; ".join(row.flags)]
+        )
+    table += [[], ["series", "hypervolume", "low", "high"]]
+    table += [[name, volume.estimate, volume.low, volume.high] for name, volume in volumes.items()]
+    sound = [row for row in rows if not row.flags]
+    with matplotlib.rc_context(STYLE):
+        figure, (axes,) = new_figure(1, height=3.1)
+        for index, (name, members) in enumerate(_by_series(sound).items()):
+            look = Look.number(index)
+            joined = len(members) > 1
+            if joined:
+                line = [(_value(row, x), _value(row, y)) for row in members]
+                axes.plot(*zip(*line, strict=True), color=look.color, linestyle=look.linestyle, alpha=0.8)
+            for row in members:
+                _point(axes, row, x, y, look)
+            if joined:
+                _label_points(axes, members, x, y, look, index)
+            # The interval is in the CSV: a legend has room for one number.
+            text = name if name not in volumes else f"{name} (hypervolume {volumes[name].estimate:.3f})"
+            line = look.linestyle if joined else "none"
+            axes.plot([], [], color=look.color, linestyle=line, marker=look.marker, label=text)
+        flagged = [row.system.name for row in rows if row.flags]
+        if flagged:
+            axes.plot(
+                [],
+                [],
+                color="0.4",
+                marker="x",
+                linestyle="none",
+                label=f"not drawn, invalid audio: {', '.join(flagged)}",
+            )
+        _upper_bound(axes, results, x)
+        _finish(axes, x, y)
+        return save(figure, stem, table)
+
+
+def series_hypervolumes(results: Results, x: str, y: str) -> dict[str, Estimate]:
+    """Hypervolume of every series of several systems, above the worst coordinates that any system has.
+
+    Empty when a metric has no direction, no cells, or fewer than two systems can be compared.
+    """
+    if not (METRICS[x].better and METRICS[y].better):
+        return {}
+    rows = [row for row in _with_metrics(results, (x, y)) if not row.flags and {x, y} <= row.cells.keys()]
+    if len(rows) < 2:
+        return {}
+    corner = tuple(
+        min(_value(row, name) * METRICS[name].better for row in rows) * METRICS[name].better
+        for name in (x, y)
+    )
+    return {
+        name: results.hypervolume([row.system.name for row in members], x, y, (corner[0], corner[1]))
+        for name, members in _by_series(rows).items()
+        if len(members) > 1
+    }
+
+
+def merge_curve(results: Results, series: str, metrics: Sequence[str], stem: str | os.PathLike) -> list[Path]:
+    """Metrics along a LERP against the straight line between its ends.
+
+    The CSV tells for each point how far it lies above the line, as a paired difference with an interval.
+
+    Args:
+        results: of a sweep.
+        series: whose systems have a `merge_weight`; 0 and 1 among them (the ends).
+        metrics: one panel each, diversity first as in the paper.
+        stem: path without ending.
+
+    Raises:
+        ValueError: no such series, or an end is missing.
+    """
+    rows = sorted(
+        (
+            row
+            for row in results.usable
+            if row.system.series == series and row.system.merge_weight is not None
+        ),
+        key=lambda row: row.system.merge_weight or 0.0,
+    )
+    if len(rows) < 3 or rows[0].system.merge_weight != 0 or rows[-1].system.merge_weight != 1:
+        raise ValueError(
+            f"series {series!r} has the merge weights {[row.system.merge_weight for row in rows]}: a LERP "
+            "needs 0, 1 and "
+            "something between"
+        )
+    first, last = rows[0], rows[-1]
+    table: list[list[Any]] = [
+        ["metric", "merge_weight", "estimate", "low", "high", "above_line", "above_low", "above_high"]
+    ]
+    with matplotlib.rc_context(STYLE):
+        figure, panels = new_figure(len(metrics), height=1.75)
+        for axes, metric, look in zip(panels, metrics, map(Look.number, range(len(metrics))), strict=False):
+            weights = [row.system.merge_weight for row in rows]
+            values = [row.metrics[metric] for row in rows]
+            axes.plot(
+                [0, 1],
+                [_value(first, metric), _value(last, metric)],
+                color="0.45",
+                linestyle=(0, (4, 2)),
+                linewidth=0.9,
+                label="straight line",
+            )
+            axes.errorbar(
+                weights,
+                [value.estimate for value in values],
+                yerr=error_bars(values),
+                color=look.color,
+                marker=look.marker,
+                linestyle="-",
+                elinewidth=0.7,
+                capsize=1.5,
+                label="merge",
+            )
+            axes.set_xlabel("merge weight λ")
+            axes.set_ylabel(axis_label(metric))
+            axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", ".25", ".5", ".75", "1"])
+            axes.grid(axis="y", linewidth=0.3, color="0.85")
+            for row, value in zip(rows, values, strict=True):
+                above = above_line(first, row, last, metric)
+                table.append(
+                    [
+                        metric,
+                        row.system.merge_weight,
+                        value.estimate,
+                        value.low,
+                        value.high,
+                        above.estimate,
+                        above.low,
+                        above.high,
+                    ]
+                )
+        panels[0].legend(frameon=False, loc="best")
+        return save(figure, stem, table)
+
+
+def above_line(first: SystemResult, row: SystemResult, last: SystemResult, metric: str) -> Estimate:
+    """How far a merge lies above the straight line between its ends: v(λ) − (1 − λ)·v(0) − λ·v(1), by
+    prompt."""
+    weight = row.system.merge_weight
+    assert weight is not None
+    line = (1 - weight) * first.cells[metric] + weight * last.cells[metric]
+    return mean_estimate(row.cells[metric] - line)
+
+
+def trajectories(results: Results, x: str, y: str, stem: str | os.PathLike) -> list[Path]:
+    """Training runs as paths in the quality–diversity plane: the systems of a series in the order of their
+    `step`.
+
+    Systems without a step are drawn as single points (base, guided base).
+
+    Raises:
+        ValueError: no series has two systems with a step.
+    """
+    rows = _with_metrics(results, (x, y))
+    runs = {
+        name: sorted(
+            (row for row in members if row.system.step is not None), key=lambda row: row.system.step or 0
+        )
+        for name, members in _by_series(rows).items()
+    }
+    if not any(len(run) > 1 for run in runs.values()):
+        raise ValueError(
+            "no series has two systems with a step: evaluate checkpoints of a run to draw its path"
+        )
+    table: list[list[Any]] = [["series", "step", x, f"{x}_low", f"{x}_high", y, f"{y}_low", f"{y}_high"]]
+    with matplotlib.rc_context(STYLE):
+        figure, (axes,) = new_figure(1, height=2.9)
+        for index, (name, members) in enumerate(_by_series(rows).items()):
+            look, run = Look.number(index), runs[name]
+            points = [(_value(row, x), _value(row, y)) for row in run]
+            for start, end in itertools.pairwise(points):
+                arrow = {
+                    "arrowstyle": "-|>",
+                    "color": look.color,
+                    "linewidth": 0.8,
+                    "linestyle": look.linestyle,
+                    "shrinkA": 2,
+                    "shrinkB": 2,
+                }
+                axes.annotate("", xy=end, xytext=start, arrowprops=arrow)
+            for row in members:
+                axes.plot(
+                    _value(row, x), _value(row, y), color=look.color, marker=look.marker, linestyle="none"
+                )
+                table.append([name, row.system.step, *_numbers(row, x), *_numbers(row, y)])
+            if run:
+                axes.annotate(
+                    f"step {run[-1].system.step}",
+                    points[-1],
+                    xytext=(4, 3),
+                    textcoords="offset points",
+                    fontsize=6,
+                    color=look.color,
+                )
+            axes.plot(
+                [],
+                [],
+                color=look.color,
+                marker=look.marker,
+                linestyle=look.linestyle if run else "none",
+                label=name,
+            )
+        _finish(axes, x, y)
+        return save(figure, stem, table)
+
+
+def training_curves(
+    runs: Mapping[str, str | os.PathLike],
+    stem: str | os.PathLike,
+    metrics: Sequence[tuple[str, str]] = (
+        ("kl/clip", "KL to the teacher (nats)"),
+        ("reward/diversity", "diversity (reward encoder)"),
+    ),
+    smooth: int = 1,
+) -> list[Path]:
+    """Logged metrics along training, one line per run.
+
+    Args:
+        runs: label → folder of a training run (its `trainer_state.json` is read, or that of its last
+            checkpoint).
+        stem: path without ending.
+        metrics: (logged name, label) of each panel; a run that did not log one has no line there.
+        smooth: width of a running mean over logged values.
+
+    Raises:
+        FileNotFoundError: a run without a log.
+        ValueError: no run has any of the metrics.
+    """
+    table: list[list[Any]] = [["run", "metric", "step", "value"]]
+    histories = {label: training_log(folder) for label, folder in runs.items()}
+    found = [
+        metric for metric in metrics if any(metric[0] in entry for log in histories.values() for entry in log)
+    ]
+    if not found:
+        raise ValueError(f"none of the runs logged {', '.join(name for name, _ in metrics)}")
+    with matplotlib.rc_context(STYLE):
+        figure, panels = new_figure(len(found), height=1.9)
+        for axes, (name, label) in zip(panels, found, strict=True):
+            for index, (run, log) in enumerate(histories.items()):
+                points = [(entry["step"], entry[name]) for entry in log if name in entry]
+                if not points:
+                    continue
+                steps, values = (np.array(column, dtype=float) for column in zip(*points, strict=True))
+                look = Look.number(index)
+                axes.plot(
+                    *running_mean(steps, values, smooth),
+                    color=look.color,
+                    linestyle=look.linestyle,
+                    label=run,
+                    marker=look.marker,
+                    markevery=max(1, len(steps) // 6),
+                    markersize=3,
+                )
+                table += [[run, name, int(step), value] for step, value in zip(steps, values, strict=True)]
+            axes.set_xlabel("training step")
+            axes.set_ylabel(label)
+            axes.grid(axis="y", linewidth=0.3, color="0.85")
+        panels[0].legend(frameon=False)
+        return save(figure, stem, table)
+
+
+def training_log(folder: str | os.PathLike) -> list[dict[str, Any]]:
+    """What a training run logged, one entry per logged step.
+
+    Raises:
+        FileNotFoundError: neither the folder nor a checkpoint in it has a `trainer_state.json`.
+    """
+    folder = Path(folder)
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for path in (folder, *reversed(checkpoints)):
+        if (path / "trainer_state.json").is_file():
+            return json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    raise FileNotFoundError(
+        f"{folder} has no trainer_state.json, nor has a checkpoint in it: is it a training run?"
+    )
+
+
+# ---- parts ---------------------------------------------------------------------------------------
+
+
+def _with_metrics(results: Results, names: Sequence[str]) -> list[SystemResult]:
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(f"unknown metric {name!r}; known: {', '.join(METRICS)}")
+    rows = [
+        row
+        for row in results.usable
+        if all(row.metrics.get(name, Estimate(None)).estimate is not None for name in names)
+    ]
+    if not rows:
+        raise ValueError(f"no system has {' and '.join(names)}: there is nothing to draw")
+    return rows
+
+
+def _by_series(rows: Sequence[SystemResult]) -> dict[str, list[SystemResult]]:
+    series: dict[str, list[SystemResult]] = {}
+    for row in rows:
+        series.setdefault(row.system.series or row.system.name, []).append(row)
+    return series
+
+
+def _value(row: SystemResult, metric: str) -> float:
+    value = row.metrics[metric].estimate
+    assert value is not None
+    return value
+
+
+def _numbers(row: SystemResult, metric: str) -> list[float | None]:
+    found = row.metrics[metric]
+    return [found.estimate, found.low, found.high]
+
+
+def _point(axes: Axes, row: SystemResult, x: str, y: str, look: Look) -> None:
+    axes.errorbar(
+        _value(row, x),
+        _value(row, y),
+        xerr=error_bars([row.metrics[x]]),
+        yerr=error_bars([row.metrics[y]]),
+        color=look.color,
+        marker=look.marker,
+        elinewidth=0.5,
+        alpha=0.95,
+        linestyle="none",
+    )
+
+
+def _label_points(axes: Axes, rows: list[SystemResult], x: str, y: str, look: Look, index: int) -> None:
+    """The setting that varies along a series, beside its points; of a long series the ends and the middle
+    only."""
+    if len(rows) > 8:
+        rows = [rows[0], rows[len(rows) // 2], rows[-1]]
+    # Each series has its own side, so that the labels of neighbouring curves do not meet.
+    varied = {"γ": any(row.system.guidance_scale != 1 for row in rows)}
+    varied["T"] = any(row.system.temperature != 1 for row in rows)
+    right, up = ((-1, -1), (1, 1), (1, -1), (-1, 1))[index % 4]
+    for row in rows:
+        axes.annotate(
+            short_label(row, varied),
+            (_value(row, x), _value(row, y)),
+            xytext=(4 * right, 3.5 * up),
+            textcoords="offset points",
+            ha="left" if right > 0 else "right",
+            va="bottom" if up > 0 else "top",
+            fontsize=5.5,
+            color=look.color,
+        )
+
+
+def short_label(row: SystemResult, varied: Mapping[str, bool]) -> str:
+    """λ of a merge; γ, T and k where they vary along the series or are not neutral; empty for a plain
+    model."""
+    system = row.system
+    if system.merge_weight is not None:
+        return f"λ {_short(system.merge_weight)}"
+    parts = [f"γ {system.guidance_scale:g}"] if varied["γ"] or system.guidance_scale != 1 else []
+    parts += [f"T {_short(system.temperature)}"] if varied["T"] or system.temperature != 1 else []
+    parts += [f"k {system.top_k}"] if system.top_k else []
+    return ", ".join(parts)
+
+
+def _short(number: float) -> str:
+    return f"{number:g}".removeprefix("0") if 0 < number < 1 else f"{number:g}"
+
+
+def _upper_bound(axes: Axes, results: Results, x: str) -> None:
+    """The diversity of different prompts under the same encoder, of the first base: nothing can be more
+    diverse."""
+    name = x.replace("diversity_", "different_prompts_")
+    bases = [row for row in results.usable if row.system.role == "base" and name in row.metrics]
+    if name == x or not bases or bases[0].metrics[name].estimate is None:
+        return
+    bound = _value(bases[0], name)
+    left, right = axes.get_xlim()
+    if bound < right + 0.15 * (right - left):
+        axes.axvline(bound, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)))
+        axes.annotate(
+            "different prompts ",
+            (bound, 0),
+            xycoords=("data", "axes fraction"),
+            rotation=90,
+            ha="right",
+            va="bottom",
+            fontsize=5.5,
+            color="0.3",
+        )
+    else:  # far away it would press the front into a corner
+        axes.annotate(
+            f"different prompts: {bound:.2f} →",
+            (1, 0.02),
+            xycoords="axes fraction",
+            ha="right",
+            va="bottom",
+            fontsize=5.5,
+            color="0.3",
+        )
+
+
+def _finish(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(axis_label(x))
+    axes.set_ylabel(axis_label(y))
+    axes.grid(linewidth=0.3, color="0.88")
+    axes.margins(0.08)
+    figure = axes.figure
+    assert figure is not None
+    figure.legend(frameon=False, loc="outside lower center", handlelength=3.0, labelspacing=0.3)

@@ -1,0 +1,183 @@
+"""One static page to listen to: prompt × system with players, the numbers beside, and the figures above.
+
+The folder is complete in itself (relative paths, no script or font from elsewhere), so it can be zipped,
+mailed or put on any web server. Clips are copies at one loudness; the clips that were measured are their
+codes in the cache.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from diverse_cfg.evaluation.generations import Player, generations
+from diverse_cfg.evaluation.loudness import TARGET_LUFS, normalised
+from diverse_cfg.evaluation.metrics import METRICS
+from diverse_cfg.evaluation.results import Estimate, Results, SystemResult
+from diverse_cfg.evaluation.sweep import Sweep
+from diverse_cfg.musicgen.files import write_wav
+from diverse_cfg.provenance import write_text
+
+_TEMPLATES = Path(__file__).parent.parent / "templates"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure on the page.
+
+    Args:
+        file: path relative to the page.
+        caption: what it shows.
+    """
+
+    file: str
+    caption: str
+
+
+def write_audio(
+    results: Results, sweep: Sweep, folder: str | os.PathLike, num_prompts: int, num_generations: int
+) -> dict[tuple[str, int], list[str]]:
+    """Write the first clips of the first prompts of every system as WAV files of one loudness.
+
+    Files that are there already are kept: they are named after the content of their clips.
+
+    Args:
+        results: of the sweep; failed systems have no clips.
+        sweep: that made them; its cache holds the codes.
+        folder: of the page; the files go to `audio/` below it.
+        num_prompts: how many prompts.
+        num_generations: how many clips of each.
+
+    Returns:
+        (system, prompt index) → paths relative to `folder`.
+    """
+    folder = Path(folder)
+    num_prompts = min(num_prompts, len(sweep.clips.prompts))
+    num_generations = min(num_generations, sweep.clips.num_generations)
+    files: dict[tuple[str, int], list[str]] = {}
+    for index, row in enumerate(results.systems):
+        if not row.ok:
+            continue
+        player = Player(row.system.replicates[0], sweep.device)
+        codes = generations(row.system, player, sweep.clips, sweep.clips.seeds[0], sweep.cache)["codes"]
+        slug = re.sub(r"[^a-z0-9]+", "-", row.system.name.lower()).strip("-") or "system"
+        place = Path("audio") / f"{index:02d}-{slug}"
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        for prompt in range(num_prompts):
+            first = prompt * sweep.clips.num_generations
+            files[row.system.name, prompt] = _write_clips(
+                folder, place, prompt, codes[first : first + num_generations], player
+            )
+    return files
+
+
+def _write_clips(folder: Path, place: Path, prompt: int, codes: Any, player: Player) -> list[str]:
+    names = [
+        f"{prompt:02d}-{number}-{hashlib.blake2b(clip.tobytes(), digest_size=4).hexdigest()}.wav"
+        for number, clip in enumerate(codes)
+    ]
+    missing = [number for number, name in enumerate(names) if not (folder / place / name).is_file()]
+    if missing:
+        audio = player.decode(torch.from_numpy(codes[missing].astype("int64")))
+        for number, waveform in zip(missing, audio, strict=True):
+            loud = torch.from_numpy(normalised(waveform.numpy(), player.sampling_rate))
+            write_wav(folder / place / names[number], loud, player.sampling_rate)
+    return [(place / name).as_posix() for name in names]
+
+
+def write_gallery(
+    results: Results,
+    files: dict[tuple[str, int], list[str]],
+    folder: str | os.PathLike,
+    *,
+    title: str,
+    introduction: str = "",
+    metrics: Sequence[str] | None = None,
+    pictures: Sequence[Picture] = (),
+) -> Path:
+    """Write `index.html`.
+
+    Args:
+        results: table and numbers per prompt.
+        files: from `write_audio`.
+        folder: of the page.
+        title: heading.
+        introduction: a paragraph of plain text.
+        metrics: columns of the table; None takes all.
+        pictures: figures, in order.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        ValueError: a metric that does not exist.
+    """
+    names = list(metrics or results.metrics)
+    unknown = [name for name in names if name not in METRICS]
+    if unknown:
+        raise ValueError(f"unknown metric {unknown[0]!r}; known: {', '.join(METRICS)}")
+    shown = sorted({prompt for _, prompt in files})
+    beside = [name for name in names if METRICS[name].cells is not None and METRICS[name].better]
+    page = {
+        "title": title,
+        "introduction": introduction,
+        "pictures": list(pictures),
+        "metrics": [METRICS[name] for name in names],
+        "rows": [_table_row(row, names) for row in results.systems],
+        "prompts": [
+            {
+                "text": results.prompts[prompt],
+                "rows": [
+                    {
+                        "name": row.system.name,
+                        "flagged": bool(row.flags),
+                        "files": files[row.system.name, prompt],
+                        "numbers": _of_prompt(row, prompt, beside[:3]),
+                    }
+                    for row in results.usable
+                    if (row.system.name, prompt) in files
+                ],
+            }
+            for prompt in shown
+        ],
+        "settings": results.settings,
+        "target": TARGET_LUFS,
+    }
+    text = _environment().get_template("gallery.html.jinja").render(page)
+    return write_text(Path(folder) / "index.html", text)
+
+
+def _table_row(row: SystemResult, names: Sequence[str]) -> dict[str, Any]:
+    return {
+        "name": row.system.name,
+        "error": row.error,
+        "flags": row.flags,
+        "cells": [row.metrics.get(name, Estimate(None)).parts() for name in names],
+    }
+
+
+def _of_prompt(row: SystemResult, prompt: int, names: Sequence[str]) -> str:
+    """The first replicate's numbers for one prompt: those of the clips beside them."""
+    parts = []
+    for name in names:
+        cells = row.cells.get(name)
+        if cells is not None and cells[prompt, 0] == cells[prompt, 0]:
+            parts.append(f"{METRICS[name].label} {cells[prompt, 0]:.2f}")
+    return " · ".join(parts)
+
+
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
