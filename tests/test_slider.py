@@ -86,3 +86,25 @@ def test_it_plays_without_guidance_and_follows_a_moved_model(world):
 def test_one_expert_is_no_slider(world):
     with pytest.raises(ValueError, match="at least two"):
         load_slider(world["base"], [world["lora1"]])
+
+
+def test_generate_with_a_merge_weight(world, tmp_path, capsys):
+    """The command's clips are the merged checkpoint's; catches weights handed to the wrong expert."""
+    from diverse_cfg.cli import main
+
+    merged = merge_checkpoints([world["lora1"], world["lora2"]], 0.3, tmp_path / "merged")
+    rest = ["--prompt", "sad cello", "--seed", "3", "--num-generations", "2", "--seconds", "0.2"]
+    experts = ["--adapter", str(world["lora1"]), "--adapter", str(world["lora2"])]
+    mixed = ["generate", "--model", str(world["base"]), *experts, *rest]
+    assert main([*mixed, "--merge-weight", "0.3", "--output", str(tmp_path / "slider")]) == 0
+    assert main(["generate", "--model", str(merged), *rest, "--output", str(tmp_path / "merged-clips")]) == 0
+    clips = sorted((tmp_path / "slider").glob("*.wav"))
+    assert len(clips) == 2
+    for clip in clips:
+        assert clip.read_bytes() == (tmp_path / "merged-clips" / clip.name).read_bytes()
+    for wrong in ([], ["--merge-weight", "0.5", "0.6"], ["--merge-weight", "1.5"]):
+        assert main([*mixed, *wrong, "--output", str(tmp_path / "wrong")]) == 2
+        assert "weight" in capsys.readouterr().err
+    one = ["generate", "--model", str(world["base"]), *experts[:2], *rest, "--merge-weight", "0.5"]
+    assert main([*one, "--output", str(tmp_path / "wrong")]) == 2
+    assert not (tmp_path / "wrong").exists()

@@ -16,7 +16,19 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="folder or Hub id of a model or adapter, or `nano` for the shipped base",
     )
-    parser.add_argument("--adapter", help="a LoRA adapter to apply to --model")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        help="a LoRA adapter to apply to --model; with --merge-weight, an expert (repeatable)",
+    )
+    parser.add_argument(
+        "--merge-weight",
+        type=float,
+        nargs="+",
+        metavar="λ",
+        help="mix the experts of --adapter: the weight of the second of two, or one weight each",
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", help="a text (repeatable)")
     what.add_argument("--prompts", metavar="SOURCE", help="a file, folder or Hub dataset of texts, or `nano`")
@@ -79,16 +91,19 @@ def run_generate(args: argparse.Namespace) -> None:
     import torch
 
     from diverse_cfg.musicgen.files import generate_files
-    from diverse_cfg.musicgen.loading import is_distilled, load_policy, load_processor
+    from diverse_cfg.musicgen.loading import is_distilled, load_processor
     from diverse_cfg.musicgen.policy import frame_rate
     from diverse_cfg.provenance import warn_if_guided
 
     source = model_source(args.model)
-    model: Any = load_policy(source, adapter=args.adapter)
+    model: Any = _load(source, args.adapter, args.merge_weight)
     own = model.generation_config
     guidance_scale = _first(args.guidance_scale, own.guidance_scale, 1.0)
+    name = " + ".join([args.model, *args.adapter])
+    if args.merge_weight:
+        name += f" at {' '.join(f'{weight:g}' for weight in args.merge_weight)}"
     if args.adapter or is_distilled(source):
-        warn_if_guided({}, guidance_scale, args.adapter or args.model)
+        warn_if_guided({}, guidance_scale, name)
     seconds = _first(args.seconds, min(_own_seconds(model), LONGEST_DEFAULT_SECONDS))
     clips = generate_files(
         model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu")),
@@ -106,12 +121,31 @@ def run_generate(args: argparse.Namespace) -> None:
         negative_prompt=args.negative_prompt,
         sample_format=args.sample_format,
         resume=args.resume,
-        model_name=args.model if args.adapter is None else f"{args.model} + {args.adapter}",
+        model_name=name,
         batch_size=args.batch_size,
         rollout_backend=args.rollout_backend,
         dtype=getattr(torch, args.dtype),
     )
     print(f"{len(clips)} clips in {args.output}")
+
+
+def _load(source: str, adapters: list[str], merge_weight: list[float] | None):
+    if merge_weight is None:
+        if len(adapters) > 1:
+            raise ValueError(
+                f"{len(adapters)} times --adapter needs --merge-weight, which says how to mix them"
+            )
+        from diverse_cfg.musicgen.loading import load_policy
+
+        return load_policy(source, adapter=adapters[0] if adapters else None)
+    if len(adapters) < 2:
+        raise ValueError(
+            f"--merge-weight mixes two or more experts: name each with --adapter, got {len(adapters)}"
+        )
+    from diverse_cfg.merging import load_slider
+
+    weight = merge_weight[0] if len(merge_weight) == 1 else merge_weight
+    return load_slider(source, adapters, merge_weight=weight).model
 
 
 def _first(*values):
