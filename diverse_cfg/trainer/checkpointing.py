@@ -2,11 +2,13 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import RLOOTrainer
@@ -14,9 +16,11 @@ from trl.trainer.utils import RepeatSampler
 
 from diverse_cfg.callbacks import AdaptiveClipCallback
 from diverse_cfg.cards import plot_training_curves, write_card
+from diverse_cfg.functional.codebooks import num_decoder_steps
 from diverse_cfg.musicgen.policy import frame_rate, unwrap
 from diverse_cfg.provenance import Provenance, read_provenance, write_provenance
 from diverse_cfg.trainer import setup
+from diverse_cfg.trainer.estimate import memory
 from diverse_cfg.trainer.state import (
     STATE_FILE,
     WeightAverage,
@@ -117,9 +121,29 @@ class Checkpointing(RLOOTrainer):
         setup.restore_token_ids(unwrap(self.model), self._sampling)
         if self.args.ema_decay > 0 and self._average is None:
             self._average = WeightAverage(self.model, self.args.ema_decay)
+        if self.is_world_process_zero():
+            tqdm.write(f"estimate: {self._estimate()}", file=sys.stderr)
         self._calibrate_guards()
         if self._resume_from is not None:
             self._load_state(self._resume_from)
+
+    def _estimate(self) -> str:
+        args, policy = self.args, unwrap(self.model)
+        config = policy.config.decoder
+        needs = memory(
+            policy,
+            micro_batch=args.per_device_train_batch_size,
+            num_steps=num_decoder_steps(self._num_frames, config.num_codebooks, config.audio_channels),
+            trained=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            separate_teacher=not self._teacher.shares_weights,
+            averaged=args.ema_decay > 0,
+            half_precision=bool(args.bf16 or args.fp16),
+            checkpointing=bool(args.gradient_checkpointing),
+        )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return f"{needs}, less what is sharded"
+        rollout, update = self._measure()
+        return f"{needs}; {rollout + update:.2g} s per step (rollout {rollout:.2g}, update {update:.2g})"
 
     # ---- saving -----------------------------------------------------------------------------------------
 

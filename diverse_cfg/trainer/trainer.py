@@ -28,10 +28,12 @@ from diverse_cfg.callbacks import AudioSamplesCallback, EvaluationClip, RewardHa
 from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.embeddings import load_embedder
 from diverse_cfg.musicgen.policy import encode_text, load_policy, load_processor, unwrap
+from diverse_cfg.musicgen.rollout import sample_codes
 from diverse_cfg.rewards import checked, is_pairwise
 from diverse_cfg.trainer import setup
 from diverse_cfg.trainer.advantages import Advantages, PrefixBaseline
 from diverse_cfg.trainer.checkpointing import Checkpointing
+from diverse_cfg.trainer.estimate import seconds
 from diverse_cfg.trainer.guarding import CrossGuards
 from diverse_cfg.trainer.objective import (
     LossBatch,
@@ -310,6 +312,34 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
             metrics["time/student"] = time.perf_counter() - after_teacher
         self._log_means(mode, metrics)
         return terms.loss
+
+    def _measure(self) -> tuple[float, float]:
+        """Seconds that one optimiser step spends on its rollout and on its updates, from a few clips."""
+        args, device, model = self.args, self.accelerator.device, self.model
+        clips = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        # A GPU takes a whole micro-batch in the time of a few clips; a CPU takes them one after the other.
+        rows = min(args.per_device_train_batch_size, 4 if device.type == "cpu" else clips)
+        codes = torch.zeros(rows, self._num_codebooks, self._num_frames, dtype=torch.long, device=device)
+        condition = encode_text(unwrap(model), self._tokenizer, ["a song"] * rows)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+        def update() -> None:
+            with self.accelerator.autocast():
+                batch = LossBatch(codes, condition, self._teacher(codes, condition), 1 / codes.numel())
+                terms, _ = student_terms(unwrap(model), batch, self._loss_settings)
+            torch.autograd.grad(terms.loss, parameters, allow_unused=True)
+
+        frames = min(self._num_frames, 8)
+        sampled = min(args.rollout_batch_size or clips, clips)
+        texts = encode_text(unwrap(model), self._tokenizer, ["a song"] * sampled)
+
+        def rollout() -> None:
+            dtype = torch.bfloat16 if args.bf16 else None
+            sample_codes(unwrap(model), texts, frames, dtype=dtype)
+
+        steps = (self._num_frames + self._num_codebooks) / (frames + self._num_codebooks)
+        per_rollout = seconds(rollout, device) * steps * clips / sampled / self.num_iterations
+        return per_rollout, seconds(update, device) * clips / rows
 
     def _probe_now(self) -> bool:
         every = self.args.term_norm_steps
