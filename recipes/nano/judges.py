@@ -1,0 +1,117 @@
+"""Judge and embedders of the nano world, trained on rendered clips only.
+
+* judge: log-mel CNN + semitone spectrum → instrument, tempo, register, key (evaluation);
+* reward encoder: contrastive, reads codes, so that training needs no decoding (reward);
+* evaluation encoder: contrastive, reads audio, other seed, features and shape (evaluation).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from data import CLIP_SAMPLES, Clips
+from torch import nn
+from tqdm import tqdm
+
+from diverse_cfg.embeddings.contrastive import (
+    ContrastiveConfig,
+    ContrastiveEmbedder,
+    retrieval_at_1,
+    train_contrastive,
+)
+from diverse_cfg.evaluation.attributes import ATTRIBUTES
+from diverse_cfg.evaluation.judge import AttributeJudge
+
+IGNORE = -100
+
+
+def targets_of(clips: Clips, indices) -> dict[str, torch.Tensor]:
+    """Class indices per attribute [B]; −100 where the clip has none."""
+    rows = [clips.attributes[i] for i in indices]
+    return {
+        name: torch.tensor([IGNORE if row[name] is None else classes.index(row[name]) for row in rows])
+        for name, classes in ATTRIBUTES.items()
+    }
+
+
+def augmented(waveforms: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Level, a gentle random equaliser and a little noise: what a codec may change without changing the music."""
+    count = len(waveforms)
+    gain = torch.from_numpy(rng.uniform(0.4, 1.2, (count, 1))).float()
+    spectrum = torch.fft.rfft(waveforms)
+    knots = torch.from_numpy(rng.uniform(-0.5, 0.5, (count, 1, 12))).float()
+    curve = nn.functional.interpolate(knots, spectrum.shape[1], mode="linear", align_corners=True)[:, 0].exp()
+    level = torch.from_numpy(10 ** rng.uniform(-4.0, -2.2, (count, 1))).float()
+    noise = torch.from_numpy(rng.standard_normal(waveforms.shape, dtype=np.float32)) * level
+    return torch.fft.irfft(spectrum * curve, waveforms.shape[1]) * gain + noise
+
+
+def train_judge(
+    clips: Clips, held_out: Clips, seed: int, steps: int = 3000, batch: int = 32
+) -> AttributeJudge:
+    torch.manual_seed(seed + 10)
+    judge = AttributeJudge().train()
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    rng = np.random.default_rng([seed, 10])
+    bar = tqdm(range(steps), desc="judge", unit="step")
+    for _ in bar:
+        index = rng.integers(len(clips), size=batch)
+        logits = judge(augmented(clips.waveforms(index), rng))
+        targets = targets_of(clips, index)
+        loss = sum(nn.functional.cross_entropy(logits[k], targets[k], ignore_index=IGNORE) for k in targets)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    tqdm.write(
+        "judge on held-out clips: "
+        + ", ".join(f"{k} {v:.3f}" for k, v in judge_accuracy(judge, held_out).items())
+    )
+    return judge.eval()
+
+
+def judge_accuracy(judge: AttributeJudge, clips: Clips, count: int = 600) -> dict[str, float]:
+    """Accuracy per attribute on clips that have it."""
+    index = np.linspace(0, len(clips) - 1, min(count, len(clips))).astype(int)
+    found, targets = judge.classify(clips.waveforms(index), 16_000), targets_of(clips, index)
+    return {
+        name: float((found[name] == target.numpy())[target.numpy() != IGNORE].mean())
+        for name, target in targets.items()
+    }
+
+
+def train_encoder_pair(
+    clips: Clips, codes: np.ndarray, held_out: Clips, held_codes: np.ndarray, seed: int, steps: int = 1500
+) -> dict[str, ContrastiveEmbedder]:
+    """The two embedders; positives are the two clips of a recording (disjoint in time, same song and instrument)."""
+    recordings = len(clips) // 2
+
+    def draw_codes(batch: int, generator: torch.Generator):
+        chosen = torch.randint(recordings, (batch,), generator=generator).numpy()
+        return tuple(torch.from_numpy(codes[2 * chosen + half].astype(np.int64)) for half in (0, 1))
+
+    def draw_audio(batch: int, generator: torch.Generator):
+        chosen = torch.randint(recordings, (batch,), generator=generator).numpy()
+        return tuple(clips.waveforms(2 * chosen + half, 0, CLIP_SAMPLES) for half in (0, 1))
+
+    reads_codes = ContrastiveConfig(reads="codes", patch=3)
+    reads_audio = ContrastiveConfig(
+        reads="waveforms", bands=80, n_fft=1024, hop=320, patch=4, hidden_size=80, num_layers=2
+    )
+    trained = {
+        "reward-encoder": train_contrastive(
+            reads_codes, draw_codes, steps=steps, seed=seed + 20, progress="reward-encoder"
+        ),
+        "eval-encoder": train_contrastive(
+            reads_audio, draw_audio, steps=steps, seed=seed + 21, progress="eval-encoder"
+        ),
+    }
+    chosen = np.arange(64)
+    for name, first, second in (
+        ("reward-encoder", *(torch.from_numpy(held_codes[2 * chosen + h].astype(np.int64)) for h in (0, 1))),
+        ("eval-encoder", *(held_out.waveforms(2 * chosen + h) for h in (0, 1))),
+    ):
+        tqdm.write(f"{name}: retrieval@1 of 64 = {retrieval_at_1(trained[name], first, second):.3f}")
+    return trained
