@@ -15,7 +15,7 @@ dataset_name: prompts.txt
 learning_rate: 1e-4
 diversity_coef: 0
 per_device_train_batch_size: 4
-guards: {distance_cap: 0.5}
+guards: {silence_dbfs: -50}
 """
 
 
@@ -36,7 +36,7 @@ def test_a_recipe_sets_and_a_flag_overrides(parsed, tmp_path):
     assert args.model_name_or_path == "some/model"
     assert (args.use_peft, args.lora_target_modules) == (True, ["q_proj", "v_proj"])
     assert (config.learning_rate, config.diversity_coef, config.guidance_scale) == (1e-4, 7.0, 3.0)
-    assert config.guards.distance_cap == 0.5
+    assert config.guards.silence_dbfs == -50
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_a_recipe_sets_and_a_flag_overrides(parsed, tmp_path):
     [
         (RECIPE + "diversty_coef: 5\n", "'--diversty_coef'"),
         (RECIPE + "guidance_scale: 0.5\n", "guidance_scale=0.5 must be"),
-        (RECIPE.replace("0.5}", "0.5, cap: 1}"), "guards has no field cap"),
+        (RECIPE.replace("-50}", "-50, cap: 1}"), "guards has no field cap"),
         ("- a\n- b\n", "must contain a YAML mapping"),
     ],
 )
@@ -104,6 +104,29 @@ def test_where_training_continues(tmp_path):
     assert command._checkpoint(config_for(run, str(run / "checkpoint-5"))) == str(run / "checkpoint-5")
     with pytest.raises(ValueError, match="is no folder; pass true"):
         command._checkpoint(config_for(run, "checkpoint-7"))
+
+
+def test_reward_functions_by_name(monkeypatch):
+    """Catches an axis that is lost, a forgotten diversity reward, and one that nobody asked for."""
+    import diverse_cfg.rewards as rewards
+    import diverse_cfg.trainer.setup as setup
+
+    monkeypatch.setattr(rewards, "TextAdherenceReward", lambda: "adherence")
+    monkeypatch.setattr(rewards, "AestheticsReward", lambda axis: f"aesthetics {axis}")
+    monkeypatch.setattr(setup, "default_reward", lambda config, model: f"diversity for {model}")
+    args = SimpleNamespace(reward_funcs=["text_adherence", "aesthetics_pq"])
+    with_diversity = command._rewards(args, SimpleNamespace(diversity_coef=5), "m")
+    assert with_diversity == ["diversity for m", "adherence", "aesthetics PQ"]
+    assert command._rewards(args, SimpleNamespace(diversity_coef=0), "m") == ["adherence", "aesthetics PQ"]
+    assert (
+        command._rewards(SimpleNamespace(reward_funcs=None), SimpleNamespace(diversity_coef=5), "m") is None
+    )
+
+
+def test_an_unknown_reward_is_refused_before_anything_is_loaded(tmp_path):
+    args = command.TrainArguments("no/model", "no.txt", reward_funcs=["text_adherence", "louder"])
+    with pytest.raises(ValueError, match="has no louder; known: text_adherence, aesthetics_ce"):
+        command.train(args, config_for(tmp_path / "run"))
 
 
 def test_a_tiny_student_trains_is_saved_and_continues(tiny_folder, tmp_path, capsys):

@@ -16,6 +16,8 @@ USAGE = (
     "--output_dir FOLDER [--setting value …]"
 )
 
+REWARDS = ("text_adherence", "aesthetics_ce", "aesthetics_cu", "aesthetics_pc", "aesthetics_pq")
+
 
 @dataclass
 class TrainArguments:
@@ -36,6 +38,13 @@ class TrainArguments:
         metadata={"help": "Held-out prompts. Default: dataset_name, if dataset_test_split is set."},
     )
     dataset_test_split: str | None = field(default=None, metadata={"help": "Split of the held-out prompts."})
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Rewards beside diversity: text_adherence (CLAP), aesthetics_ce, _cu, _pc or _pq. "
+            "With reward_weights, the diversity reward comes first and has weight 1."
+        },
+    )
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter is lora_alpha / lora_r."})
@@ -67,6 +76,7 @@ def run_train(args: argparse.Namespace) -> None:
 def train(args: TrainArguments, config) -> None:
     """Build the trainer, train or continue, and write the student to `config.output_dir`."""
     resume = _checkpoint(config)  # before anything is loaded
+    _check_reward_names(args.reward_funcs or [])
     from diverse_cfg.prompts import load_prompts
     from diverse_cfg.trainer import CFGDiversityTrainer
 
@@ -76,6 +86,7 @@ def train(args: TrainArguments, config) -> None:
     )
     trainer = CFGDiversityTrainer(
         model,
+        reward_funcs=_rewards(args, config, model),
         args=config,
         train_dataset=prompts,
         eval_dataset=_held_out(args),
@@ -86,6 +97,28 @@ def train(args: TrainArguments, config) -> None:
     trainer.create_model_card(dataset_name=args.dataset_name)
     if trainer.is_world_process_zero():
         print(config.output_dir)
+
+
+def _check_reward_names(names: list[str]) -> None:
+    unknown = [name for name in names if name not in REWARDS]
+    if unknown:
+        raise ValueError(f"reward_funcs has no {', '.join(unknown)}; known: {', '.join(REWARDS)}")
+
+
+def _rewards(args: TrainArguments, config, model: str):
+    """The named reward functions after the diversity reward; None leaves the choice to the trainer."""
+    if not args.reward_funcs:
+        return None
+    from diverse_cfg.rewards import AestheticsReward, TextAdherenceReward
+    from diverse_cfg.trainer.setup import default_reward
+
+    rewards: list[Any] = [default_reward(config, model)] if config.diversity_coef > 0 else []
+    for name in args.reward_funcs:
+        if name == "text_adherence":
+            rewards.append(TextAdherenceReward())
+        else:
+            rewards.append(AestheticsReward(axis=name.removeprefix("aesthetics_").upper()))
+    return rewards
 
 
 def _held_out(args: TrainArguments):
