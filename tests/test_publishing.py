@@ -5,10 +5,13 @@ import contextlib
 import io
 import json
 import logging
+import os
 import re
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -26,6 +29,7 @@ from tests.fake_hub import SILENCE_S, TOKEN, FakeHub
 
 # `publishing.upload` is the function of that name.
 upload_module = sys.modules["diverse_cfg.publishing.upload"]
+ROOT = Path(__file__).parent.parent
 LICENSE = {"license": "cc-by-nc-4.0"}
 
 
@@ -509,3 +513,37 @@ def test_no_token_in_output_or_logs(plan, hub, capfd, fault):
     assert re.search("me/merged", everything)
     assert TOKEN not in everything
     assert TOKEN[3:20] not in everything
+
+
+@pytest.mark.slow
+def test_the_trainers_own_push(hub, tmp_path):
+    """`push_to_hub=True` in the trainer's settings goes through transformers: the same card, and no
+    guidance."""
+    program = (
+        "import sys\n"
+        "from tests.training import tiny_trainer\n"
+        "hub = {'push_to_hub': True, 'hub_model_id': 'me/student', 'hub_private_repo': True}\n"
+        "trainer = tiny_trainer(sys.argv[1], **hub)\n"
+        "trainer.train()\n"
+        "trainer.save_model()\n"
+    )
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": TOKEN,
+        "PYTHONPATH": str(ROOT),
+        "CI": "1",  # keeps TRL's telemetry quiet
+    }
+    command = [sys.executable, "-c", program, str(tmp_path / "student")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    repo = hub.repos["me/student"]
+    assert repo.private
+    assert repo.files["README.md"].decode() == render_card(
+        tmp_path / "student", repo_id="me/student", tags=["trl"]
+    )
+    assert json.loads(repo.files["generation_config.json"])["guidance_scale"] == 1.0
+    assert repo.files["model.safetensors"] == (tmp_path / "student" / "model.safetensors").read_bytes()
+    assert not [name for name in repo.files if name.endswith((".bin", ".pt"))]

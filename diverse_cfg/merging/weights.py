@@ -1,8 +1,7 @@
 """Merge weights: one number per expert, checked before anything is opened."""
 
 import math
-from collections.abc import Sequence
-from numbers import Real
+from collections.abc import Iterable, Sequence
 
 _TOLERANCE = 1e-6
 
@@ -30,14 +29,15 @@ def resolve_weights(
         raise ValueError("there is nothing to merge: give at least one checkpoint")
     if weights is None:
         return [1 / num_experts] * num_experts
-    if isinstance(weights, Real):
-        if num_experts != 2:
-            raise ValueError(
-                "a single merge weight is the weight of the second of two checkpoints, but there are "
-                f"{num_experts}: give one weight per checkpoint"
-            )
-        weights = [1 - weights, weights]
-    resolved = [float(weight) for weight in weights]
+    if isinstance(weights, Iterable):
+        resolved = [float(weight) for weight in weights]
+    elif num_experts == 2:
+        resolved = [1 - float(weights), float(weights)]
+    else:
+        raise ValueError(
+            "a single merge weight is the weight of the second of two checkpoints, but there are "
+            f"{num_experts}: give one weight per checkpoint"
+        )
     if len(resolved) != num_experts:
         raise ValueError(f"got {len(resolved)} merge weights for {num_experts} checkpoints: give one each")
     if not all(math.isfinite(weight) for weight in resolved):
