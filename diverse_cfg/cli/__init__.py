@@ -14,13 +14,15 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from diverse_cfg import __version__
-from diverse_cfg.cli import generate, inspect, merge, publish, train
+from diverse_cfg.cli import demo, evaluate, generate, inspect, merge, publish, train
 from diverse_cfg.cli.command import Command
 
 COMMANDS: tuple[Command, ...] = (
+    demo.COMMAND,
     train.COMMAND,
     generate.COMMAND,
     merge.COMMAND,
+    evaluate.COMMAND,
     inspect.COMMAND,
     publish.COMMAND,
 )

@@ -120,22 +120,23 @@ class SweepConfig:
             )
         return cls(**values)
 
-    @classmethod
-    def from_yaml(cls, path: str | os.PathLike) -> "SweepConfig":
-        """From a YAML file; `output` and models are relative to the working directory.
 
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: not YAML, or not a mapping of known settings.
-        """
-        path = Path(path)
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not valid YAML: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} must hold settings by name, such as systems and output")
-        return cls.from_dict(values)
+def read_settings(path: str | os.PathLike) -> dict[str, Any]:
+    """Settings of a YAML file, for `SweepConfig.from_dict`; paths in it are relative to the working
+    directory.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not YAML, or not a mapping.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold settings by name, such as systems and output")
+    return values
 
 
 def build_sweep(config: SweepConfig) -> tuple[Sweep, list[System]]:

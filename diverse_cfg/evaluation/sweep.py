@@ -184,28 +184,3 @@ class Sweep:
             "machine": f"{platform.machine()}, {self.device}, {torch.get_num_threads()} threads",
             **self.settings,
         }
-
-
-def quality_metric(results: Results) -> str:
-    """The best quality axis that these results have.
-
-    Raises:
-        ValueError: they have none.
-    """
-    for name in ("adherence", "rules"):
-        if name in results.metrics:
-            return name
-    raise ValueError(f"no quality among the metrics {', '.join(results.metrics)}: pass y=…")
-
-
-def diversity_metric(results: Results) -> str:
-    """The best diversity axis that these results have: under the encoder that was not the reward, if there
-    is one.
-
-    Raises:
-        ValueError: they have none.
-    """
-    for name in ("diversity_heldout", "diversity_reward"):
-        if name in results.metrics:
-            return name
-    raise ValueError(f"no diversity among the metrics {', '.join(results.metrics)}: pass x=…")

@@ -1,0 +1,50 @@
+"""`diverse-cfg evaluate`: a sweep over systems, from a YAML file to tables, figures and a page to listen."""
+
+import argparse
+
+from diverse_cfg.cli.command import Command
+from diverse_cfg.cli.quiet import quiet_libraries
+
+
+def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        required=True,
+        help="YAML file with systems, prompts and metrics (see diverse_cfg.evaluation)",
+    )
+    parser.add_argument("--output", help="folder of the results, in place of the file's")
+    parser.add_argument("--device", help="torch device (default: a GPU if there is one)")
+    parser.add_argument(
+        "--no-gallery", action="store_true", help="no page to listen, tables and figures only"
+    )
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    from diverse_cfg.evaluation.protocol import read_settings
+
+    overrides = {
+        "output": args.output,
+        "device": args.device,
+        "gallery_prompts": 0 if args.no_gallery else None,
+    }
+    settings = read_settings(args.config) | {key: v for key, v in overrides.items() if v is not None}
+
+    from diverse_cfg.evaluation.protocol import SweepConfig
+    from diverse_cfg.evaluation.report import evaluate
+
+    quiet_libraries()
+    results = evaluate(SweepConfig.from_dict(settings))
+    print(results.table())
+    print(f"\nresults, figures and index.html: {settings['output']}")
+    failed = [row.system.name for row in results.systems if not row.ok]
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(results.systems)} systems failed: {', '.join(failed)}")
+
+
+COMMAND = Command(
+    name="evaluate",
+    summary="measure systems against each other: quality, diversity, cost, with intervals",
+    add_arguments=add_evaluate_arguments,
+    run=run_evaluate,
+    resume="what was generated and computed is kept; run the same command again to go on",
+)

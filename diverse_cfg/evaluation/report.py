@@ -1,0 +1,91 @@
+"""From a configuration to a folder of results: numbers, figures, and a page to look and listen."""
+
+import os
+import re
+from pathlib import Path
+
+from diverse_cfg.evaluation.figures import front, merge_curve, trajectories
+from diverse_cfg.evaluation.gallery import Picture, write_audio, write_gallery
+from diverse_cfg.evaluation.metrics import METRICS
+from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
+from diverse_cfg.evaluation.results import Results
+from diverse_cfg.provenance import write_text
+
+
+def evaluate(config: SweepConfig, *, progress: bool = True) -> Results:
+    """Run a sweep and write everything about it into `config.output`.
+
+    Results are saved before anything is drawn, so that a figure that cannot be made costs no numbers.
+
+    Args:
+        config: see `SweepConfig`.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError, FileNotFoundError: whatever is wrong with the configuration, before anything is
+            generated; or every system failed.
+    """
+    for name in (config.x, config.y):
+        if name is not None and name not in METRICS:
+            raise ValueError(f"unknown metric {name!r} for an axis; known: {', '.join(METRICS)}")
+    sweep, systems = build_sweep(config)
+    results = sweep.run(systems, config.compare_to, progress=progress)
+    results.save(config.output)
+    write_text(Path(config.output) / "metrics.md", results.table() + "\n")
+    if not results.usable:
+        raise ValueError(f"every system failed; the first: {results.systems[0].error}")
+    pictures = draw(results, config.output, config.x, config.y)
+    if config.gallery_prompts and config.gallery_generations:
+        files = write_audio(results, sweep, config.output, config.gallery_prompts, config.gallery_generations)
+        title = f"{len(results.systems)} systems on {len(results.prompts)} prompts"
+        write_gallery(results, files, config.output, title=title, pictures=pictures)
+    return results
+
+
+def draw(
+    results: Results, folder: str | os.PathLike, x: str | None = None, y: str | None = None
+) -> list[Picture]:
+    """Every figure that these results have the numbers for: front, LERPs, trajectories.
+
+    Args:
+        results: of a sweep.
+        folder: where the files go.
+        x: horizontal axis; None takes diversity under the held-out encoder.
+        y: vertical axis; None takes adherence.
+
+    Returns:
+        The figures, for a page in the same folder; none when there is no quality or no diversity to draw.
+    """
+    folder = Path(folder)
+    x, y = x or first_metric(results, DIVERSITIES), y or first_metric(results, QUALITIES)
+    if x is None or y is None:
+        return []
+    front(results, x, y, folder / "front")
+    pictures = [
+        Picture("front.svg", "Quality against diversity, with 95 % intervals. Up and to the right is better.")
+    ]
+    for series in dict.fromkeys(row.system.series for row in results.usable):
+        rows = [row.system for row in results.usable if row.system.series == series]
+        weights = {system.merge_weight for system in rows}
+        if {0.0, 1.0} < weights - {None}:
+            name = f"lerp-{_slug(series)}"
+            merge_curve(results, series, [x, y], folder / name)
+            caption = f"{series}: the merge weight is a knob. Dashed: the straight line between the ends."
+            pictures.append(Picture(f"{name}.svg", caption))
+    if any(row.system.step is not None for row in results.usable):
+        trajectories(results, x, y, folder / "trajectories")
+        pictures.append(Picture("trajectories.svg", "Training runs in the plane of quality and diversity."))
+    return pictures
+
+
+QUALITIES = ("adherence", "rules")
+DIVERSITIES = ("diversity_heldout", "diversity_reward")
+
+
+def first_metric(results: Results, names: tuple[str, ...]) -> str | None:
+    """The first of these metrics that the results have."""
+    return next((name for name in names if name in results.metrics), None)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "series"

@@ -1,0 +1,171 @@
+"""Figures: three files each, the CSV holds what is drawn, nothing broken wins, and series differ without
+colour."""
+
+import csv
+import json
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+
+from diverse_cfg.evaluation.figures import (
+    above_line,
+    front,
+    merge_curve,
+    series_hypervolumes,
+    training_curves,
+    trajectories,
+)
+from diverse_cfg.evaluation.plotting import Look
+from diverse_cfg.evaluation.results import Estimate, Results, SystemResult, mean_estimate
+from diverse_cfg.evaluation.systems import System, single
+
+PROMPTS = 12
+
+
+def row(name, diversity, adherence, *, spread=0.02, **kwargs):
+    noise = np.random.default_rng(len(name)).normal(0, spread, size=(2, PROMPTS, 1))
+    cells = {"diversity_heldout": diversity + noise[0], "adherence": adherence + noise[1]}
+    metrics = {metric: mean_estimate(values) for metric, values in cells.items()}
+    return SystemResult(System(name, single("x"), **kwargs), metrics=metrics, cells=cells)
+
+
+def results(*rows):
+    return Results([f"prompt {index}" for index in range(PROMPTS)], list(rows))
+
+
+def lerp():
+    points = ((0.0, 0.2, 0.9), (0.5, 0.35, 0.86), (1.0, 0.5, 0.7))
+    return [
+        row(f"merge {weight}", x, y, spread=0, series="LERP", role="merge", merge_weight=weight)
+        for weight, x, y in points
+    ]
+
+
+def read_csv(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+def test_front_writes_what_it_draws(tmp_path):
+    found = results(
+        row("base", 0.5, 0.6, role="base", series="base"),
+        row("base γ=3", 0.3, 0.8, guidance_scale=3.0, role="guided", series="base"),
+        *lerp(),
+    )
+    svg, png, table = front(found, "diversity_heldout", "adherence", tmp_path / "deep" / "front")
+    assert ElementTree.parse(svg).getroot().tag.endswith("svg")
+    assert png.read_bytes().startswith(b"\x89PNG")
+    lines = read_csv(table)
+    assert [line[0] for line in lines[1:6]] == ["base", "base γ=3", "merge 0.0", "merge 0.5", "merge 1.0"]
+    estimate = found["base"].metrics["diversity_heldout"]
+    assert [float(number) for number in lines[1][2:5]] == [estimate.estimate, estimate.low, estimate.high]
+    assert {line[0] for line in lines[8:]} == {"base", "LERP"}  # hypervolumes
+    text = svg.read_text(encoding="utf-8")
+    for label in ("γ 3", "λ .5", "prompt adherence", "hypervolume"):
+        assert label in text, label
+
+
+def test_figures_are_the_same_every_time(tmp_path):
+    """Catches a date or random ids in the files: a rebuilt results page would differ from the recorded
+    one."""
+    found = results(*lerp())
+    for name in ("one", "two"):
+        front(found, "diversity_heldout", "adherence", tmp_path / name)
+    for ending in ("svg", "png", "csv"):
+        assert (tmp_path / f"one.{ending}").read_bytes() == (tmp_path / f"two.{ending}").read_bytes(), ending
+
+
+def test_a_broken_system_is_named_and_not_drawn(tmp_path):
+    noise = row("white noise", 0.9, 0.1)
+    noise.flags.append("only 0% of the clips are valid audio")
+    found = results(row("base", 0.5, 0.6, series="base"), row("guided", 0.3, 0.8, series="base"), noise)
+    svg, _, table = front(found, "diversity_heldout", "adherence", tmp_path / "front")
+    assert "not drawn, invalid audio: white noise" in svg.read_text(encoding="utf-8")
+    assert next(line for line in read_csv(table) if line[0] == "white noise")[-1] == noise.flags[0]
+    volumes = series_hypervolumes(found, "diversity_heldout", "adherence")
+    assert volumes == series_hypervolumes(results(*found.systems[:2]), "diversity_heldout", "adherence")
+
+
+def test_hypervolume_above_the_worst_of_all_systems():
+    """(0.3, 0.8) and (0.5, 0.6) above (0.2, 0.5): 0.1·0.3 + 0.2·0.1."""
+    found = results(
+        row("a", 0.3, 0.8, spread=0, series="s"),
+        row("b", 0.5, 0.6, spread=0, series="s"),
+        row("worst", 0.2, 0.5, spread=0, series="other"),
+    )
+    volumes = series_hypervolumes(found, "diversity_heldout", "adherence")
+    assert volumes.keys() == {"s"}
+    assert volumes["s"].estimate == pytest.approx(0.05)
+
+
+def test_results_without_intervals_can_be_drawn(tmp_path):
+    one = row("base", 0.5, 0.6)
+    one.metrics = {name: Estimate(estimate.estimate, num_prompts=1) for name, estimate in one.metrics.items()}
+    front(results(one), "diversity_heldout", "adherence", tmp_path / "front")
+    assert (tmp_path / "front.png").is_file()
+
+
+def test_the_lerp_against_the_straight_line(tmp_path):
+    """Diversity on the line, adherence 0.06 above it: 0.86 − (0.9 + 0.7)/2."""
+    found = results(*lerp())
+    above = above_line(*found.systems, "adherence")
+    assert above.estimate == pytest.approx(0.06)
+    assert above_line(*found.systems, "diversity_heldout").estimate == pytest.approx(0, abs=1e-12)
+    _, _, table = merge_curve(found, "LERP", ["diversity_heldout", "adherence"], tmp_path / "lerp")
+    lines = read_csv(table)
+    assert lines[0][5:] == ["above_line", "above_low", "above_high"]
+    middle = next(line for line in lines if line[:2] == ["adherence", "0.5"])
+    assert float(middle[5]) == pytest.approx(0.06)
+
+
+def test_a_lerp_needs_its_ends(tmp_path):
+    with pytest.raises(ValueError, match="a LERP needs 0, 1"):
+        merge_curve(results(*lerp()[:2]), "LERP", ["adherence"], tmp_path / "lerp")
+
+
+def test_trajectories_follow_the_steps(tmp_path):
+    """Catches points joined in the order of the table."""
+    steps = [
+        row(f"run {step}", 0.5 - step / 100, 0.6 + step / 100, series="run", step=step)
+        for step in (20, 0, 10)
+    ]
+    _, _, table = trajectories(
+        results(row("base", 0.5, 0.6), *steps), "diversity_heldout", "adherence", tmp_path / "t"
+    )
+    assert [line[1] for line in read_csv(table) if line[0] == "run"] == ["0", "10", "20"]
+    with pytest.raises(ValueError, match="no series has two systems with a step"):
+        trajectories(results(row("base", 0.5, 0.6)), "diversity_heldout", "adherence", tmp_path / "t")
+
+
+def test_training_curves_read_the_run_or_its_last_checkpoint(tmp_path):
+    log = [{"step": step, "kl/clip": 10.0 / step} for step in range(1, 9)]
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    for step in (2, 10):
+        folder = tmp_path / "running" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        folder.joinpath("trainer_state.json").write_text(json.dumps({"log_history": log[:step]}))
+    runs = {"done": tmp_path / "done", "running": tmp_path / "running"}
+    _, _, table = training_curves(runs, tmp_path / "curves", smooth=3)
+    lines = read_csv(table)[1:]
+    assert len(lines) == 16 and {line[1] for line in lines} == {"kl/clip"}
+    with pytest.raises(FileNotFoundError, match=r"no trainer_state.json"):
+        training_curves({"x": tmp_path}, tmp_path / "curves")
+    (tmp_path / "done" / "trainer_state.json").write_text(
+        json.dumps({"log_history": [{"step": 1, "loss": 1.0}]})
+    )
+    with pytest.raises(ValueError, match="none of the runs logged kl/clip"):
+        training_curves({"done": tmp_path / "done"}, tmp_path / "curves")
+
+
+def test_metrics_that_cannot_be_drawn(tmp_path):
+    with pytest.raises(ValueError, match="unknown metric 'colour'"):
+        front(results(*lerp()), "colour", "adherence", tmp_path / "front")
+    with pytest.raises(ValueError, match="no system has level and adherence"):
+        front(results(*lerp()), "level", "adherence", tmp_path / "front")
+
+
+def test_series_differ_without_colour():
+    looks = [Look.number(index) for index in range(8)]
+    assert len({look.marker for look in looks}) == len({str(look.linestyle) for look in looks}) == 8

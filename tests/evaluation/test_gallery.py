@@ -1,0 +1,129 @@
+"""The page: complete in its folder, escaped, at one loudness, and shown by a real browser."""
+
+import html.parser
+import shutil
+import struct
+import subprocess
+
+import numpy as np
+import pytest
+import soundfile
+
+from diverse_cfg.evaluation.gallery import Picture, write_audio, write_gallery
+from diverse_cfg.evaluation.loudness import loudness
+from diverse_cfg.evaluation.systems import System, single
+from tests.evaluation.worlds import save_sibling, small_sweep
+from tests.tiny import PROMPTS, save_tiny
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """A sweep over two systems and one that fails."""
+    root = tmp_path_factory.mktemp("sweep")
+    sweep = small_sweep(root)
+    systems = [
+        System("base", single(save_tiny(root / "a")), role="base"),
+        System("<b>student</b> & co", single(save_sibling(root / "b"))),
+        System("gone", single(root / "nowhere")),
+    ]
+    return sweep, sweep.run(systems, progress=False)
+
+
+@pytest.fixture
+def page(evaluated, tmp_path):
+    sweep, results = evaluated
+    files = write_audio(results, sweep, tmp_path, 2, 2)
+    (tmp_path / "front.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>')
+    picture = Picture("front.svg", 'A "front"')
+    write_gallery(results, files, tmp_path, title="Listen <here>", introduction="1 < 2", pictures=[picture])
+    return tmp_path
+
+
+class Links(html.parser.HTMLParser):
+    """What a page loads."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.tags = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.found += [value for name, value in attrs if name in ("src", "href")]
+
+
+def test_every_player_has_its_file_and_nothing_comes_from_elsewhere(page):
+    """Catches absolute paths and links to other machines: the folder must work when it is mailed."""
+    links = Links((page / "index.html").read_text(encoding="utf-8"))
+    players = [link for link in links.found if link.endswith(".wav")]
+    assert len(players) == 2 * 2 * 2 == len(set(players))
+    for link in links.found:
+        assert "://" not in link and not link.startswith("/")
+        assert (page / link).is_file(), link
+
+
+def test_names_and_prompts_are_text(page):
+    """Catches a page without escaping: a prompt may hold anything."""
+    text = (page / "index.html").read_text(encoding="utf-8")
+    assert "&lt;b&gt;student&lt;/b&gt; &amp; co" in text and "<b>student" not in text
+    assert "Listen &lt;here&gt;" in text and "1 &lt; 2" in text
+    assert "b" not in Links(text).tags
+
+
+def test_failures_are_on_the_page(page):
+    text = (page / "index.html").read_text(encoding="utf-8")
+    assert "failed: FileNotFoundError: there is no folder" in text
+    assert [text.count(prompt) for prompt in PROMPTS] == [1, 1, 0, 0]
+
+
+def test_clips_are_those_that_were_measured_at_one_loudness(page, evaluated):
+    sweep, results = evaluated
+    files = sorted((page / "audio" / "00-base").glob("*.wav"))
+    levels = []
+    for path in files:
+        audio, rate = soundfile.read(path)
+        assert rate == 3200 and len(audio) == 12 * 64
+        levels.append(loudness(audio, rate))
+    assert (
+        max(levels) - min(levels) < 0.3 or max(np.abs(soundfile.read(path)[0]).max() for path in files) > 0.88
+    )
+    times = [path.stat().st_mtime_ns for path in files]
+    write_audio(results, sweep, page, 2, 2)
+    assert [path.stat().st_mtime_ns for path in files] == times  # a second page decodes nothing
+
+
+def test_unknown_columns_are_refused(evaluated, tmp_path):
+    with pytest.raises(ValueError, match="unknown metric 'beauty'"):
+        write_gallery(evaluated[1], {}, tmp_path, title="x", metrics=["beauty"])
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_a_browser_shows_it(page, tmp_path):
+    """The page is laid out, its script runs, and the figure and every clip load from the folder alone."""
+    source = (page / "index.html").read_text(encoding="utf-8")
+    probe = """<script>addEventListener("load", async () => {
+      const ready = [...document.querySelectorAll("audio")].map(player => new Promise(done => {
+        player.onloadedmetadata = () => done(player.duration > 0); player.onerror = () => done(false);
+        player.preload = "metadata"; player.load(); }));
+      const played = (await Promise.all(ready)).filter(Boolean).length; const image =
+      document.querySelector("img"); document.title = `clips ${played} image ${image.complete &&
+      image.naturalWidth > 0} rows ${document.querySelectorAll("table.numbers tbody tr").length}`;
+    });</script></body>"""
+    (page / "probe.html").write_text(source.replace("</body>", probe), encoding="utf-8")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000"]
+    dom = subprocess.run(
+        [*command, "--dump-dom", (page / "probe.html").as_uri()], capture_output=True, text=True, timeout=180
+    ).stdout
+    assert "<title>clips 8 image true rows 3</title>" in dom
+    picture = page / "screenshot.png"
+    subprocess.run(
+        [*command, "--window-size=1200,900", f"--screenshot={picture}", (page / "index.html").as_uri()],
+        capture_output=True,
+        timeout=180,
+        check=True,
+    )
+    width, height = struct.unpack(">II", picture.read_bytes()[16:24])
+    assert (width, height) == (1200, 900)
+    assert picture.stat().st_size > 10_000  # an empty page compresses to far less
