@@ -111,6 +111,11 @@ class ContrastiveEncoder(Module):
         ]
         return {"clips": torch.stack(clips)}
 
+    @property
+    def modalities(self) -> list[str]:
+        """What sentence-transformers may hand to `preprocess`."""
+        return ["audio"]
+
     def get_sentence_embedding_dimension(self) -> int:
         return self.config.dim
 

@@ -31,7 +31,10 @@ class BuildConfig:
     recordings: dict[str, int] = field(
         default_factory=lambda: {"train": 14000, "validation": 600, "test": 600}
     )
+    output: str = "diverse_cfg/assets/nano"
     batch: int = 24
+    judge_steps: int = 1500
+    embedder_steps: int = 500
     vocoder: dict[str, float] = field(default_factory=dict)
     encoder: dict[str, float] = field(default_factory=dict)
     language_model: dict[str, float] = field(default_factory=dict)
@@ -90,6 +93,22 @@ def training_stage(stage: str, config: BuildConfig, work: Path) -> None:
         )
 
 
+def judges_stage(config: BuildConfig, work: Path) -> None:
+    import numpy as np
+    from data import Clips
+    from judges import train_encoder_pair, train_judge
+
+    clips, held_out = Clips(work / "audio" / "train"), Clips(work / "audio" / "validation")
+    if not (work / "judge").is_dir():
+        train_judge(clips, held_out, config.seed, config.judge_steps).save_pretrained(work / "judge")
+    if not (work / "eval-encoder").is_dir():
+        codes, held_codes = (np.load(work / f"codes_{split}.npy") for split in ("train", "validation"))
+        for name, embedder in train_encoder_pair(
+            clips, codes, held_out, held_codes, config.seed, config.embedder_steps
+        ).items():
+            embedder.save_pretrained(work / name)
+
+
 def run_stage(stage: str, config: BuildConfig) -> None:
     import torch
 
@@ -97,6 +116,13 @@ def run_stage(stage: str, config: BuildConfig) -> None:
     work = Path(config.work)
     if stage == "render":
         render_stage(config, work)
+    elif stage == "judges":
+        judges_stage(config, work)
+    elif stage == "assemble":
+        from assemble import write_assets
+
+        quantizer = torch.load(work / "quantizer.pt", weights_only=True)
+        write_assets(work, quantizer, Path(config.output), config.seed)
     else:
         training_stage(stage, config, work)
 
@@ -109,14 +135,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE", help=", ".join(STAGES)
     )
-    for name in ("notes", "soundfont", "work"):
+    for name in ("notes", "soundfont", "work", "output"):
         parser.add_argument(f"--{name}", help=f"overrides `{name}` of the recipe")
     parser.add_argument("--threads", type=int, help="torch threads")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         config = BuildConfig.load(arguments.config)
-        for name in ("notes", "soundfont", "work", "threads"):
+        for name in ("notes", "soundfont", "work", "output", "threads"):
             if getattr(arguments, name) is not None:
                 setattr(config, name, getattr(arguments, name))
         for stage in STAGES:
