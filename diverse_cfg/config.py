@@ -257,7 +257,7 @@ class CFGDiversityConfig(RLOOConfig):
 
     def _check_groups(self) -> None:
         """Whole prompt groups on every process: a reward function sees the clips of one process."""
-        if self.diversity_coef > 0 and self.num_generations < 3:
+        if self.diversity_coef > 0 and (self.num_generations or 0) < 3:
             raise ValueError(
                 f"num_generations={self.num_generations}: the diversity reward needs at least 3 clips per "
                 "prompt "

@@ -245,13 +245,10 @@ def checked(
                 )
         return rewards
 
-    if is_async:
+    async def call_async(**kwargs):
+        return verified(await reward_func(**kwargs, **context))
 
-        async def wrapper(**kwargs):
-            return verified(await reward_func(**kwargs, **context))
-    else:
+    def call(**kwargs):
+        return verified(reward_func(**kwargs, **context))
 
-        def wrapper(**kwargs):
-            return verified(reward_func(**kwargs, **context))
-
-    return wrapper
+    return call_async if is_async else call

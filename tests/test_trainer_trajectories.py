@@ -92,6 +92,28 @@ def test_teacher_stays_and_student_moves(tmp_path):
     assert not any(name.startswith(("text_encoder", "audio_encoder")) for name in start)
 
 
+@pytest.mark.parametrize(
+    ("accumulation", "per_generation", "iterations", "fresh"),
+    [(1, 1, 1, True), (4, 2, 1, True), (2, 1, 2, True), (1, 1, 2, False), (1, 2, 1, False), (3, 2, 1, False)],
+)
+def test_old_log_probs_are_kept_where_they_can_differ(
+    tmp_path, accumulation, per_generation, iterations, fresh
+):
+    """Fault: clips that outlive an update are taken for fresh ones (3 micro-batches, blocks of 2)."""
+    trainer = tiny_trainer(
+        tmp_path,
+        gradient_accumulation_steps=accumulation,
+        steps_per_generation=per_generation,
+        num_iterations=iterations,
+        max_steps=2,
+    )
+    trainer.train()
+    assert trainer._on_policy == fresh
+    ratios = [entry["ratio/mean"] for entry in trainer.state.log_history if "ratio/mean" in entry]
+    assert bool(ratios) != fresh
+    assert fresh or any(abs(ratio - 1) > 1e-5 for ratio in ratios)
+
+
 def test_the_divergence_falls(tmp_path):
     """Fault: a sign; the loss would be reached by walking away from the teacher."""
     trainer = run(tmp_path, diversity_coef=0.0, max_steps=25)

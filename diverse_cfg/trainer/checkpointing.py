@@ -220,8 +220,7 @@ class Checkpointing(RLOOTrainer):
 
     def _save_state(self, folder: str) -> None:
         os.makedirs(folder, exist_ok=True)
-        block = self.args.steps_per_generation * self.num_iterations
-        if self._step % block and self._buffered_inputs is not None:
+        if self._step % self._block_length and self._buffered_inputs is not None:
             save_buffer(folder, self.accelerator.process_index, self._buffered_inputs)
         if not self.args.should_save:
             return

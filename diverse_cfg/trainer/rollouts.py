@@ -48,7 +48,8 @@ class Rollouts(RLOOTrainer):
         training = self.model.training
         condition = encode_text(unwrap(self.model), self._tokenizer, prompts)
         rows = torch.arange(len(prompts), device=condition.hidden_states.device)
-        sample_ids = rows + self.accelerator.process_index * len(prompts)
+        first: int = self.accelerator.process_index * len(prompts)
+        sample_ids = rows + first
         from_teacher = (
             self._teacher_rows(len(prompts)) if training else torch.zeros_like(rows, dtype=torch.bool)
         )
@@ -67,7 +68,7 @@ class Rollouts(RLOOTrainer):
         mode = "train" if training else "eval"
         self._log_time(mode, "rollout", started)
         # Prompt ids are not read: the text condition travels with the batch, already encoded.
-        labels = [f"clip {int(index)}, seed {seed}" for index in sample_ids]
+        labels = [f"clip {index}, seed {seed}" for index in sample_ids.tolist()]
         return [[0]] * len(prompts), codes.transpose(1, 2).flatten(1).tolist(), labels
 
     def _sample(
@@ -117,7 +118,12 @@ class Rollouts(RLOOTrainer):
         return chosen.repeat_interleave(self.num_generations).to(device)
 
     def _generation_index(self) -> int:
-        return self._step // (self.args.steps_per_generation * self.num_iterations)
+        return self._step // self._block_length
+
+    @property
+    def _block_length(self) -> int:
+        """Micro-batches from one rollout to the next."""
+        return (self.args.steps_per_generation or 1) * self.num_iterations
 
     def _noise_seed(self, training: bool) -> int:
         """Seed of this rollout: with a clip's global index it fixes the clip, whatever the batch or process

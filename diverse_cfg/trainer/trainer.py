@@ -185,10 +185,7 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
     @property
     def _on_policy(self) -> bool:
         """Every clip is trained on before the policy that sampled it changes."""
-        return (
-            self.num_iterations == 1
-            and self.args.steps_per_generation <= self.args.gradient_accumulation_steps
-        )
+        return self.args.gradient_accumulation_steps % self._block_length == 0
 
     # ---- rewards -----------------------------------------------------------------------------------------
 
