@@ -316,9 +316,6 @@ def _environment() -> Environment:
     environment.filters["python_dict"] = lambda settings: (
         "{" + ", ".join(f'"{key}": {value!r}' for key, value in settings.items()) + "}"
     )
-    environment.filters["python_arguments"] = lambda settings: ", ".join(
-        f"{key}={value!r}" for key, value in settings.items()
-    )
     environment.filters["text"] = _markdown_text
     return environment
 

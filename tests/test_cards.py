@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -182,7 +183,7 @@ def test_local_paths_stay_at_home(world, tmp_path):
     )
     card = render_card(folder)
     assert str(tmp_path.parent) not in card and str(world["base"].parent) not in card
-    assert "| initial\\_model | full2 |" in card
+    assert "| `initial_model` | full2 |" in card
 
 
 def test_card_after_peft_and_twice(world, tmp_path):
@@ -222,7 +223,8 @@ def test_seeded_snippet_is_reproducible(world):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_trainers_card_is_this_card(world, tmp_path, lora):
-    """Catches TRL's template, PEFT's placeholder after it, and a card for a folder that holds no model yet."""
+    """Catches TRL's template, PEFT's placeholder after it, and a card for a folder that holds no model
+    yet."""
     from peft import LoraConfig
 
     from tests.training import tiny_trainer
@@ -235,7 +237,26 @@ def test_the_trainers_card_is_this_card(world, tmp_path, lora):
     trainer.save_model()
     trainer.create_model_card(model_name="student", dataset_name="me/prompts", tags="mine")
     card = (tmp_path / "student" / "README.md").read_text()
-    assert card == render_card(tmp_path / "student", repo_id="student", datasets=["me/prompts"], tags=["mine"])
+    assert card == render_card(
+        tmp_path / "student", repo_id="student", datasets=["me/prompts"], tags=["mine"]
+    )
     assert metadata(card)["library_name"] == ("peft" if lora else "transformers")
     assert metadata(card)["datasets"] == ["me/prompts"]
     assert "β = 5" in card and "training_curves.png" in card
+
+
+def test_the_example_cards_are_what_the_template_renders():
+    """A change of the template shows in review as the cards that it changes: run `python
+    model_cards/render.py`."""
+    import importlib.util
+
+    path = Path(__file__).parent.parent / "model_cards" / "render.py"
+    spec = importlib.util.spec_from_file_location("render_cards", path)
+    render = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(render)
+    examples = render.render_examples()
+    assert {file: (path.parent / file).read_text() for file in examples} == examples
+    for card in examples.values():
+        assert metadata(card)["license"] == "cc-by-nc-4.0"
+        assert metadata(card)["base_model"] == "facebook/musicgen-small"
+        assert "Not evaluated yet." in card
