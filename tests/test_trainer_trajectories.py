@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from diverse_cfg.trainer.state import last_checkpoint
 from tests.tiny import tiny_musicgen
 from tests.training import largest_difference, losses, tiny_trainer, trained
 
@@ -63,6 +64,17 @@ def test_a_killed_run_continues_exactly(tmp_path, block, peft_config):
     assert largest_difference(trained(straight), trained(again)) == 0.0
     if straight._average is not None:
         assert largest_difference(straight._average.averages, again._average.averages) == 0.0
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+    """Fault: a run killed while saving cannot be resumed, or resumes from rubble."""
+    run(tmp_path, save_strategy="steps", save_steps=1, max_steps=2)
+    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+    again = run(tmp_path, resume=True, max_steps=3)
+    assert again.state.global_step == 3 and len(losses(again)) == 3
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        run(tmp_path / "nothing", resume=True)
 
 
 def test_zero_coefficient_is_pure_distillation_to_the_bit(tmp_path):

@@ -140,7 +140,7 @@ def _lora(args: TrainArguments):
 
 def _checkpoint(config) -> str | None:
     """Where to continue; None to begin. A folder with something in it is not written over by accident."""
-    from transformers.trainer_utils import get_last_checkpoint
+    from diverse_cfg.trainer.state import last_checkpoint
 
     wanted = config.resume_from_checkpoint
     output = Path(config.output_dir)
@@ -151,7 +151,7 @@ def _checkpoint(config) -> str | None:
             )
         return str(wanted)
     if wanted and str(wanted).lower() == "true":
-        return get_last_checkpoint(str(output)) if output.is_dir() else None
+        return last_checkpoint(output)
     # Only one process looks: another may already have begun to write.
     if config.process_index == 0 and output.is_dir() and any(output.iterdir()):
         raise FileExistsError(

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import RLOOTrainer
 from trl.trainer.utils import RepeatSampler
 
@@ -24,6 +23,7 @@ from diverse_cfg.trainer.estimate import memory
 from diverse_cfg.trainer.state import (
     STATE_FILE,
     WeightAverage,
+    last_checkpoint,
     load_buffer,
     read_tensors,
     save_buffer,
@@ -73,10 +73,10 @@ class Checkpointing(RLOOTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As `Trainer.train`; a resumed run continues exactly, also between two updates on the same clips."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(
-                    f"resume_from_checkpoint=True, but {self.args.output_dir} holds no checkpoint"
+                    f"resume_from_checkpoint=True, but {self.args.output_dir} holds no complete checkpoint"
                 )
         self._resume_from = resume_from_checkpoint or None
         # Out of transformers' sight, or it would write the tokenizer's ids over MusicGen's.

@@ -34,6 +34,7 @@ from diverse_cfg.musicgen.policy import (
     zero_dropout,
 )
 from diverse_cfg.prompts import load_prompts
+from diverse_cfg.provenance import read_provenance
 from diverse_cfg.rewards import DiversityReward, is_pairwise
 
 DEFAULT_CLAP = "laion/larger_clap_music"
@@ -256,7 +257,7 @@ def default_reward(args: CFGDiversityConfig, base_model: str | None) -> Diversit
     Raises:
         ValueError: CLAP is needed, is not in the cache, and cannot be downloaded.
     """
-    name = args.diversity_embedder or default_embedder(base_model)
+    name = args.diversity_embedder or default_embedder(base_model, args.teacher_model)
     if name != DEFAULT_CLAP:
         return DiversityReward(name, args.guards)
     try:
@@ -268,12 +269,22 @@ def default_reward(args: CFGDiversityConfig, base_model: str | None) -> Diversit
         ) from error
 
 
-def default_embedder(base_model: str | None) -> str:
-    """The shipped reward encoder if the model is the nano base (or was trained from it), CLAP otherwise."""
+def default_embedder(base_model: str | None, teacher_model: str | None = None) -> str:
+    """The shipped reward encoder if the run starts from the nano base or its student, CLAP otherwise."""
+    origin = read_provenance(base_model) if base_model and os.path.isdir(base_model) else None
+    candidates = (base_model, teacher_model, origin and origin.base_model)
     try:
-        nano = nano_path()
+        if any(same_model(candidate, str(nano_path())) for candidate in candidates):
+            return str(nano_path("reward-encoder"))
     except FileNotFoundError:
-        return DEFAULT_CLAP
-    if base_model and os.path.isdir(base_model) and os.path.realpath(base_model) == os.path.realpath(nano):
-        return str(nano_path("reward-encoder"))
+        pass  # an installation without the nano world
     return DEFAULT_CLAP
+
+
+def same_model(first: str | None, second: str | None) -> bool:
+    """Whether two ids or folders name one checkpoint."""
+    if first is None or second is None:
+        return False
+    if os.path.isdir(first) and os.path.isdir(second):
+        return os.path.samefile(first, second)
+    return first == second

@@ -25,6 +25,16 @@ STATE_FILE = "diversity_state.safetensors"
 BUFFER_FILE = "rollout_buffer_{rank}.safetensors"
 
 
+def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The newest complete checkpoint of a run; None without one.
+
+    A run that is killed while it saves leaves a folder without `trainer_state.json`, which is written last.
+    """
+    found = [path.parent for path in Path(output_dir).glob("checkpoint-*/trainer_state.json")]
+    numbers = {int(path.name.removeprefix("checkpoint-")): path for path in found if path.name[11:].isdigit()}
+    return str(numbers[max(numbers)]) if numbers else None
+
+
 class WeightAverage:
     """Exponential moving average of the trained weights.
 

@@ -102,7 +102,7 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
         )
         tokenizer = getattr(self._processor, "tokenizer", self._processor)
         reward_funcs = setup.check_reward_funcs(reward_funcs, args, self._base_model)
-        frozen = self._separate_teacher(policy, args, peft_config is not None)
+        frozen = self._separate_teacher(policy, self._base_model, args, peft_config is not None)
 
         self.args = args  # seams that TRL calls while it is built read it
         super().__init__(
@@ -127,12 +127,12 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
     # -----------------------------------------------------------------------------------------
 
     @staticmethod
-    def _separate_teacher(policy, args: CFGDiversityConfig, lora: bool):
+    def _separate_teacher(policy, base_model: str | None, args: CFGDiversityConfig, lora: bool):
         """A frozen model of its own, or None when it is the student without adapters.
 
         Taken before TRL wraps `policy.forward`: a later copy would run the original's weights.
         """
-        if args.teacher_model is not None:
+        if args.teacher_model is not None and not setup.same_model(args.teacher_model, base_model):
             return share_encoders(load_policy(args.teacher_model), policy)
         return None if lora else frozen_copy(policy)
 
