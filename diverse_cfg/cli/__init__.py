@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from diverse_cfg import __version__
-from diverse_cfg.cli import demo, evaluate, generate, inspect, merge, publish, train
+from diverse_cfg.cli import demo, evaluate, generate, inspect, listen, merge, publish, train
 from diverse_cfg.cli.command import Command
 
 COMMANDS: tuple[Command, ...] = (
@@ -23,6 +23,7 @@ COMMANDS: tuple[Command, ...] = (
     generate.COMMAND,
     merge.COMMAND,
     evaluate.COMMAND,
+    listen.COMMAND,
     inspect.COMMAND,
     publish.COMMAND,
 )

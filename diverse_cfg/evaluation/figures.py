@@ -235,7 +235,7 @@ def trajectories(results: Results, x: str, y: str, stem: str | os.PathLike) -> l
                     "shrinkB": 2,
                 }
                 axes.annotate("", xy=end, xytext=start, arrowprops=arrow)
-            for row in members:
+            for row in [*run, *(row for row in members if row.system.step is None)]:
                 axes.plot(
                     _value(row, x), _value(row, y), color=look.color, marker=look.marker, linestyle="none"
                 )

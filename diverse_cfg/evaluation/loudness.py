@@ -24,7 +24,8 @@ def loudness(waveform: np.ndarray, sampling_rate: int) -> float:
         LUFS; −inf for silence.
     """
     channels = np.atleast_2d(np.asarray(waveform, dtype=np.float64))
-    for numerator, denominator in (_shelf(sampling_rate), _high_pass(sampling_rate)):
+    filters = [_shelf(sampling_rate), _high_pass(sampling_rate)] if sampling_rate >= 4000 else []
+    for numerator, denominator in filters:  # below, there is next to nothing of what they weigh
         channels = lfilter(numerator, denominator, channels, axis=1)
     size = min(round(_BLOCK * sampling_rate), channels.shape[1])
     starts = range(0, channels.shape[1] - size + 1, max(1, round(_STEP * sampling_rate)))

@@ -1,0 +1,115 @@
+"""`diverse-cfg listen`: a blind listening test, from the clips of an evaluation to win rates."""
+
+import argparse
+
+from diverse_cfg.cli.command import Command
+from diverse_cfg.cli.quiet import quiet_libraries
+
+
+def add_listen_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="action", required=True)
+
+    make = actions.add_parser("make", help="write a study from the clips of an evaluation")
+    make.add_argument("study", help="folder to create")
+    make.add_argument("--config", required=True, help="YAML file of the evaluation that made the clips")
+    make.add_argument(
+        "--pair",
+        nargs=2,
+        action="append",
+        required=True,
+        metavar=("A", "B"),
+        help="systems to compare (repeatable)",
+    )
+    make.add_argument(
+        "--quality", type=int, default=20, metavar="N", help="single clips compared (default: 20)"
+    )
+    make.add_argument(
+        "--diversity", type=int, default=10, metavar="N", help="pairs of clips compared (default: 10)"
+    )
+    make.add_argument("--seed", type=int, default=0, help="of sides and order (default: 0)")
+
+    run = actions.add_parser("run", help="ask the questions on a local web page (needs gradio)")
+    run.add_argument("study")
+    run.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets others in your network listen")
+    run.add_argument("--port", type=int, default=7860)
+
+    count = actions.add_parser("count", help="count the votes: win rates with intervals")
+    count.add_argument("study")
+
+    export = actions.add_parser("webmushra", help="write the study as a configuration of webMUSHRA")
+    export.add_argument("study")
+    export.add_argument("--output", required=True, help="folder to create, to be copied over webMUSHRA's")
+    export.add_argument(
+        "--test-id", default="diverse_cfg", help="name of the configuration (default: diverse_cfg)"
+    )
+
+    ratings = actions.add_parser("import", help="add the ratings that webMUSHRA collected to the votes")
+    ratings.add_argument("study")
+    ratings.add_argument("ratings", help="results/<test id>/lms.csv")
+
+
+def run_listen(args: argparse.Namespace) -> None:
+    {"make": _make, "run": _run, "count": _count, "webmushra": _export, "import": _import}[args.action](args)
+
+
+def _make(args: argparse.Namespace) -> None:
+    from diverse_cfg.evaluation.listening import load_trials, make_study
+    from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep, read_settings
+    from diverse_cfg.evaluation.results import Results
+
+    quiet_libraries()
+    config = SweepConfig.from_dict(read_settings(args.config))
+    results = Results.load(config.output)
+    sweep, _ = build_sweep(config)
+    folder = make_study(
+        results,
+        sweep,
+        args.study,
+        [tuple(pair) for pair in args.pair],
+        num_quality=args.quality,
+        num_diversity=args.diversity,
+        seed=args.seed,
+    )
+    print(f"{len(load_trials(folder))} trials in {folder}; ask them with: diverse-cfg listen run {folder}")
+
+
+def _run(args: argparse.Namespace) -> None:
+    from diverse_cfg.evaluation.listening_app import serve
+
+    serve(args.study, host=args.host, port=args.port)
+
+
+def _count(args: argparse.Namespace) -> None:
+    from diverse_cfg.evaluation.listening import win_rates
+
+    rates = win_rates(args.study)
+    if not rates:
+        print("no votes yet")
+    for rate in rates:
+        print(
+            f"{rate.kind}: {rate.system} against {rate.other}: win rate {rate.rate.text()} "
+            f"({rate.wins} wins, {rate.ties} ties, {rate.losses} losses on {rate.rate.num_prompts} prompts)"
+        )
+
+
+def _export(args: argparse.Namespace) -> None:
+    from diverse_cfg.evaluation.webmushra import export_study
+
+    print(
+        f"copy {args.output}/configs over webMUSHRA's: {export_study(args.study, args.output, args.test_id)}"
+    )
+
+
+def _import(args: argparse.Namespace) -> None:
+    from diverse_cfg.evaluation.webmushra import import_ratings
+
+    print(f"{import_ratings(args.study, args.ratings)} new votes")
+
+
+COMMAND = Command(
+    name="listen",
+    summary="a blind listening test: is it better, is it more diverse",
+    add_arguments=add_listen_arguments,
+    run=run_listen,
+    resume="every vote so far is on the disk; run it again to go on",
+)

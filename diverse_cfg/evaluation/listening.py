@@ -1,0 +1,294 @@
+"""A blind listening test: trials, votes, win rates (the paper's study, arXiv 2410.06084).
+
+Two questions are asked side by side: which of two *clips* is better (quality), and which of two *pairs of
+clips* is more diverse (diversity; one clip alone has none). `make_study` writes a folder that shows nothing
+of the systems: audio under opaque names, `trials.json` for whoever plays it, and `key.json`, which says
+what was what and is read only to count. Votes are lines appended to a file, safely by several listeners at
+once.
+
+    win rate = (W + T/2) / (W + L + T)
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from diverse_cfg.evaluation.gallery import write_audio
+from diverse_cfg.evaluation.results import Estimate, Results
+from diverse_cfg.evaluation.sweep import Sweep
+from diverse_cfg.functional.statistics import bootstrap_mean, win_rate
+from diverse_cfg.provenance import write_text
+
+QUESTIONS = {
+    "quality": "Which clip is better: its sound, how well it fits the text, its music?",
+    "diversity": "Which pair of clips is more diverse: in which pair do the two clips differ more?",
+}
+CLIPS = {"quality": 1, "diversity": 2}
+"""Clips on each side of a trial."""
+
+ANSWERS = {"left": 0.0, "same": 0.5, "right": 1.0}
+
+TRIALS_FILE, KEY_FILE, VOTES_FILE = "trials.json", "key.json", "votes.jsonl"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One comparison, as a listener sees it.
+
+    Args:
+        id: of the trial.
+        kind: "quality" or "diversity".
+        prompt: what both sides were made from.
+        left, right: files of the clips, relative to the study's folder.
+    """
+
+    id: str
+    kind: str
+    prompt: str
+    left: tuple[str, ...]
+    right: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Vote:
+    """One answer.
+
+    Args:
+        trial: id of the trial.
+        listener: who voted, any name.
+        answer: "left", "same" or "right", as the trial has its sides.
+    """
+
+    trial: str
+    listener: str
+    answer: str
+
+    def __post_init__(self) -> None:
+        if self.answer not in ANSWERS:
+            raise ValueError(f"answer={self.answer!r} must be one of {', '.join(ANSWERS)}")
+        if not self.listener.strip():
+            raise ValueError("a vote needs a listener: enter any name")
+
+
+def make_study(
+    results: Results,
+    sweep: Sweep,
+    folder: str | os.PathLike,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    num_quality: int,
+    num_diversity: int,
+    seed: int = 0,
+) -> Path:
+    """Write a study: trials of each pair of systems on the first prompts, blind and in random order.
+
+    Args:
+        results: of the sweep.
+        sweep: that made them, with at least 2 clips per prompt for diversity.
+        folder: new.
+        pairs: systems to compare, e.g. ("merge λ=0.5", "base γ=3").
+        num_quality: prompts whose single clips are compared (the paper: 101, for each pair of systems).
+        num_diversity: prompts whose pairs of clips are compared (the paper: 50).
+        seed: of sides and order.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: the folder is there already.
+        ValueError: a system that is not there or failed, more prompts than there are, or too few clips.
+    """
+    folder = Path(folder)
+    wanted = {"quality": num_quality, "diversity": num_diversity}
+    _check_study(results, sweep, pairs, wanted)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already: choose another folder, votes must not be mixed")
+    chosen = Results(
+        results.prompts, [results[name] for name in dict.fromkeys(name for pair in pairs for name in pair)]
+    )
+    incomplete = folder.with_name(f".{folder.name}.incomplete")
+    shutil.rmtree(incomplete, ignore_errors=True)
+    files = write_audio(
+        chosen, sweep, incomplete / "systems", max(wanted.values()), 2 if num_diversity else 1
+    )
+    shuffle = random.Random(seed)
+    trials, key = [], {}
+    (incomplete / "audio").mkdir()
+    for kind, count in wanted.items():
+        for (first, second), prompt in ((pair, prompt) for pair in pairs for prompt in range(count)):
+            left, right = (first, second) if shuffle.random() < 0.5 else (second, first)
+            name = hashlib.blake2b(
+                f"{seed}/{kind}/{first}/{second}/{prompt}".encode(), digest_size=5
+            ).hexdigest()
+            sides = [
+                _blind_copies(incomplete, f"{name}-{side}", files[system, prompt][: CLIPS[kind]])
+                for side, system in (("left", left), ("right", right))
+            ]
+            trials.append(Trial(name, kind, results.prompts[prompt], *sides))
+            key[name] = {"left": left, "right": right}
+    shutil.rmtree(incomplete / "systems")
+    shuffle.shuffle(trials)
+    write_text(
+        incomplete / TRIALS_FILE,
+        json.dumps([asdict(trial) for trial in trials], indent=1, ensure_ascii=False),
+    )
+    write_text(incomplete / KEY_FILE, json.dumps(key, indent=1, ensure_ascii=False))
+    incomplete.rename(folder)
+    return folder
+
+
+def load_trials(folder: str | os.PathLike) -> list[Trial]:
+    """Trials of a study.
+
+    Raises:
+        FileNotFoundError: the folder is no study.
+    """
+    path = Path(folder) / TRIALS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is no listening test: it has no {TRIALS_FILE}")
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    return [Trial(**{**row, "left": tuple(row["left"]), "right": tuple(row["right"])}) for row in rows]
+
+
+class Votes:
+    """The votes of a study: lines that are appended under a lock, one listener's earlier answers found again.
+
+    Args:
+        folder: of the study.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self.trials = {trial.id: trial for trial in load_trials(folder)}
+        self.path = self.folder / VOTES_FILE
+
+    def add(self, vote: Vote) -> None:
+        """Append a vote; it is on the disk when this returns.
+
+        Raises:
+            ValueError: a trial that is not in the study, or that this listener has answered.
+        """
+        if vote.trial not in self.trials:
+            raise ValueError(f"the study has no trial {vote.trial!r}")
+        line = json.dumps(asdict(vote), ensure_ascii=False) + "\n"
+        with open(self.path, "a+", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed
+            file.seek(0)
+            text = file.read()
+            if (vote.trial, vote.listener) in {(v.trial, v.listener) for v in _parse(text)}:
+                raise ValueError(f"{vote.listener} has answered trial {vote.trial} already")
+            # A line that was cut off by a crash must not swallow this one.
+            file.write(line if not text or text.endswith("\n") else "\n" + line)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def all(self) -> list[Vote]:
+        """Every vote; a line that was cut off by a crash is left out."""
+        return _parse(self.path.read_text(encoding="utf-8")) if self.path.is_file() else []
+
+    def remaining(self, listener: str) -> list[Trial]:
+        """Trials that a listener has not answered, in an order of their own."""
+        answered = {vote.trial for vote in self.all() if vote.listener == listener}
+        order = list(self.trials.values())
+        random.Random(listener).shuffle(order)
+        return [trial for trial in order if trial.id not in answered]
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """How often a system won against another.
+
+    Args:
+        kind: "quality" or "diversity".
+        system, other: who against whom.
+        wins, ties, losses: votes.
+        rate: (W + T/2) / (W + L + T), with an interval by prompt; without one for a single prompt.
+    """
+
+    kind: str
+    system: str
+    other: str
+    wins: int
+    ties: int
+    losses: int
+    rate: Estimate
+
+
+def win_rates(folder: str | os.PathLike) -> list[WinRate]:
+    """Count the votes of a study, each pair of systems once, the first of the alphabet against the other.
+
+    Several listeners of one prompt are one cluster of the bootstrap.
+
+    Raises:
+        FileNotFoundError: no study, or no key.
+    """
+    votes = Votes(folder)
+    key: Mapping[str, Mapping[str, str]] = json.loads((votes.folder / KEY_FILE).read_text(encoding="utf-8"))
+    scores: dict[tuple[str, str, str], list[tuple[str, float]]] = {}
+    for vote in votes.all():
+        sides, trial = key[vote.trial], votes.trials[vote.trial]
+        system, other = sorted(sides.values())
+        right_won = ANSWERS[vote.answer]
+        score = right_won if sides["right"] == system else 1 - right_won
+        scores.setdefault((trial.kind, system, other), []).append((trial.prompt, score))
+    return [_win_rate(*names, entries) for names, entries in sorted(scores.items())]
+
+
+def _win_rate(kind: str, system: str, other: str, entries: list[tuple[str, float]]) -> WinRate:
+    prompts, values = [prompt for prompt, _ in entries], [score for _, score in entries]
+    wins, ties, losses = (values.count(score) for score in (1.0, 0.5, 0.0))
+    number, distinct = win_rate(wins, ties, losses), len(set(prompts))
+    rate = Estimate(number, num_prompts=distinct)
+    if distinct > 1:
+        rate = Estimate(*bootstrap_mean(torch.tensor(values), prompts), num_prompts=distinct)
+    return WinRate(kind, system, other, wins, ties, losses, rate)
+
+
+def _parse(text: str) -> list[Vote]:
+    votes = []
+    for line in text.splitlines():
+        try:
+            votes.append(Vote(**json.loads(line)))
+        except json.JSONDecodeError:
+            continue  # cut off by a crash; the listener is asked again
+    return votes
+
+
+def _check_study(
+    results: Results, sweep: Sweep, pairs: Sequence[tuple[str, str]], wanted: Mapping[str, int]
+) -> None:
+    if not pairs:
+        raise ValueError("name at least one pair of systems to compare")
+    for first, second in pairs:
+        if first == second:
+            raise ValueError(f"{first!r} cannot be compared with itself")
+        for name in (first, second):
+            if not results[name].ok:
+                raise ValueError(f"system {name!r} failed and cannot be heard: {results[name].error}")
+    for kind, count in wanted.items():
+        if not 0 <= count <= len(results.prompts):
+            raise ValueError(
+                f"{count} {kind} trials per pair of systems, but there are {len(results.prompts)} prompts"
+            )
+    if not any(wanted.values()):
+        raise ValueError("the study has no trials: ask for quality, diversity, or both")
+    if wanted["diversity"] and sweep.clips.num_generations < 2:
+        raise ValueError("diversity is heard in pairs of clips: evaluate with num_generations >= 2")
+
+
+def _blind_copies(folder: Path, name: str, files: Sequence[str]) -> tuple[str, ...]:
+    """Copies whose names say nothing; the left clip of a trial is no hint at the system."""
+    copies = []
+    for number, file in enumerate(files):
+        copy = f"audio/{name}-{number}.wav"
+        shutil.copyfile(folder / "systems" / file, folder / copy)
+        copies.append(copy)
+    return tuple(copies)

@@ -1,0 +1,314 @@
+"""The listening test: blind, randomised, counted right, safe for several listeners, and resumable."""
+
+import csv
+import json
+import multiprocessing
+
+import pytest
+import soundfile
+import yaml
+
+from diverse_cfg.evaluation.listening import (
+    KEY_FILE,
+    VOTES_FILE,
+    Vote,
+    Votes,
+    load_trials,
+    make_study,
+    win_rates,
+)
+from diverse_cfg.evaluation.listening_app import build_app, view
+from diverse_cfg.evaluation.systems import System, single
+from diverse_cfg.evaluation.webmushra import export_study, import_ratings
+from tests.evaluation.worlds import save_sibling, small_sweep
+from tests.tiny import PROMPTS, save_tiny
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sweep")
+    sweep = small_sweep(root)
+    systems = [
+        System("base", single(save_tiny(root / "a"))),
+        System("student", single(save_sibling(root / "b"))),
+        System("gone", single(root / "nowhere")),
+    ]
+    return sweep.run(systems, progress=False), sweep
+
+
+@pytest.fixture
+def study(evaluated, tmp_path):
+    return make_study(*evaluated, tmp_path / "study", [("student", "base")], num_quality=4, num_diversity=3)
+
+
+def key_of(study):
+    return json.loads((study / KEY_FILE).read_text())
+
+
+def test_a_study_asks_both_questions(study):
+    trials = load_trials(study)
+    assert sorted(trial.kind for trial in trials) == ["diversity"] * 3 + ["quality"] * 4
+    for trial in trials:
+        assert len(trial.left) == len(trial.right) == {"quality": 1, "diversity": 2}[trial.kind]
+        assert trial.prompt in PROMPTS
+        assert all((study / file).is_file() for file in (*trial.left, *trial.right))
+    quality = [trial.prompt for trial in trials if trial.kind == "quality"]
+    assert sorted(quality) == sorted(PROMPTS)
+
+
+def test_nothing_but_the_key_names_a_system(study):
+    """Catches a file name, a folder or a field that gives the answer away."""
+    key = key_of(study)
+    assert {name for sides in key.values() for name in sides.values()} == {"student", "base"}
+    for path in study.rglob("*"):
+        assert "student" not in path.name and "base" not in path.name
+        if path.suffix == ".json" and path.name != KEY_FILE:
+            assert "student" not in path.read_text() and "base" not in path.read_text()
+
+
+def test_the_clips_are_those_of_the_key(study, evaluated):
+    """Catches sides that are swapped in the key: the win rate would be that of the other system."""
+    results, sweep = evaluated
+    from diverse_cfg.evaluation.gallery import write_audio
+
+    files = write_audio(results, sweep, study.parent / "page", 4, 2)
+    for trial in load_trials(study):
+        prompt = PROMPTS.index(trial.prompt)
+        for side in ("left", "right"):
+            system = key_of(study)[trial.id][side]
+            copies = [(study / file).read_bytes() for file in getattr(trial, side)]
+            originals = [(study.parent / "page" / file).read_bytes() for file in files[system, prompt]]
+            assert copies == originals[: len(copies)]
+
+
+def test_sides_are_random_and_repeatable(evaluated, tmp_path):
+    def left_systems(name, seed):
+        folder = make_study(
+            *evaluated, tmp_path / name, [("student", "base")], num_quality=4, num_diversity=4, seed=seed
+        )
+        key = key_of(folder)
+        return [(trial.id, key[trial.id]["left"]) for trial in load_trials(folder)]
+
+    first = left_systems("one", 0)
+    assert {system for _, system in first} == {"student", "base"}
+    assert left_systems("two", 0) == first
+    assert left_systems("three", 1) != first
+
+
+def test_each_listener_has_an_order_of_their_own_and_goes_on_where_they_stopped(study):
+    votes = Votes(study)
+    anna, ben = votes.remaining("anna"), votes.remaining("ben")
+    assert {trial.id for trial in anna} == {trial.id for trial in ben}
+    assert [trial.id for trial in anna] != [trial.id for trial in ben]
+    votes.add(Vote(anna[0].id, "anna", "left"))
+    assert [trial.id for trial in Votes(study).remaining("anna")] == [trial.id for trial in anna[1:]]
+    assert len(Votes(study).remaining("ben")) == 7
+
+
+def test_win_rate_counts_the_system_not_the_side(study):
+    """The student wins 2 of 4 quality trials, ties one, loses one: (2 + ½)/4, whichever side it was on."""
+    votes, key = Votes(study), key_of(study)
+    outcomes = iter(["win", "win", "tie", "loss"])
+    for trial in load_trials(study):
+        if trial.kind == "quality":
+            side = next(side for side, system in key[trial.id].items() if system == "student")
+            other = {"left": "right", "right": "left"}[side]
+            votes.add(Vote(trial.id, "anna", {"win": side, "tie": "same", "loss": other}[next(outcomes)]))
+    (rate,) = win_rates(study)
+    assert (rate.kind, rate.system, rate.other) == ("quality", "base", "student")
+    assert (rate.wins, rate.ties, rate.losses) == (1, 1, 2)
+    assert rate.rate.estimate == pytest.approx(1.5 / 4)
+    assert rate.rate.low <= rate.rate.estimate <= rate.rate.high
+    assert rate.rate.num_prompts == 4
+
+
+def test_one_answer_is_a_rate_without_interval(study):
+    trial = load_trials(study)[0]
+    Votes(study).add(Vote(trial.id, "anna", "same"))
+    (rate,) = win_rates(study)
+    assert (rate.rate.estimate, rate.rate.low) == (0.5, None)
+
+
+@pytest.mark.parametrize(
+    ("trial", "listener", "answer", "message"),
+    [
+        ("nothing", "anna", "left", "no trial 'nothing'"),
+        (None, "anna", "better", "answer='better'"),
+        (None, " ", "left", "needs a listener"),
+    ],
+)
+def test_wrong_votes_are_refused(study, trial, listener, answer, message):
+    with pytest.raises(ValueError, match=message):
+        Votes(study).add(Vote(trial or load_trials(study)[0].id, listener, answer))
+
+
+def test_a_second_click_counts_once(study):
+    trial, votes = load_trials(study)[0], Votes(study)
+    votes.add(Vote(trial.id, "anna", "left"))
+    with pytest.raises(ValueError, match=r"answered trial .* already"):
+        votes.add(Vote(trial.id, "anna", "right"))
+    votes.add(Vote(trial.id, "ben", "right"))
+    assert len(votes.all()) == 2
+
+
+def test_a_line_cut_off_by_a_crash_costs_one_vote_only(study):
+    first, second = load_trials(study)[:2]
+    votes = Votes(study)
+    votes.add(Vote(first.id, "anna", "left"))
+    with open(study / VOTES_FILE, "a", encoding="utf-8") as file:
+        file.write('{"trial": "abc", "lis')
+    votes.add(Vote(second.id, "anna", "right"))
+    assert [vote.trial for vote in votes.all()] == [first.id, second.id]
+
+
+def _vote_for_all(study, listener):
+    votes = Votes(study)
+    for trial in votes.remaining(listener):
+        votes.add(Vote(trial.id, listener, "same"))
+
+
+def test_listeners_at_once_lose_no_vote(study):
+    """Catches appending without a lock."""
+    names = [f"listener {number}" for number in range(4)]
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_vote_for_all, args=(study, name)) for name in names]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert len(Votes(study).all()) == 4 * 7
+
+
+@pytest.mark.parametrize(
+    ("pairs", "quality", "diversity", "message"),
+    [
+        ([], 1, 1, "at least one pair"),
+        ([("base", "base")], 1, 1, "with itself"),
+        ([("base", "nobody")], 1, 1, "no system 'nobody'"),
+        ([("base", "gone")], 1, 1, "'gone' failed"),
+        ([("base", "student")], 9, 0, "9 quality trials"),
+        ([("base", "student")], 0, 0, "no trials"),
+    ],
+)
+def test_studies_that_cannot_be_made(evaluated, tmp_path, pairs, quality, diversity, message):
+    with pytest.raises(ValueError, match=message):
+        make_study(*evaluated, tmp_path / "study", pairs, num_quality=quality, num_diversity=diversity)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_study_is_never_written_over(study, evaluated):
+    with pytest.raises(FileExistsError, match="must not be mixed"):
+        make_study(*evaluated, study, [("base", "student")], num_quality=1, num_diversity=0)
+
+
+# ---- the page ------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_one_trial_after_the_other(study):
+    votes = Votes(study)
+    seen = []
+    while (now := view(votes, " anna ")).trial:
+        assert f"### {len(seen) + 1} of 7" in now.text and now.trial.prompt in now.text
+        assert all(path.startswith(str(study.resolve())) for path in now.left + now.right)
+        seen.append(now.trial.id)
+        votes.add(Vote(now.trial.id, "anna", "left"))
+    assert len(set(seen)) == 7
+    assert "Thank you, anna" in now.text
+    with pytest.raises(ValueError, match="enter a name"):
+        view(votes, " ")
+
+
+def test_without_gradio_the_page_says_what_to_install(study, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "gradio", None)
+    with pytest.raises(ImportError, match=r"diverse-cfg\[listen\]"):
+        build_app(study)
+
+
+def test_a_click_is_a_vote(study):
+    """The page's own functions, called as gradio calls them."""
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    app = build_app(study)
+    functions = [function.fn for function in app.fns.values()]
+    show, left = functions[0], functions[2]
+    trial, text, *rest = show("anna")
+    assert "1 of 7" in text and [update["visible"] for update in rest[-3:]] == [True] * 3
+    kind = next(one.kind for one in load_trials(study) if one.id == trial)
+    visible = [update["visible"] for update in rest[:4]]
+    assert visible == ([True, False] * 2 if kind == "quality" else [True] * 4)
+    _, text, *_ = left("anna", trial)
+    assert "2 of 7" in text
+    assert Votes(study).all() == [Vote(trial, "anna", "left")]
+
+
+# ---- webMUSHRA -----------------------------------------------------------------------------------
+
+
+def test_the_webmushra_configuration_is_complete(study, tmp_path):
+    path = export_study(study, tmp_path / "package", "pilot")
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert path == tmp_path / "package" / "configs" / "pilot.yaml"
+    assert (config["testId"], config["remoteService"]) == ("pilot", "service/write.php")
+    assert [page["type"] for page in (config["pages"][0], config["pages"][-1])] == ["generic", "finish"]
+    order, *pages = config["pages"][1]
+    assert order == "random"
+    trials = {trial.id: trial for trial in load_trials(study)}
+    assert {page["id"] for page in pages} == set(trials)
+    for page in pages:
+        assert page["type"] == "likert_multi_stimulus" and len(page["response"]) == 5
+        clip = soundfile.info(study / trials[page["id"]].left[0])
+        for file in page["stimuli"].values():
+            frames = soundfile.info(tmp_path / "package" / file).frames
+            pair = trials[page["id"]].kind == "diversity"
+            assert frames == (2 * clip.frames + clip.samplerate if pair else clip.frames)
+    assert "student" not in path.read_text()
+    with pytest.raises(FileExistsError):
+        export_study(study, tmp_path / "package", "pilot")
+
+
+def write_ratings(path, rows):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["session_test_id", "name", "trial_id", "stimuli_rating", "stimuli", "rating_time"])
+        writer.writerows(["pilot", *row, "1000"] for row in rows)
+    return path
+
+
+def test_ratings_become_votes(study, tmp_path):
+    """The higher rating is the vote; equal ones are a tie; a file that is read twice counts once."""
+    a, b, c = (trial.id for trial in load_trials(study)[:3])
+    rows = [
+        ("anna", a, " 4 ", "left"),
+        ("anna", a, " 2 ", "right"),
+        ("anna", b, " 3 ", "right"),
+        ("anna", b, " 3 ", "left"),
+        ("ben", a, " 1 ", "left"),
+        ("ben", a, " 5 ", "right"),
+    ]
+    path = write_ratings(tmp_path / "lms.csv", rows)
+    assert import_ratings(study, path) == 3
+    assert {(vote.trial, vote.listener): vote.answer for vote in Votes(study).all()} == {
+        (a, "anna"): "left",
+        (b, "anna"): "same",
+        (a, "ben"): "right",
+    }
+    write_ratings(path, [*rows, ("ben", c, "2", "left"), ("ben", c, "1", "right")])
+    assert import_ratings(study, path) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("anna", "unknown", "3", "left"), ("anna", "unknown", "3", "right")], "another study"),
+        ([("anna", None, "3", "left")], "not both sides"),
+        ([("anna", None, "NA", "left")], "line 2: 'NA' is no rating"),
+        ([("", None, "3", "left")], "names no listener"),
+    ],
+)
+def test_ratings_that_cannot_be_used(study, tmp_path, rows, message):
+    trial = load_trials(study)[0].id
+    path = write_ratings(tmp_path / "lms.csv", [(who, name or trial, *rest) for who, name, *rest in rows])
+    with pytest.raises(ValueError, match=message):
+        import_ratings(study, path)
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"no lms.csv"):
+        import_ratings(study, tmp_path / "other.csv")
