@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig
 
 from diverse_cfg.trainer.state import last_checkpoint
-from tests.tiny import tiny_musicgen
+from tests.tiny import PROMPTS, tiny_musicgen
 from tests.training import largest_difference, losses, tiny_trainer, trained
 
 LORA = LoraConfig(r=2, lora_alpha=4)
@@ -114,6 +114,7 @@ def test_old_log_probs_are_kept_where_they_can_differ(
     """Fault: clips that outlive an update are taken for fresh ones (3 micro-batches, blocks of 2)."""
     trainer = tiny_trainer(
         tmp_path,
+        prompts=PROMPTS * 4,  # an epoch's end would cut accumulation short
         gradient_accumulation_steps=accumulation,
         steps_per_generation=per_generation,
         num_iterations=iterations,

@@ -61,7 +61,9 @@ def tiny_args(folder, **settings) -> CFGDiversityConfig:
     return CFGDiversityConfig(output_dir=str(folder), **{**defaults, **settings})
 
 
-def tiny_trainer(folder, model=None, reward="codes", peft_config=None, **settings) -> CFGDiversityTrainer:
+def tiny_trainer(
+    folder, model=None, reward="codes", peft_config=None, prompts=PROMPTS, **settings
+) -> CFGDiversityTrainer:
     """A trainer over `tiny_musicgen` (or `model`); `reward` "codes", or reward functions."""
     model = tiny_musicgen() if model is None else model
     channels = 4 if isinstance(model, str) else model.config.decoder.num_codebooks
@@ -69,7 +71,7 @@ def tiny_trainer(folder, model=None, reward="codes", peft_config=None, **setting
         model,
         DiversityReward(CodeEmbedder(channels)) if reward == "codes" else reward,
         tiny_args(folder, **settings),
-        train_dataset=PROMPTS,
+        train_dataset=list(prompts),
         processing_class=None if isinstance(model, str) else tiny_processor(),
         peft_config=peft_config,
     )
