@@ -8,8 +8,11 @@ from diverse_cfg.cli.command import Command, model_source
 def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoints",
-        nargs="+",
+        nargs="*",
         help="folders or Hub ids: full models, LoRA adapters, or `nano` for the shipped base",
+    )
+    parser.add_argument(
+        "--config", metavar="YAML", help="recipe with these settings by name; what is typed beside it wins"
     )
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
@@ -27,9 +30,7 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--sweep", metavar="START:STOP:STEP", help="several λ at once, e.g. 0:1:0.05, one folder each"
     )
-    parser.add_argument(
-        "-o", "--output", required=True, help="folder to create (a sweep continues in an existing one)"
-    )
+    parser.add_argument("-o", "--output", help="folder to create (a sweep continues in an existing one)")
     parser.add_argument("--base", help="the adapters' base, where it is not what they name")
     parser.add_argument(
         "--dtype",
@@ -42,7 +43,37 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--unnormalized", action="store_true", help="allow weights that do not sum to 1")
 
 
+_WAYS = ("merge_weight", "uniform", "weights", "sweep")
+
+
+def apply_recipe(args: argparse.Namespace) -> None:
+    """Fill in what was not typed from the recipe, in place.
+
+    Raises:
+        ValueError: not a mapping, a name that does not exist, or no checkpoints or output in the end.
+    """
+    if args.config:
+        from diverse_cfg.evaluation.protocol import read_settings
+
+        recipe = read_settings(args.config)
+        known = set(vars(args)) - {"command", "config", "debug", "rest"}
+        unknown = sorted(set(recipe) - known)
+        if unknown:
+            raise ValueError(
+                f"{args.config} has no setting {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+            )
+        way_is_typed = any(getattr(args, name) not in (None, False) for name in _WAYS)
+        for name, value in recipe.items():
+            if getattr(args, name) in (None, False, [], "full") and not (way_is_typed and name in _WAYS):
+                setattr(args, name, value)
+    if not args.checkpoints:
+        raise ValueError("no checkpoints: name the folders or ids to merge, or a --config that does")
+    if not args.output:
+        raise ValueError("no output: name the folder to create with -o, or a --config that does")
+
+
 def run_merge(args: argparse.Namespace) -> None:
+    apply_recipe(args)
     if args.sweep and args.unnormalized:
         raise ValueError(
             "--unnormalized has no meaning with --sweep, whose weights always sum to 1; leave it out"
