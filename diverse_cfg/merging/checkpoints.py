@@ -141,7 +141,11 @@ class FullCheckpoint(Checkpoint):
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
     def difference(self, name: str, reference: Tensor) -> Tensor | None:
-        return self._read(self.tensors[name]).to(reference) - reference
+        tensor = self._read(self.tensors[name])
+        if self._kept or tensor.dtype != reference.dtype:
+            return tensor.to(reference) - reference
+        # Nobody else holds what was just read, and making a new tensor costs more than the subtraction.
+        return tensor.sub_(reference)
 
 
 class AdapterCheckpoint(Checkpoint):

@@ -96,16 +96,14 @@ class Experts:
             changed = [({name: difference}, w) for difference, w in differences if difference is not None]
             if changed and reference.is_floating_point():
                 parts, factors = zip(*changed, strict=True)
-                merged = reference + interpolation.weighted_sum(parts, factors, precise)[name]
+                merged = interpolation.weighted_sum(parts, factors, precise)[name].add_(reference)
             merged = merged.to(dtype)
         self._require_finite(name, merged, [c for c, _ in terms])
         return merged
 
     def _require_finite(self, name: str, merged: Tensor, used: Sequence[Checkpoint]) -> None:
-        if torch.isfinite(merged.sum(dtype=torch.float64)):
-            return
-        if torch.isfinite(merged).all():
-            return  # only the sum overflowed
+        if not merged.numel() or all(extreme.isfinite() for extreme in torch.aminmax(merged)):
+            return  # both extremes are NaN where one value is
         for checkpoint in (*used, self.reference):
             if not torch.isfinite(checkpoint.tensor(name, torch.float64)).all():
                 raise ValueError(
