@@ -10,6 +10,8 @@ beforehand, and attention over just the steps that exist. `StaticDecoder` is for
 tensor and the context is masked, so that a CUDA graph can replay it. Both give the logits of stock MusicGen.
 """
 
+import types
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -163,9 +165,13 @@ class StaticDecoder(_Decoder):
         self.cache_dtype = weights.dtype
         super().__init__(weights, num_clips, num_steps, condition, guided)
         self.text_bias, self.text_keys_values = self._text(condition)
-        self._layer = (
-            torch.compile(self._decoder_layer, dynamic=False) if weights.compiled else self._decoder_layer
-        )
+        self._layer = self._decoder_layer
+        if weights.compiled:
+            # There is one recompilation per context bucket, and the limit counts per code object: a copy is
+            # needed, lest those of earlier batch shapes count too.
+            function = StaticDecoder._decoder_layer
+            copy = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+            self._layer = torch.compile(types.MethodType(copy, self), dynamic=False)
 
     def reset(self, condition: TextCondition) -> None:
         """Start another batch of the same shape on the same buffers."""

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 BUCKET = 256
 """Contexts are rounded up to a multiple of this in the static body: few graphs, and little masked work."""
 
+ALIGNMENT = 16
+
 _failed_captures: set[str] = set()
 
 
@@ -57,11 +59,13 @@ class DecodeLoop:
         self.num_steps = num_frames + max(self.delays)
         self.pad = shape.vocab_size
         self.mode = mode or ("graph" if device.type == "cuda" else "eager")
+        # Attention kernels of GPUs want masks of aligned length.
+        self.context = self.num_steps if self.mode == "eager" else _round_up(self.num_steps, ALIGNMENT)
         decoder = EagerDecoder if self.mode == "eager" else StaticDecoder
-        self.decoder = decoder(weights, num_clips, self.num_steps, condition, settings.guided)
+        self.decoder = decoder(weights, num_clips, self.context, condition, settings.guided)
         cells = (self.num_steps, num_clips, shape.num_codebooks)
         self.position = torch.zeros(1, dtype=torch.long, device=device)
-        self.steps = torch.arange(self.num_steps, device=device)
+        self.steps = torch.arange(self.context, device=device)
         self.ids = torch.empty(cells[1:], dtype=torch.long, device=device)
         frame = torch.arange(self.num_steps)[:, None] - torch.tensor(self.delays)
         self.has_code = ((frame >= 0) & (frame < num_frames))[:, None].to(device)
@@ -122,7 +126,7 @@ class DecodeLoop:
         self.ids.fill_(self.pad)
 
     def _bucket(self, step: int) -> int:
-        return min((step // BUCKET + 1) * BUCKET, self.num_steps)
+        return min(_round_up(step + 1, BUCKET), self.context)
 
     def _capture(self) -> None:
         """Record the static body for every bucket; where that fails, say why once and do without."""
@@ -151,3 +155,7 @@ class DecodeLoop:
                 logger.warning(
                     "CUDA graph capture failed, the rollout launches its kernels one by one: %s", error
                 )
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -108,20 +108,19 @@ def fast_generate(
         rollout_backend=rollout_backend,
         negative_prompt=negative_prompt,
     )
-    condition, negative = _encode(model, processor, prompts, negative_prompt)
     num_clips = len(prompts) * num_generations
+    sample_ids = _checked_ids(sample_ids, num_clips)
     if seed is None:
         seed = int(torch.randint(2**62, ()))
-    uniforms = _uniforms(model, seed, _checked_ids(sample_ids, num_clips), num_frames)
+    uniforms = _uniforms(model, seed, sample_ids, num_frames)
+    condition, negative = _encode(model, processor, prompts, negative_prompt)
     if rollout_backend == "fast" and weights is None:
         weights = RolloutWeights.from_model(model, dtype)
 
     def sample(rows: slice) -> tuple[Tensor, Tensor]:
         prompt_rows = [clip // num_generations for clip in range(num_clips)[rows]]
-        text, avoided = (
-            condition.select(prompt_rows),
-            negative.select([0] * len(prompt_rows)) if negative else None,
-        )
+        text = condition.select(prompt_rows)
+        avoided = None if negative is None else negative.select([0] * len(prompt_rows))
         names = [f"prompt {prompts[row]!r}" for row in prompt_rows]
         if weights is None or rollout_backend == "transformers":
             return generate_codes(model, text, num_frames, settings, uniforms[rows], avoided, names)
@@ -295,8 +294,8 @@ def _loop_for(
     """A loop for this batch; a GPU keeps the last one with its graphs, for any text of similar length."""
     if weights.device.type != "cuda":
         return DecodeLoop(weights, condition, num_clips, num_frames, settings)
-    num_tokens = condition.attention_mask.shape[1]
-    condition = _padded(condition, -(-num_tokens // _TEXT_BUCKET) * _TEXT_BUCKET)
+    missing = -condition.attention_mask.shape[1] % _TEXT_BUCKET
+    condition = _padded(condition, condition.attention_mask.shape[1] + missing)
     key = (condition.attention_mask.shape, num_clips, num_frames, settings)
     if key in weights.loops:
         weights.loops[key].reset(condition)

@@ -1,7 +1,6 @@
 """Rollouts: the fast loop plays what stock `generate` plays, and a clip is nobody's but its own."""
 
 import copy
-import math
 
 import numpy as np
 import pytest
@@ -10,9 +9,6 @@ from peft import LoraConfig, get_peft_model
 from scipy import stats
 
 from diverse_cfg.functional.guidance import guided_logits
-from diverse_cfg.musicgen import rollout as rollouts
-from diverse_cfg.musicgen.decoders import EagerDecoder
-from diverse_cfg.musicgen.loop import DecodeLoop
 from diverse_cfg.musicgen.policy import (
     LORA_TARGET_MODULES,
     code_logits,
@@ -21,7 +17,6 @@ from diverse_cfg.musicgen.policy import (
     null_condition,
 )
 from diverse_cfg.musicgen.rollout import RolloutWeights, decode_codes, fast_generate, sample_codes
-from diverse_cfg.types import TextCondition
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
 
 CHANNELS = pytest.mark.parametrize("channels", [1, 2], ids=["mono", "stereo"])
@@ -181,6 +176,17 @@ def test_a_longer_clip_begins_like_a_shorter_one():
     assert torch.equal(longer[:, 0, :12], shorter[:, 0])
 
 
+def test_short_clips_are_possible():
+    """`generate` leaves out the delay pattern below K − 1 frames; the loop does not."""
+    model = policy_of()
+    condition = encode_text(model, tiny_processor(), PROMPTS)
+    for num_frames in (1, 2):
+        rollout = sample_codes(model, condition, num_frames, return_logps=True)
+        with torch.no_grad():
+            expected = log_probabilities(code_logits(model, rollout.codes, condition), rollout.codes)
+        assert (rollout.logps - expected).abs().max() < 1e-5
+
+
 def test_seed_of_torch_is_used_when_none_is_given():
     model = policy_of()
     torch.manual_seed(3)
@@ -228,62 +234,6 @@ def test_a_snapshot_is_refreshed_in_place():
     )
 
 
-@CHANNELS
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_the_static_body_of_gpus_plays_the_same_clips(channels, guidance_scale, compiled, monkeypatch):
-    """What a CUDA graph replays: masked contexts in buckets, tensor positions, buffers used again."""
-    if compiled:
-        compile = torch.compile
-        monkeypatch.setattr(
-            torch, "compile", lambda f, **k: compile(f, backend="aot_eager", fullgraph=True, **k)
-        )
-    monkeypatch.setattr("diverse_cfg.musicgen.loop.BUCKET", 8)
-    model = policy_of(channels)
-    condition = encode_text(model, tiny_processor(), PROMPTS)
-    if guidance_scale > 1:  # rows of the second half with text, too
-        condition = TextCondition(
-            torch.cat([condition.hidden_states, condition.hidden_states[[1, 0, 3, 2]]]),
-            torch.cat([condition.attention_mask, condition.attention_mask[[1, 0, 3, 2]]]),
-        )
-    settings = rollouts.SamplingSettings(guidance_scale, top_k=9)
-    uniforms = rollouts.keyed_uniforms(0, range(4), 4 * channels, FRAMES)
-    eager = DecodeLoop(RolloutWeights.from_model(model), condition, 4, FRAMES, settings)
-    assert eager.mode == "eager"
-    eager.run(uniforms)
-    weights = RolloutWeights.from_model(model, compiled=compiled)
-    reversed_rows = torch.arange(len(condition)).flip(0)
-    static = DecodeLoop(weights, condition.select(reversed_rows), 4, FRAMES, settings, mode="static")
-    static.run(uniforms)
-    assert not torch.equal(static.codes, eager.codes)
-    static.decoder.cache[0].fill_(math.nan)  # as a failed run leaves it
-    static.reset(condition)
-    static.run(uniforms)
-    assert torch.equal(static.codes, eager.codes)
-    torch.testing.assert_close(static.logps, eager.logps, atol=1e-5, rtol=0)
-
-
-def test_a_graph_that_cannot_be_captured_is_reported_once(monkeypatch, caplog):
-    """Never a silent fallback, and the clips are the same."""
-    model = policy_of()
-    condition = encode_text(model, tiny_processor(), PROMPTS)
-    monkeypatch.setattr("diverse_cfg.musicgen.loop._failed_captures", set())
-
-    def fail():
-        raise RuntimeError("no stream here")
-
-    monkeypatch.setattr(torch.cuda, "Stream", fail)
-    uniforms = rollouts.keyed_uniforms(0, range(4), 4, FRAMES)
-    weights = RolloutWeights.from_model(model)
-    for _ in range(2):
-        loop = DecodeLoop(weights, condition, 4, FRAMES, rollouts.SamplingSettings(), mode="graph")
-        loop.run(uniforms)
-        assert loop.mode == "static"
-    assert [record.getMessage().count("no stream here") for record in caplog.records] == [1]
-    ours = sample_codes(model, condition, FRAMES).codes
-    assert torch.equal(loop.codes[:FRAMES, :, 0].T, ours[:, 0])
-
-
 def test_half_precision_matrices_stay_close():
     """bfloat16 speeds up the matrices; residual stream, norms and draws stay in float32."""
     model = policy_of()
@@ -306,157 +256,6 @@ def test_autocast_and_train_mode_of_the_caller_do_not_reach_in():
     assert torch.equal(ours.logps, expected.logps)
     assert model.training
     (ours.logps + torch.zeros(1, requires_grad=True)).sum().backward()  # no inference tensors
-
-
-@pytest.mark.parametrize("backend", ["fast", "transformers"])
-def test_an_exception_leaves_everything_as_it_was(backend, monkeypatch):
-    model = policy_of()
-    model.train()
-    model.decoder.eval()
-    weights = copy.deepcopy(model.state_dict())
-    modes = [module.training for module in model.modules()]
-    config, attributes, state = model.generation_config, set(vars(model.audio_encoder)), torch.get_rng_state()
-    calls = []
-
-    def interrupted(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    if backend == "fast":
-        original = EagerDecoder.step
-        monkeypatch.setattr(EagerDecoder, "step", interrupted)
-    else:
-        original = model.decoder.forward
-        monkeypatch.setattr(model.decoder, "forward", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        generate(model, rollout_backend=backend, guidance_scale=3.0)
-    monkeypatch.undo()
-    assert len(calls) == 5
-    assert [module.training for module in model.modules()] == modes
-    assert model.generation_config is config
-    assert set(vars(model.audio_encoder)) == attributes
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-    assert torch.equal(generate(model, rollout_backend=backend).codes, generate(policy_of()).codes)
-
-
-def test_out_of_memory_halves_the_batch(monkeypatch, caplog):
-    model = policy_of()
-    expected = generate(model, num_generations=2)
-    run, sizes = DecodeLoop.run, []
-
-    def limited(loop, uniforms):
-        sizes.append(len(uniforms))
-        if len(uniforms) > 3:
-            raise torch.OutOfMemoryError("out of memory")
-        run(loop, uniforms)
-
-    monkeypatch.setattr(DecodeLoop, "run", limited)
-    ours = generate(model, num_generations=2)
-    assert sizes == [8, 4, 2, 2, 2, 2]
-    assert torch.equal(ours.codes, expected.codes)
-    assert "going on with 4 clips" in caplog.text
-
-    def never(loop, uniforms):
-        raise torch.OutOfMemoryError("out of memory")
-
-    monkeypatch.setattr(DecodeLoop, "run", never)
-    with pytest.raises(torch.OutOfMemoryError):
-        generate(model)
-
-
-def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch):
-    calls = []
-
-    def broken(loop, uniforms):
-        calls.append(1)
-        raise RuntimeError("shapes do not match")
-
-    monkeypatch.setattr(DecodeLoop, "run", broken)
-    with pytest.raises(RuntimeError, match="shapes"):
-        generate(policy_of())
-    assert len(calls) == 1
-
-
-@pytest.mark.parametrize("backend", ["fast", "transformers"])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_not_finite_name_prompt_and_step(backend, temperature):
-    """A NaN would otherwise be drawn as some code, and the clip would look like music."""
-    model = policy_of()
-    weights = RolloutWeights.from_model(model)
-    with torch.no_grad():
-        model.decoder.model.decoder.embed_positions.weights[5] = math.nan
-    with pytest.raises(FloatingPointError, match=r"'a calm piano song' are not finite at step 5"):
-        generate(model, rollout_backend=backend, temperature=temperature)
-    del weights
-    # One prompt alone: the word "cello" is broken.
-    model = policy_of()
-    with torch.no_grad():
-        model.text_encoder.shared.weight[tiny_processor().tokenizer("cello").input_ids[0]] = math.inf
-    with pytest.raises(FloatingPointError, match=r"'sad cello' are not finite at step 0"):
-        generate(model, rollout_backend=backend, temperature=temperature)
-
-
-def test_broken_row_of_a_condition_is_named():
-    model = policy_of()
-    condition = encode_text(model, tiny_processor(), PROMPTS)
-    condition.hidden_states[2, 0, 0] = math.nan
-    with pytest.raises(FloatingPointError, match="row 2 of the condition are not finite at step 0"):
-        sample_codes(model, condition, FRAMES)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"prompts": []}, "non-empty list"),
-        ({"prompts": ["a", ""]}, "prompt 1 is ''"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"num_generations": 0}, "num_generations=0"),
-        ({"num_frames": 0}, "num_frames must be at least 1"),
-        ({"num_frames": 126}, "126 needs 129 positions of 128: ask for at most 125"),
-        ({"num_frames": 1501}, "1501 is 30.0 s; .*at most 1500"),
-        ({"guidance_scale": 0.5}, "guidance_scale=0.5"),
-        ({"guidance_scale": math.nan}, "guidance_scale=nan"),
-        ({"rollout_backend": "vllm"}, "'vllm' must be one of fast, transformers"),
-        ({"negative_prompt": "bad"}, "needs guidance"),
-        ({"negative_prompt": " ", "guidance_scale": 3.0}, "needs text"),
-        ({"sample_ids": [1]}, "1 sample_ids for 4 clips"),
-        ({"seed": -1}, "seed -1"),
-        ({"rollout_backend": "transformers", "num_frames": 2}, "at least 3 frames"),
-    ],
-)
-def test_bad_requests_are_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        generate(policy_of(), settings.pop("prompts", PROMPTS), **settings)
-
-
-def test_short_clips_are_possible():
-    """`generate` leaves out the delay pattern below K − 1 frames; the loop does not."""
-    model = policy_of()
-    condition = encode_text(model, tiny_processor(), PROMPTS)
-    for num_frames in (1, 2):
-        rollout = sample_codes(model, condition, num_frames, return_logps=True)
-        with torch.no_grad():
-            expected = log_probabilities(code_logits(model, rollout.codes, condition), rollout.codes)
-        assert (rollout.logps - expected).abs().max() < 1e-5
-
-
-def test_bad_conditions_are_refused():
-    model = policy_of()
-    condition = encode_text(model, tiny_processor(), PROMPTS)
-    with pytest.raises(ValueError, match="no rows"):
-        sample_codes(model, condition.select([]), FRAMES)
-    with pytest.raises(ValueError, match="1 negative conditions for 4 clips"):
-        sample_codes(model, condition, FRAMES, guidance_scale=2.0, negative_condition=condition.select([0]))
-
-
-def test_unknown_attention_is_refused():
-    model = policy_of()
-    model.decoder.config._attn_implementation = "paged|sdpa"
-    with pytest.raises(ValueError, match=r"paged\|sdpa.*rollout_backend"):
-        generate(model)
 
 
 @CHANNELS

@@ -1,0 +1,162 @@
+"""Rollouts that cannot work: refused in time, or stopped with everything as it was."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from diverse_cfg.musicgen.decoders import EagerDecoder
+from diverse_cfg.musicgen.loop import DecodeLoop
+from diverse_cfg.musicgen.policy import encode_text, load_policy
+from diverse_cfg.musicgen.rollout import fast_generate, sample_codes
+from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
+
+FRAMES = 18
+
+
+def policy_of(channels=1):
+    return load_policy(tiny_musicgen(channels))
+
+
+def generate(model, prompts=PROMPTS, **settings):
+    settings = {"processor": tiny_processor(), "num_frames": FRAMES, "seed": 0} | settings
+    return fast_generate(model, prompts, **settings)
+
+
+@pytest.mark.parametrize("backend", ["fast", "transformers"])
+def test_an_exception_leaves_everything_as_it_was(backend, monkeypatch):
+    model = policy_of()
+    model.train()
+    model.decoder.eval()
+    weights = copy.deepcopy(model.state_dict())
+    modes = [module.training for module in model.modules()]
+    config, attributes, state = model.generation_config, set(vars(model.audio_encoder)), torch.get_rng_state()
+    calls = []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    if backend == "fast":
+        original = EagerDecoder.step
+        monkeypatch.setattr(EagerDecoder, "step", interrupted)
+    else:
+        original = model.decoder.forward
+        monkeypatch.setattr(model.decoder, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, rollout_backend=backend, guidance_scale=3.0)
+    monkeypatch.undo()
+    assert len(calls) == 5
+    assert [module.training for module in model.modules()] == modes
+    assert model.generation_config is config
+    assert set(vars(model.audio_encoder)) == attributes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert torch.equal(generate(model, rollout_backend=backend).codes, generate(policy_of()).codes)
+
+
+def test_out_of_memory_halves_the_batch(monkeypatch, caplog):
+    model = policy_of()
+    expected = generate(model, num_generations=2)
+    run, sizes = DecodeLoop.run, []
+
+    def limited(loop, uniforms):
+        sizes.append(len(uniforms))
+        if len(uniforms) > 3:
+            raise torch.OutOfMemoryError("out of memory")
+        run(loop, uniforms)
+
+    monkeypatch.setattr(DecodeLoop, "run", limited)
+    ours = generate(model, num_generations=2)
+    assert sizes == [8, 4, 2, 2, 2, 2]
+    assert torch.equal(ours.codes, expected.codes)
+    assert "going on with 4 clips" in caplog.text
+
+    def never(loop, uniforms):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(DecodeLoop, "run", never)
+    with pytest.raises(torch.OutOfMemoryError):
+        generate(model)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch):
+    calls = []
+
+    def broken(loop, uniforms):
+        calls.append(1)
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(DecodeLoop, "run", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        generate(policy_of())
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("backend", ["fast", "transformers"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_name_prompt_and_step(backend, temperature):
+    """A NaN would otherwise be drawn as some code, and the clip would look like music."""
+    model = policy_of()
+    with torch.no_grad():
+        model.decoder.model.decoder.embed_positions.weights[5] = math.nan
+    with pytest.raises(FloatingPointError, match=r"'a calm piano song' are not finite at step 5"):
+        generate(model, rollout_backend=backend, temperature=temperature)
+    # One prompt alone: the word "cello" is broken.
+    model = policy_of()
+    with torch.no_grad():
+        model.text_encoder.shared.weight[tiny_processor().tokenizer("cello").input_ids[0]] = math.inf
+    with pytest.raises(FloatingPointError, match=r"'sad cello' are not finite at step 0"):
+        generate(model, rollout_backend=backend, temperature=temperature)
+
+
+def test_broken_row_of_a_condition_is_named():
+    model = policy_of()
+    condition = encode_text(model, tiny_processor(), PROMPTS)
+    condition.hidden_states[2, 0, 0] = math.nan
+    with pytest.raises(FloatingPointError, match="row 2 of the condition are not finite at step 0"):
+        sample_codes(model, condition, FRAMES)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompts": []}, "non-empty list"),
+        ({"prompts": ["a", ""]}, "prompt 1 is ''"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"num_generations": 0}, "num_generations=0"),
+        ({"num_frames": 0}, "num_frames must be at least 1"),
+        ({"num_frames": 126}, "126 needs 129 positions of 128: ask for at most 125"),
+        ({"num_frames": 1501}, "1501 is 30.0 s; .*at most 1500"),
+        ({"guidance_scale": 0.5}, "guidance_scale=0.5"),
+        ({"guidance_scale": math.nan}, "guidance_scale=nan"),
+        ({"rollout_backend": "vllm"}, "'vllm' must be one of fast, transformers"),
+        ({"negative_prompt": "bad"}, "needs guidance"),
+        ({"negative_prompt": " ", "guidance_scale": 3.0}, "needs text"),
+        ({"sample_ids": [1]}, "1 sample_ids for 4 clips"),
+        ({"seed": -1}, "seed -1"),
+        ({"rollout_backend": "transformers", "num_frames": 2}, "at least 3 frames"),
+    ],
+)
+def test_bad_requests_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        generate(policy_of(), settings.pop("prompts", PROMPTS), **settings)
+
+
+def test_bad_conditions_are_refused():
+    model = policy_of()
+    condition = encode_text(model, tiny_processor(), PROMPTS)
+    with pytest.raises(ValueError, match="no rows"):
+        sample_codes(model, condition.select([]), FRAMES)
+    with pytest.raises(ValueError, match="1 negative conditions for 4 clips"):
+        sample_codes(model, condition, FRAMES, guidance_scale=2.0, negative_condition=condition.select([0]))
+
+
+def test_unknown_attention_is_refused():
+    model = policy_of()
+    model.decoder.config._attn_implementation = "paged|sdpa"
+    with pytest.raises(ValueError, match=r"paged\|sdpa.*rollout_backend"):
+        generate(model)
