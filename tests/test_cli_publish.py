@@ -35,12 +35,13 @@ def test_the_defaults_are_harmless(published):
         "merged": False,
     }
     assert {name: kwargs[name] for name in harmless} == harmless
-    assert (kwargs["base_model"], kwargs["license"], kwargs["tags"]) == (None, None, [])
+    assert (kwargs["base_model"], kwargs["license"]) == (None, None)
+    assert (kwargs["tags"], kwargs["samples"]) == ([], [])
 
 
 def test_every_flag_arrives(published, capsys):
     flags = ["--upload", "--public", "--merged", "--update", "--no-check", "--card", "keep"]
-    names = ["--base-model", "a/b", "--license", "mit", "--tag", "x", "--tag", "y"]
+    names = ["--base-model", "a/b", "--license", "mit", "--tag", "x", "--tag", "y", "--sample", "z"]
     assert main(["publish", "folder", "user/name", *flags, *names]) == 0
     assert published[0][1] == {
         **{
@@ -51,7 +52,7 @@ def test_every_flag_arrives(published, capsys):
             "check": False,
             "card": "keep",
         },
-        **{"base_model": "a/b", "license": "mit", "tags": ["x", "y"]},
+        **{"base_model": "a/b", "license": "mit", "tags": ["x", "y"], "samples": ["z"]},
     }
     assert capsys.readouterr().out == "https://hub/user/name (PUBLIC, 7 files)\n"
 

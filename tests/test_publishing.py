@@ -15,6 +15,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import soundfile
 import yaml
 from huggingface_hub import constants
 
@@ -547,3 +548,30 @@ def test_the_trainers_own_push(hub, tmp_path):
     assert json.loads(repo.files["generation_config.json"])["guidance_scale"] == 1.0
     assert repo.files["model.safetensors"] == (tmp_path / "student" / "model.safetensors").read_bytes()
     assert not [name for name in repo.files if name.endswith((".bin", ".pt"))]
+
+
+def test_samples_for_the_card(world, tmp_path, hub):
+    """Clips with the folder's own length and settings, listed, playable and sent; a second run makes none
+    anew."""
+    folder = made.copy(world["lora1"], tmp_path / "student")
+    made.edit_json(folder / "adapter_config.json", base_model_name_or_path=str(world["base"]))
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "processor_config.json",
+        "generation_config.json",
+    ):
+        (folder / name).write_bytes((world["merged"] / name).read_bytes())
+    options = {"merged": True, "samples": ["sad cello", "fast flute"], **LICENSE}
+    publish(folder, "me/m", dry_run=False, token=TOKEN, endpoint=hub.url, **options)
+    [first, second] = sorted((folder / "samples").glob("*.wav"))
+    audio, rate = soundfile.read(first)
+    assert (len(audio), rate) == (17 * 64, 3200)
+    files = hub.repos["me/m"].files
+    assert files[f"samples/{second.name}"] == second.read_bytes()
+    assert f'<audio controls src="samples/{first.name}"></audio>' in files["README.md"].decode()
+    made_at = first.stat().st_mtime_ns
+    publish(folder, "me/m", **options)
+    assert first.stat().st_mtime_ns == made_at
+    with pytest.raises(ValueError, match="samples"):
+        publish(folder, "me/m", **(options | {"samples": ["another prompt"]}))

@@ -22,6 +22,13 @@ def add_publish_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--license", help="licence of the weights, where the base's is not known")
     parser.add_argument("--tag", action="append", default=[], help="one more tag for the card (repeatable)")
+    parser.add_argument(
+        "--sample",
+        action="append",
+        default=[],
+        metavar="PROMPT",
+        help="make a clip for the card, kept in the folder's samples/ (repeatable)",
+    )
     parser.add_argument("--update", action="store_true", help="allow a repository that has files already")
     parser.add_argument(
         "--card",
@@ -44,6 +51,7 @@ def run_publish(args: argparse.Namespace) -> None:
         base_model=args.base_model,
         license=args.license,
         tags=args.tag,
+        samples=args.sample,
         update=args.update,
         card=args.card,
         check=not args.no_check,

@@ -59,8 +59,9 @@ def merge_checkpoints(
             one number per expert.
         output: folder to create; it must not exist.
         base: the adapters' base, if it is not where they say; or the base of full models whose weights do
-            not sum to 1. dtype: "float32", "bfloat16", "float16" or "float64" of the stored weights; by
-            default the widest that an expert is stored in. The codec is never narrowed.
+            not sum to 1.
+        dtype: "float32", "bfloat16", "float16" or "float64" of the stored weights; by default the widest
+            that an expert is stored in. The codec is never narrowed.
         extrapolate: allow weights outside [0, 1].
         unnormalized: allow weights that do not sum to 1.
         format: "full" for a complete model, "adapter" for one LoRA adapter whose rank is the sum of the

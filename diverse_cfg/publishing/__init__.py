@@ -6,16 +6,28 @@ by accident.
 """
 
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from diverse_cfg.cards import CURVES_FILE, METRICS_FILE, SAMPLES_FILE
 from diverse_cfg.merging import merge_checkpoints
 from diverse_cfg.publishing.plan import PlannedFile, UploadPlan, check_loads, plan_upload
+from diverse_cfg.publishing.samples import add_samples
 from diverse_cfg.publishing.upload import Published, upload
 
-__all__ = ["PlannedFile", "Published", "UploadPlan", "check_loads", "plan_upload", "publish", "upload"]
+__all__ = [
+    "PlannedFile",
+    "Published",
+    "UploadPlan",
+    "add_samples",
+    "check_loads",
+    "plan_upload",
+    "publish",
+    "upload",
+]
 
 
 def publish(
@@ -28,6 +40,7 @@ def publish(
     base_model: str | None = None,
     license: str | None = None,
     tags: Sequence[str] = (),
+    samples: Sequence[str] = (),
     update: bool = False,
     card: Literal["refuse", "keep", "overwrite"] = "refuse",
     check: bool = True,
@@ -41,14 +54,17 @@ def publish(
         repo_id: "user/name" on the Hub.
         private: whether the repository is private. An existing one must be what is asked for.
         dry_run: only say what would be uploaded; nothing is sent, no token is needed.
-        merged: for an adapter, publish the full model that it makes of its base (the form that plays
-            everywhere). base_model: Hub id of the base, where the folder names a place on this machine.
-            license: licence of the weights, where the base's is not known here. tags: more tags for the
-            card. update: allow a repository that has files already; files that we do not write are left
-            alone. card: what to do about another README.md in that repository: "refuse", "keep" it or
-            "overwrite" it. check: load the model and generate a few frames before uploading. token: Hub
-            token; by default the one that is logged in (HF_TOKEN, `hf auth login`). endpoint: another Hub
-            than the public one.
+        merged: for an adapter, publish the full model that it makes of its base: the form that plays
+            everywhere.
+        base_model: Hub id of the base, where the folder names a place on this machine.
+        license: licence of the weights, where the base's is not known here.
+        tags: more tags for the card.
+        samples: prompts to make a clip of each for the card; they are written into the folder's `samples/`.
+        update: allow a repository that has files already; files that we do not write are left alone.
+        card: what to do about another README.md in that repository: "refuse", "keep" it or "overwrite" it.
+        check: load the model and generate a few frames before uploading.
+        token: Hub token; by default the one that is logged in (HF_TOKEN, `hf auth login`).
+        endpoint: another Hub than the public one.
 
     Returns:
         The plan of a dry run; otherwise where it was published.
@@ -59,6 +75,8 @@ def publish(
         PermissionError, ConnectionError, OSError: the Hub said no, or could not be reached; run it again to
         go on.
     """
+    if samples:
+        add_samples(folder, samples)
     if not merged:
         plan = plan_upload(
             folder, repo_id, private=private, base_model=base_model, license=license, tags=tags
@@ -68,8 +86,19 @@ def publish(
         raise ValueError(f"{folder} is a full model already: leave out merged=True (--merged)")
     with tempfile.TemporaryDirectory(prefix="diverse-cfg-publish-") as temporary:
         full = merge_checkpoints([folder], None, Path(temporary) / Path(folder).resolve().name)
+        _take_along(Path(folder), full)
         plan = plan_upload(full, repo_id, private=private, base_model=base_model, license=license, tags=tags)
         return _finish(plan, dry_run, check, update=update, card=card, token=token, endpoint=endpoint)
+
+
+def _take_along(folder: Path, full: Path) -> None:
+    """What was measured and heard of an adapter holds for the full model that it makes."""
+    for name in (METRICS_FILE, CURVES_FILE):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, full / name)
+    samples = Path(SAMPLES_FILE).parent
+    if (folder / samples).is_dir():
+        shutil.copytree(folder / samples, full / samples)
 
 
 def _finish(plan: UploadPlan, dry_run: bool, check: bool, **options: Any) -> UploadPlan | Published:

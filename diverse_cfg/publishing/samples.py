@@ -1,0 +1,53 @@
+"""Clips for a card: what a reader hears before downloading anything."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from diverse_cfg.cards import SAMPLES_FILE, Sample, write_samples
+from diverse_cfg.musicgen import layout
+from diverse_cfg.musicgen.files import generate_files
+from diverse_cfg.musicgen.loading import load_policy, load_processor
+
+# What transformers falls back to where a generation config names none.
+_TRANSFORMERS_TOP_K = 50
+
+
+def add_samples(folder: str | os.PathLike, prompts: Sequence[str], *, seed: int = 0) -> list[Sample]:
+    """Generate one clip per prompt with the folder's own settings and list them for its card.
+
+    The WAV files go into `samples/` inside the folder. Clips that the same call has made before are kept.
+
+    Args:
+        folder: the model folder.
+        prompts: texts, one clip each.
+        seed: same seed, same clips.
+
+    Raises:
+        ValueError: there are samples of other prompts or another seed already, or the model cannot be loaded.
+    """
+    target = Path(folder) / Path(SAMPLES_FILE).parent
+    model = load_policy(folder)
+    settings = model.generation_config
+    tokens = settings.max_new_tokens or settings.max_length
+    if not tokens:
+        raise ValueError(
+            f"{folder}/generation_config.json names no max_new_tokens: how long shall a sample be?"
+        )
+    clips = generate_files(
+        model,
+        list(prompts),
+        target,
+        processor=load_processor(folder),
+        num_frames=tokens - layout.num_frames_to_tokens(0, model.config),
+        temperature=1.0 if settings.temperature is None else settings.temperature,
+        top_k=_TRANSFORMERS_TOP_K if settings.top_k is None else settings.top_k,
+        top_p=1.0 if settings.top_p is None else settings.top_p,
+        min_p=0.0 if settings.min_p is None else settings.min_p,
+        seed=seed,
+        resume=True,
+        model_name=Path(folder).resolve().name,
+    )
+    samples = [Sample(f"{target.name}/{clip['file']}", clip["prompt"], clip["seed"]) for clip in clips]
+    write_samples(folder, samples)
+    return samples
