@@ -103,8 +103,8 @@ def test_training_recipe_runs_on_a_stand_in(tmp_path, monkeypatch, path, standin
     assert main(["train", "--config", str(path), *flags]) == 0
     saved = json.loads((tmp_path / "run" / "generation_config.json").read_text())
     assert saved["guidance_scale"] == 1.0 and saved["pad_token_id"] == 2048
-    policy = load_policy(tmp_path / "run")
-    assert policy.generation_config.max_new_tokens == 10 + 3
+    assert saved["max_new_tokens"] == 10 + 3
+    assert load_policy(tmp_path / "run").generation_config.guidance_scale == 1.0
     assert load_processor(tmp_path / "run").feature_extractor.sampling_rate == 32_000
     assert (tmp_path / "run" / "adapter_config.json").is_file() == bool(recipe.get("use_peft"))
 

@@ -133,6 +133,7 @@ class Checkpointing(RLOOTrainer):
         needs = memory(
             policy,
             micro_batch=args.per_device_train_batch_size,
+            rollout_batch=args.rollout_batch_size or args.per_device_train_batch_size * self._block_length,
             num_steps=num_decoder_steps(self._num_frames, config.num_codebooks, config.audio_channels),
             trained=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             separate_teacher=not self._teacher.shares_weights,

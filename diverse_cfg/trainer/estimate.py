@@ -24,18 +24,19 @@ class Memory:
         weights: policy, encoders and a separate teacher.
         optimizer: gradients, AdamW's two moments, averaged weights.
         activations: of one micro-batch.
+        rollout: fused weights and the cache of keys and values.
     """
 
     weights: float
     optimizer: float
     activations: float
+    rollout: float
 
     def __str__(self) -> str:
-        total = self.weights + self.optimizer + self.activations
+        total = self.weights + self.optimizer + self.activations + self.rollout
         return (
             f"{total:.2g} GB per process (weights {self.weights:.2g}, optimiser {self.optimizer:.2g}, "
-            "activations "
-            f"{self.activations:.2g}; reward models come on top)"
+            f"activations {self.activations:.2g}, rollout {self.rollout:.2g}; reward models come on top)"
         )
 
 
@@ -43,6 +44,7 @@ def memory(
     policy: MusicgenForConditionalGeneration,
     *,
     micro_batch: int,
+    rollout_batch: int,
     num_steps: int,
     trained: int,
     separate_teacher: bool,
@@ -55,6 +57,7 @@ def memory(
     Args:
         policy: the student.
         micro_batch: clips of one forward pass.
+        rollout_batch: clips sampled at once.
         num_steps: S, decoder steps of a clip.
         trained: number of trained parameters.
         separate_teacher: whether a frozen copy of the decoder exists.
@@ -65,12 +68,15 @@ def memory(
     config = policy.decoder.config
     decoder = sum(p.numel() * p.element_size() for p in policy.decoder.parameters())
     everything = sum(p.numel() * p.element_size() for p in policy.parameters())
+    width = 2 if half_precision else 4
+    cache = 2 * width * rollout_batch * num_steps * config.num_hidden_layers * config.hidden_size
     per_unit = CHECKPOINTED_BYTES if checkpointing else ACTIVATION_BYTES
     units = micro_batch * num_steps * config.num_hidden_layers * config.hidden_size
     return Memory(
         weights=(everything + decoder * separate_teacher) / 1e9,
         optimizer=4 * trained * (3 + averaged) / 1e9,
         activations=per_unit * units * (1 if half_precision else 2) / 1e9,
+        rollout=(decoder * width / 4 + cache) / 1e9,
     )
 
 

@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from trl import RLOOTrainer
 
 from diverse_cfg.callbacks import EvaluationClip
@@ -20,6 +20,7 @@ from diverse_cfg.musicgen.policy import encode_text, unwrap
 from diverse_cfg.musicgen.rollout import RolloutWeights, decode_codes, sample_codes
 from diverse_cfg.rewards import embed_clips, is_pairwise, reads_waveforms
 from diverse_cfg.trainer.guarding import CALIBRATION_PROMPTS, CrossGuards
+from diverse_cfg.trainer.sharding import whole_weights
 from diverse_cfg.trainer.teacher import Teacher
 from diverse_cfg.types import Rollout, TextCondition
 
@@ -40,6 +41,7 @@ class Rollouts(RLOOTrainer):
     _evaluation_batch: int
     _rollout: Rollout | None
     _pending: dict[str, Any]
+    _fused_weights: dict[bool, RolloutWeights]
 
     @torch.no_grad()
     def _generate(self, prompts: list[str]):
@@ -86,10 +88,9 @@ class Rollouts(RLOOTrainer):
         negative = (
             self._teacher.unconditional(condition) if guidance_scale > 1 and self._teacher.negative else None
         )
-        dtype = torch.bfloat16 if self.args.bf16 else None
         student = contextlib.nullcontext(unwrap(self.model))
         with self._teacher.policy() if is_teacher else student as policy:
-            weights = RolloutWeights.from_model(policy, dtype)
+            weights = self._rollout_weights(policy, is_teacher)
             codes = [
                 sample_codes(
                     policy,
@@ -105,6 +106,17 @@ class Rollouts(RLOOTrainer):
                 for rows in torch.arange(len(condition), device=sample_ids.device).split(batch)
             ]
         return torch.cat(codes)
+
+    def _rollout_weights(self, policy: nn.Module, is_teacher: bool) -> RolloutWeights:
+        """The fused copy to sample from, kept for its CUDA graphs; the teacher's never changes."""
+        weights = self._fused_weights.get(is_teacher)
+        with whole_weights(self.model_wrapped):
+            if weights is None:
+                weights = RolloutWeights.from_model(policy, torch.bfloat16 if self.args.bf16 else None)
+                self._fused_weights[is_teacher] = weights
+            elif not is_teacher:
+                weights.refresh(policy)
+        return weights
 
     def _teacher_rows(self, num_rows: int) -> Tensor:
         """Rows that the teacher plays: whole prompts, evenly spread, for any number of processes."""

@@ -48,7 +48,8 @@ class WeightAverage:
         self.decay = decay
         self.updates = 0
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
+        # In float32, also of a model in bfloat16: a step of 1 % of a difference would vanish.
+        self.averages = {name: p.detach().float().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
     def update(self) -> None:
@@ -56,7 +57,7 @@ class WeightAverage:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         averages = list(self.averages.values())
-        torch._foreach_lerp_(averages, [p.detach() for p in self.parameters.values()], 1 - decay)
+        torch._foreach_lerp_(averages, [p.detach().float() for p in self.parameters.values()], 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

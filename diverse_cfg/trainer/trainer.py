@@ -28,7 +28,7 @@ from diverse_cfg.callbacks import AudioSamplesCallback, EvaluationClip, RewardHa
 from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.embeddings import load_embedder
 from diverse_cfg.musicgen.policy import encode_text, load_policy, load_processor, unwrap
-from diverse_cfg.musicgen.rollout import sample_codes
+from diverse_cfg.musicgen.rollout import RolloutWeights, sample_codes
 from diverse_cfg.rewards import checked, is_pairwise
 from diverse_cfg.trainer import setup
 from diverse_cfg.trainer.advantages import Advantages, PrefixBaseline
@@ -43,6 +43,7 @@ from diverse_cfg.trainer.objective import (
     term_gradient_norms,
 )
 from diverse_cfg.trainer.rollouts import Rollouts
+from diverse_cfg.trainer.sharding import check_sharding
 from diverse_cfg.trainer.teacher import Teacher, frozen_copy, share_encoders
 from diverse_cfg.types import Rollout, TextCondition
 
@@ -148,6 +149,7 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
 
     def _prepare_run(self, policy) -> None:
         args = self.args
+        check_sharding(self.accelerator, args)
         self._loss_settings = LossSettings(
             divergence=args.divergence,
             alpha=args.jsd_alpha,
@@ -163,6 +165,7 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
             prefix = PrefixBaseline(self._num_frames, args.prefix_lambda, channels, self.accelerator.reduce)
         self._cross_guards = CrossGuards(args.guards, self.reward_func_names, self.reward_funcs)
         self._advantages = Advantages(args, self.reward_funcs, self.reward_weights, prefix)
+        self._fused_weights: dict[bool, RolloutWeights] = {}
         self._rollout: Rollout | None = None
         self._pending: dict[str, Any] = {}
         self._evaluation_batch = 0
@@ -331,8 +334,8 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
         texts = encode_text(unwrap(model), self._tokenizer, ["a song"] * sampled)
 
         def rollout() -> None:
-            dtype = torch.bfloat16 if args.bf16 else None
-            sample_codes(unwrap(model), texts, frames, dtype=dtype)
+            weights = self._rollout_weights(unwrap(model), is_teacher=False)
+            sample_codes(unwrap(model), texts, frames, weights=weights)
 
         steps = (self._num_frames + self._num_codebooks) / (frames + self._num_codebooks)
         per_rollout = seconds(rollout, device) * steps * clips / sampled / self.num_iterations
