@@ -240,6 +240,10 @@ def test_missing_pieces(world, tmp_path, refused):
     (other / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(FileNotFoundError, "model-00001-of-00002", world["full1"], other)
 
+    for content in ("{", "[]", '{"weight_map": 1}', '{"weight_map": {"a": "../b.safetensors"}}'):
+        (other / "model.safetensors.index.json").write_text(content)
+        refused(ValueError, r"model\.safetensors\.index\.json", world["full1"], other)
+
     other = made.copy(world["full2"], tmp_path / "weights")
     (other / made.MODEL).unlink()
     refused(FileNotFoundError, r"no model\.safetensors", world["full1"], other)

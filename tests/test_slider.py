@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from diverse_cfg.merging import load_slider, merge_checkpoints
 from diverse_cfg.musicgen.policy import load_policy
@@ -81,6 +81,16 @@ def test_it_plays_without_guidance_and_follows_a_moved_model(world):
     before = made.teacher_forced_logits(slider.model)
     slider.set_merge_weight(1.0)
     assert (made.teacher_forced_logits(slider.model) - before).abs().max() > 1e-3
+
+
+def test_broken_experts_are_found_when_they_are_loaded(world, tmp_path):
+    """At a weight of 0 nobody would notice; later the model would be left half changed."""
+    broken = made.copy(world["lora2"], tmp_path / "broken")
+    weights = load_file(broken / "adapter_model.safetensors")
+    next(iter(weights.values())).fill_(float("nan"))
+    save_file(weights, broken / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        load_slider(world["base"], [world["lora1"], broken], merge_weight=0.0)
 
 
 def test_one_expert_is_no_slider(world):

@@ -6,7 +6,6 @@ Both are opened, and refused if they cannot be merged exactly, before anything i
 
 import os
 from collections.abc import Iterable
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -46,8 +45,7 @@ _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class Checkpoint:
-    """What full models and adapters have in common: a folder, its provenance, and tensors that can be kept
-    in memory."""
+    """What full models and adapters have in common: a folder, its provenance, tensors that can be kept."""
 
     kind: str
 
@@ -63,11 +61,19 @@ class Checkpoint:
         return self.folder.resolve().name if Path(self.source).exists() else self.source
 
     def keep(self, names: Iterable[str], device: torch.device | str) -> None:
-        """Hold what `difference` and `tensor` need for these names in memory, so that no file is read
-        again."""
+        """Hold what `difference` and `tensor` need for these names, so that no file is read again.
+
+        Raises:
+            ValueError: values that are not finite, which would be found half-way through a later change.
+        """
         for name in names:
             for info in self._sources(name):
-                self._kept[info] = read_tensor(info).to(device)
+                tensor = read_tensor(info)
+                if not torch.isfinite(tensor).all():
+                    raise ValueError(
+                        f"{self.source} has NaN or infinite values in {name}: its training broke"
+                    )
+                self._kept[info] = tensor.to(device)
 
     def _read(self, info: TensorInfo) -> Tensor:
         kept = self._kept.get(info)
@@ -85,13 +91,11 @@ class Checkpoint:
         raise NotImplementedError
 
     def difference(self, name: str, reference: Tensor) -> Tensor | None:
-        """This checkpoint's tensor minus `reference`, in the precision of `reference`; None where it is
-        nothing."""
+        """This checkpoint's tensor minus `reference`, in its precision; None where that is nothing."""
         raise NotImplementedError
 
     def stored_dtype(self, name: str) -> torch.dtype | None:
-        """The widest type in which the file holds what belongs to this tensor; None where it holds
-        nothing."""
+        """The widest type in which the files hold what belongs to this tensor; None without any."""
         dtypes = [info.dtype for info in self._sources(name)]
         return max(dtypes, key=lambda dtype: dtype.itemsize) if dtypes else None
 
@@ -104,15 +108,15 @@ class FullCheckpoint(Checkpoint):
     def __init__(self, source: str | os.PathLike, folder: Path) -> None:
         super().__init__(source, folder)
         self.config: MusicgenConfig = layout.load_config(folder)
-        shapes, aliases = layout.expected_tensors(self.config)
-        self.tensors = self._match(find_tensors(folder, "model"), shapes, aliases)
+        shapes, self.aliases = layout.expected_tensors(self.config)
+        self.tensors = self._match(find_tensors(folder, "model"), shapes)
 
     def _match(
-        self, found: dict[str, TensorInfo], shapes: dict[str, tuple[int, ...]], aliases: dict[str, str]
+        self, found: dict[str, TensorInfo], shapes: dict[str, tuple[int, ...]]
     ) -> dict[str, TensorInfo]:
         tensors: dict[str, TensorInfo] = {}
         for stored_name, info in found.items():
-            name = layout.canonical_name(stored_name, aliases)
+            name = layout.canonical_name(stored_name, self.aliases)
             if name is None:
                 continue
             if name not in shapes:
@@ -163,10 +167,6 @@ class AdapterCheckpoint(Checkpoint):
         self._collect(find_tensors(folder, "adapter_model"))
         self._check()
 
-    @cached_property
-    def _aliases(self) -> dict[str, str]:
-        return layout.expected_tensors(self.base.config)[1]
-
     def _collect(self, found: dict[str, TensorInfo]) -> None:
         halves: dict[str, dict[str, TensorInfo]] = {}
         for stored_name, info in found.items():
@@ -181,14 +181,14 @@ class AdapterCheckpoint(Checkpoint):
                     halves.setdefault(path.removesuffix(ending) + ".weight", {})[half] = info
                     break
             else:  # a module of `modules_to_save`, or a trained bias
-                name = layout.canonical_name(path, self._aliases)
+                name = layout.canonical_name(path, self.base.aliases)
                 if name not in self.base.tensors:
                     raise ValueError(
                         f"{self.source}: {stored_name} matches no tensor of its base {self.base.source}"
                     )
                 self.replaced[name] = info
         for path, pair in halves.items():
-            name = layout.canonical_name(path, self._aliases)
+            name = layout.canonical_name(path, self.base.aliases)
             if len(pair) != 2:
                 raise ValueError(
                     f"{self.source} holds only half of the LoRA factors of {path}: it is incomplete"
@@ -325,8 +325,7 @@ def same_base(first: str, second: str) -> bool:
 
 
 def locate(source: str | os.PathLike, near: Path | None = None) -> Path:
-    """Local folder of a path or Hub id. `near` is where relative paths are tried too (an adapter's own
-    folder).
+    """Local folder of a path or Hub id; relative paths are also tried `near` a folder (an adapter's own).
 
     Raises:
         FileNotFoundError: neither a folder nor an id that can be fetched.

@@ -117,8 +117,13 @@ def find_tensors(folder: Path, stem: str) -> dict[str, TensorInfo]:
                 "is never read here; save it again with save_pretrained(...), which writes safetensors"
             )
         raise FileNotFoundError(f"{folder} has no {single.name} (nor {index.name}): is it a model folder?")
-    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    try:
+        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{index} is not a valid list of shards ({error!r}); copy it again") from error
     shards = sorted(set(weight_map.values()))
+    if strange := [name for name in shards if Path(name).name != name]:
+        raise ValueError(f"{index} names the shard {strange[0]}, which does not lie in its folder")
     if missing := [name for name in shards if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} lacks the shard(s) {', '.join(missing)} listed in {index.name}")
     tensors: dict[str, TensorInfo] = {}
