@@ -9,3 +9,4 @@ def quiet_libraries() -> None:
 
     transformers_logging.disable_progress_bar()
     logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)
+    logging.getLogger("diverse_cfg.merging").setLevel(logging.WARNING)  # merges in temporary folders

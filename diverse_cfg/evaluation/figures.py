@@ -26,7 +26,9 @@ from diverse_cfg.evaluation.plotting import (
     running_mean,
     save,
 )
-from diverse_cfg.evaluation.results import Estimate, Results, SystemResult, mean_estimate
+from diverse_cfg.evaluation.results import Estimate, Results, SystemResult, above_line, mean_estimate
+
+_LABEL_GAP = 0.05  # of the axes: how near to each other the labels of a series may be
 
 
 def front(results: Results, x: str, y: str, stem: str | os.PathLike) -> list[Path]:
@@ -70,8 +72,6 @@ def front(results: Results, x: str, y: str, stem: str | os.PathLike) -> list[Pat
                 axes.plot(*zip(*line, strict=True), color=look.color, linestyle=look.linestyle, alpha=0.8)
             for row in members:
                 _point(axes, row, x, y, look)
-            if joined:
-                _label_points(axes, members, x, y, look, index)
             # The interval is in the CSV: a legend has room for one number.
             text = name if name not in volumes else f"{name} (hypervolume {volumes[name].estimate:.3f})"
             line = look.linestyle if joined else "none"
@@ -88,6 +88,9 @@ def front(results: Results, x: str, y: str, stem: str | os.PathLike) -> list[Pat
             )
         _upper_bound(axes, results, x)
         _finish(axes, x, y)
+        for index, members in enumerate(_by_series(sound).values()):
+            if len(members) > 1:
+                _label_points(axes, members, x, y, Look.number(index), index)
         return save(figure, stem, table)
 
 
@@ -101,12 +104,9 @@ def series_hypervolumes(results: Results, x: str, y: str) -> dict[str, Estimate]
     rows = [row for row in _with_metrics(results, (x, y)) if not row.flags and {x, y} <= row.cells.keys()]
     if len(rows) < 2:
         return {}
-    corner = tuple(
-        min(_value(row, name) * METRICS[name].better for row in rows) * METRICS[name].better
-        for name in (x, y)
-    )
+    corner = results.worst(x, y)
     return {
-        name: results.hypervolume([row.system.name for row in members], x, y, (corner[0], corner[1]))
+        name: results.hypervolume([row.system.name for row in members], x, y, corner)
         for name, members in _by_series(rows).items()
         if len(members) > 1
     }
@@ -145,7 +145,7 @@ def merge_curve(results: Results, series: str, metrics: Sequence[str], stem: str
         ["metric", "merge_weight", "estimate", "low", "high", "above_line", "above_low", "above_high"]
     ]
     with matplotlib.rc_context(STYLE):
-        figure, panels = new_figure(len(metrics), height=1.75)
+        figure, panels = new_figure(len(metrics), height=2.0)
         for axes, metric, look in zip(panels, metrics, map(Look.number, range(len(metrics))), strict=False):
             weights = [row.system.merge_weight for row in rows]
             values = [row.metrics[metric] for row in rows]
@@ -173,7 +173,7 @@ def merge_curve(results: Results, series: str, metrics: Sequence[str], stem: str
             axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", ".25", ".5", ".75", "1"])
             axes.grid(axis="y", linewidth=0.3, color="0.85")
             for row, value in zip(rows, values, strict=True):
-                above = above_line(first, row, last, metric)
+                above = mean_estimate(above_line(first, row, last, metric))
                 table.append(
                     [
                         metric,
@@ -186,17 +186,9 @@ def merge_curve(results: Results, series: str, metrics: Sequence[str], stem: str
                         above.high,
                     ]
                 )
-        panels[0].legend(frameon=False, loc="best")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=2)
         return save(figure, stem, table)
-
-
-def above_line(first: SystemResult, row: SystemResult, last: SystemResult, metric: str) -> Estimate:
-    """How far a merge lies above the straight line between its ends: v(λ) − (1 − λ)·v(0) − λ·v(1), by
-    prompt."""
-    weight = row.system.merge_weight
-    assert weight is not None
-    line = (1 - weight) * first.cells[metric] + weight * last.cells[metric]
-    return mean_estimate(row.cells[metric] - line)
 
 
 def trajectories(results: Results, x: str, y: str, stem: str | os.PathLike) -> list[Path]:
@@ -266,7 +258,7 @@ def training_curves(
     stem: str | os.PathLike,
     metrics: Sequence[tuple[str, str]] = (
         ("kl/clip", "KL to the teacher (nats)"),
-        ("reward/diversity", "diversity (reward encoder)"),
+        ("reward/diversity", "diversity (reward)"),
     ),
     smooth: int = 1,
 ) -> list[Path]:
@@ -291,7 +283,7 @@ def training_curves(
     if not found:
         raise ValueError(f"none of the runs logged {', '.join(name for name, _ in metrics)}")
     with matplotlib.rc_context(STYLE):
-        figure, panels = new_figure(len(found), height=1.9)
+        figure, panels = new_figure(len(found), height=2.2)
         for axes, (name, label) in zip(panels, found, strict=True):
             for index, (run, log) in enumerate(histories.items()):
                 points = [(entry["step"], entry[name]) for entry in log if name in entry]
@@ -312,7 +304,17 @@ def training_curves(
             axes.set_xlabel("training step")
             axes.set_ylabel(label)
             axes.grid(axis="y", linewidth=0.3, color="0.85")
-        panels[0].legend(frameon=False)
+        handles = {}
+        for axes in panels:  # a run may have logged one metric only
+            handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        figure.legend(
+            handles.values(),
+            handles.keys(),
+            frameon=False,
+            loc="outside lower center",
+            ncols=2,
+            handlelength=3.0,
+        )
         return save(figure, stem, table)
 
 
@@ -382,15 +384,22 @@ def _point(axes: Axes, row: SystemResult, x: str, y: str, look: Look) -> None:
 
 
 def _label_points(axes: Axes, rows: list[SystemResult], x: str, y: str, look: Look, index: int) -> None:
-    """The setting that varies along a series, beside its points; of a long series the ends and the middle
-    only."""
-    if len(rows) > 8:
-        rows = [rows[0], rows[len(rows) // 2], rows[-1]]
+    """The setting that varies along a series, beside its points: its ends, and what lies clear of labelled
+    points."""
+    varied = {
+        "γ": any(row.system.guidance_scale != 1 for row in rows),
+        "T": any(row.system.temperature != 1 for row in rows),
+    }
     # Each series has its own side, so that the labels of neighbouring curves do not meet.
-    varied = {"γ": any(row.system.guidance_scale != 1 for row in rows)}
-    varied["T"] = any(row.system.temperature != 1 for row in rows)
     right, up = ((-1, -1), (1, 1), (1, -1), (-1, 1))[index % 4]
-    for row in rows:
+    labelled: list[np.ndarray] = []
+    for row in [rows[0], rows[-1], *rows[1:-1]]:
+        place = axes.transAxes.inverted().transform(
+            axes.transData.transform((_value(row, x), _value(row, y)))
+        )
+        if any(np.abs(place - other).max() < _LABEL_GAP for other in labelled):
+            continue
+        labelled.append(place)
         axes.annotate(
             short_label(row, varied),
             (_value(row, x), _value(row, y)),

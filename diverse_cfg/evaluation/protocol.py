@@ -35,6 +35,7 @@ from diverse_cfg.evaluation.features import (
 )
 from diverse_cfg.evaluation.generations import ClipSet, Player
 from diverse_cfg.evaluation.reference import reference_embeddings
+from diverse_cfg.evaluation.signatures import Arms
 from diverse_cfg.evaluation.sweep import Sweep
 from diverse_cfg.evaluation.systems import System, expand_systems, single
 from diverse_cfg.musicgen.policy import frame_rate
@@ -66,6 +67,7 @@ class SweepConfig:
         x: metric on the front's horizontal axis; None takes diversity under the held-out encoder.
         y: metric on the front's vertical axis; None takes adherence.
         min_validity: share of valid clips below which a system is flagged.
+        arms: which systems play which part in the paper's findings, see `signatures.Arms`; None tests none.
         gallery_prompts: prompts on the page to listen to; 0 makes none.
         gallery_generations: clips per prompt and system on that page.
         device: torch device; None takes a GPU if there is one.
@@ -91,6 +93,7 @@ class SweepConfig:
     x: str | None = None
     y: str | None = None
     min_validity: float = 0.9
+    arms: dict[str, Any] | None = None
     gallery_prompts: int = 4
     gallery_generations: int = 4
     device: str | None = None
@@ -104,6 +107,14 @@ class SweepConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+        if self.arms is not None:
+            known = [f.name for f in fields(Arms)]
+            unknown = sorted(set(self.arms) - set(known))
+            if unknown or not {"base", "guided", "quality", "diverse", "merges"} <= set(self.arms):
+                raise ValueError(
+                    "arms needs base, guided, quality, diverse and merges, may have sweeps and uniform, "
+                    f"got {', '.join(self.arms)}"
+                )
         for name in ("gallery_prompts", "gallery_generations"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 (no page) or more")

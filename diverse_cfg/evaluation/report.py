@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from diverse_cfg.evaluation.figures import front, merge_curve, trajectories
@@ -9,6 +10,7 @@ from diverse_cfg.evaluation.gallery import Picture, write_audio, write_gallery
 from diverse_cfg.evaluation.metrics import METRICS
 from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
 from diverse_cfg.evaluation.results import Results
+from diverse_cfg.evaluation.signatures import Arms, signatures, to_markdown
 from diverse_cfg.provenance import write_text
 
 
@@ -31,15 +33,46 @@ def evaluate(config: SweepConfig, *, progress: bool = True) -> Results:
     sweep, systems = build_sweep(config)
     results = sweep.run(systems, config.compare_to, progress=progress)
     results.save(config.output)
-    write_text(Path(config.output) / "metrics.md", results.table() + "\n")
     if not results.usable:
+        write_text(Path(config.output) / "results.md", results.table() + "\n")
         raise ValueError(f"every system failed; the first: {results.systems[0].error}")
     pictures = draw(results, config.output, config.x, config.y)
+    write_text(Path(config.output) / "results.md", to_page(results, pictures, config))
     if config.gallery_prompts and config.gallery_generations:
         files = write_audio(results, sweep, config.output, config.gallery_prompts, config.gallery_generations)
         title = f"{len(results.systems)} systems on {len(results.prompts)} prompts"
         write_gallery(results, files, config.output, title=title, pictures=pictures)
     return results
+
+
+def to_page(results: Results, pictures: Sequence[Picture], config: SweepConfig) -> str:
+    """Everything as one Markdown page: findings, figures, table, glossary, how it was measured."""
+    lines = ["# Results", ""]
+    if config.arms:
+        x, y = config.x or first_metric(results, DIVERSITIES), config.y or first_metric(results, QUALITIES)
+        if x and y:
+            arms = Arms(**{**config.arms, "sweeps": tuple(config.arms.get("sweeps") or ())})
+            found = signatures(results, arms, quality=y, diversity=x)
+            lines += ["## The paper's findings", "", to_markdown(found)]
+    for picture in pictures:
+        lines += [f"![{picture.caption}]({picture.file})", "", picture.caption, ""]
+    settings = results.settings
+    lines += [
+        "## Numbers",
+        "",
+        results.table(),
+        "",
+        f"Means over {settings['num_prompts']} held-out prompts with ",
+    ]
+    lines[-1] += (
+        f"{settings['num_generations']} clips each (sampling seeds {settings['seeds']}), 95 % intervals "
+        "from a bootstrap over "
+        f"prompts; {settings['machine']}; "
+    )
+    lines[-1] += ", ".join(f"{name} {version}" for name, version in settings["versions"].items()) + "."
+    lines += ["", "## What the columns mean", ""]
+    lines += [f"- **{METRICS[name].label}**: {METRICS[name].explanation}" for name in results.metrics]
+    return "\n".join(lines) + "\n"
 
 
 def draw(
@@ -70,7 +103,9 @@ def draw(
         if {0.0, 1.0} < weights - {None}:
             name = f"lerp-{_slug(series)}"
             merge_curve(results, series, [x, y], folder / name)
-            caption = f"{series}: the merge weight is a knob. Dashed: the straight line between the ends."
+            caption = (
+                f"{_title(series)}: the merge weight is a knob. Dashed: the straight line between the ends."
+            )
             pictures.append(Picture(f"{name}.svg", caption))
     if any(row.system.step is not None for row in results.usable):
         trajectories(results, x, y, folder / "trajectories")
@@ -85,6 +120,10 @@ DIVERSITIES = ("diversity_heldout", "diversity_reward")
 def first_metric(results: Results, names: tuple[str, ...]) -> str | None:
     """The first of these metrics that the results have."""
     return next((name for name in names if name in results.metrics), None)
+
+
+def _title(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _slug(text: str) -> str:

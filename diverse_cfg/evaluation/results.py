@@ -10,7 +10,7 @@ import io
 import json
 import os
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,43 @@ class Results:
         Raises:
             ValueError: no usable system, or as `bootstrap_statistic`.
         """
+        area = self._area(names, x, y, corner)
+        return self._over_prompts(area, num_resamples)
+
+    def hypervolume_difference(
+        self,
+        names: Iterable[str],
+        others: Iterable[str],
+        x: str,
+        y: str,
+        corner: tuple[float, float],
+        num_resamples: int = 500,
+    ) -> Estimate:
+        """How much more area one set of systems dominates than another, both on the same resampled
+        prompts."""
+        first, second = self._area(names, x, y, corner), self._area(others, x, y, corner)
+        return self._over_prompts(lambda prompts: first(prompts) - second(prompts), num_resamples)
+
+    def worst(self, x: str, y: str) -> tuple[float, float]:
+        """The worst coordinate that any comparable system has in each of two metrics: a corner for
+        hypervolumes.
+
+        Raises:
+            ValueError: no system can be compared, or a metric has no direction.
+        """
+        rows = [row for row in self.usable if not row.flags and {x, y} <= row.cells.keys()]
+        if not rows:
+            raise ValueError(f"no system has {x} and {y}, or all that have them are flagged")
+        lows = [
+            min(_sign(name) * float(np.nanmean(row.cells[name])) for row in rows) * _sign(name)
+            for name in (x, y)
+        ]
+        return lows[0], lows[1]
+
+    def _area(
+        self, names: Iterable[str], x: str, y: str, corner: tuple[float, float]
+    ) -> Callable[[torch.Tensor], float]:
+        """The dominated area as a function of which prompts are drawn."""
         rows = [self[name] for name in names]
         rows = [row for row in rows if row.ok and not row.flags]
         if not rows:
@@ -165,14 +202,15 @@ class Results:
             ]
         )  # [systems, 2, P]
         reference = [sign * value for sign, value in zip(signs, corner, strict=True)]
+        return lambda prompts: hypervolume(cells[:, :, prompts].nanmean(dim=2), reference)
 
-        def area(prompts: torch.Tensor) -> float:
-            return hypervolume(cells[:, :, prompts].nanmean(dim=2), reference)
-
-        if cells.shape[2] < 2:
-            return Estimate(area(torch.arange(cells.shape[2])), num_prompts=cells.shape[2])
-        interval = bootstrap_statistic(area, cells.shape[2], num_resamples=num_resamples)
-        return Estimate(*interval, num_prompts=cells.shape[2])
+    def _over_prompts(self, statistic: Callable[[torch.Tensor], float], num_resamples: int) -> Estimate:
+        count = len(self.prompts)
+        if count < 2:
+            return Estimate(statistic(torch.arange(count)), num_prompts=count)
+        return Estimate(
+            *bootstrap_statistic(statistic, count, num_resamples=num_resamples), num_prompts=count
+        )
 
     def _cells(self, name: str, metric: str) -> np.ndarray:
         row = self[name]
@@ -324,6 +362,15 @@ def mean_estimate(cells: np.ndarray, clusters: Sequence[int] | None = None) -> E
     seeds = np.tile(np.arange(num_replicates), num_prompts).tolist() if num_replicates >= 3 else None
     interval = bootstrap_mean(torch.from_numpy(values.flatten()), prompts, seeds)
     return Estimate(*interval, num_prompts=num_prompts)
+
+
+def above_line(first: SystemResult, row: SystemResult, last: SystemResult, metric: str) -> np.ndarray:
+    """How far a merge lies above the straight line between its ends: v(λ) − (1 − λ)·v(0) − λ·v(1), cells
+    [P, R]."""
+    weight = row.system.merge_weight
+    if weight is None:
+        raise ValueError(f"system {row.system.name!r} has no merge weight, and so no place on the line")
+    return row.cells[metric] - (1 - weight) * first.cells[metric] - weight * last.cells[metric]
 
 
 def _set_estimate(metric: Metric, replicates: Sequence[Replicate]) -> Estimate:

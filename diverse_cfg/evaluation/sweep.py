@@ -98,7 +98,8 @@ class Sweep:
                 # Whatever breaks one system (a missing folder, NaN weights, no memory) must not cost the
                 # others.
                 except Exception as error:
-                    logger.warning("system %s failed", system.name, exc_info=True)
+                    logger.warning("system %s failed: %s", system.name, error)
+                    logger.debug("its traceback", exc_info=True)
                     rows.append(SystemResult(system, error=f"{type(error).__name__}: {error}"))
                 bar.update(before + 2 * len(system.replicates) * self.clips.num_clips - bar.n)
         return Results(list(self.clips.prompts), rows, self._settings(), list(compare_to))

@@ -1,0 +1,260 @@
+"""The paper's five findings as tests on results, each with its evidence and a verdict (arXiv 2410.06084).
+
+A claim of a difference holds when its interval excludes zero in the claimed direction. A claim of *no*
+difference ("reaches the quality of guidance") holds when the interval excludes a loss of more than a
+margin, named beforehand: a wide interval around zero is no evidence of equality.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from diverse_cfg.evaluation.results import Estimate, Results, SystemResult, above_line, mean_estimate
+
+HOLDS, FAILS, OPEN, MISSING = "holds", "fails", "not shown", "not measured"
+"""Verdicts: shown; the opposite is shown; the interval allows both; a system or metric is missing."""
+
+
+@dataclass(frozen=True)
+class Arms:
+    """Which systems play which part.
+
+    Args:
+        base: without guidance.
+        guided: the base with the teacher's guidance.
+        quality: the student without diversity reward.
+        diverse: the student with the diversity reward that is merged with it.
+        merges: series of the LERP between the two, ends included.
+        sweeps: series of what a user could do without training or merging: guidance, temperature.
+        uniform: the uniform average of all students, if it was evaluated.
+    """
+
+    base: str
+    guided: str
+    quality: str
+    diverse: str
+    merges: str
+    sweeps: tuple[str, ...] = ()
+    uniform: str | None = None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One claim and what the numbers say.
+
+    Args:
+        claim: in words.
+        found: the difference that decides, None if it was not measured.
+        verdict: one of `HOLDS`, `FAILS`, `OPEN`, `MISSING`.
+    """
+
+    claim: str
+    found: Estimate | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Signature:
+    """One of the paper's findings: it is reproduced when every claim of it holds."""
+
+    number: int
+    title: str
+    evidence: tuple[Evidence, ...]
+
+    @property
+    def verdict(self) -> str:
+        """The worst verdict among the claims."""
+        verdicts = [evidence.verdict for evidence in self.evidence]
+        return next(verdict for verdict in (FAILS, MISSING, OPEN, HOLDS) if verdict in verdicts)
+
+
+def signatures(
+    results: Results,
+    arms: Arms,
+    *,
+    quality: str = "adherence",
+    diversity: str = "diversity_heldout",
+    margin: float = 0.02,
+    diversity_margin: float = 0.02,
+) -> list[Signature]:
+    """The five findings in these results.
+
+    Args:
+        results: of a sweep.
+        arms: which system is which.
+        quality: metric of quality.
+        diversity: metric of diversity; under an encoder that was not the reward.
+        margin: loss of quality that still counts as "the quality of".
+        diversity_margin: distance from the straight line that still counts as "on the line".
+    """
+    test = _Tests(results)
+    base, guided, student, diverse = arms.base, arms.guided, arms.quality, arms.diverse
+    merges = _series(results, arms.merges)
+    return [
+        Signature(
+            1,
+            "Distillation alone reaches the quality of guidance at half the cost, and loses its diversity",
+            (
+                test.less("its KL to the guided teacher is below the base's", student, base, "kl_teacher"),
+                test.no_less("it has the quality of the guided base", student, guided, quality, margin),
+                test.less(
+                    "it costs fewer decoder rows than the guided base", student, guided, "decoder_rows"
+                ),
+                test.less("it is less diverse than the base", student, base, diversity),
+            ),
+        ),
+        Signature(
+            2,
+            "The diversity reward restores diversity at a small price in quality",
+            (
+                test.more("it is more diverse than the guided base", diverse, guided, diversity),
+                test.more("it is more diverse than the base", diverse, base, diversity),
+                test.more("it keeps a better quality than the base", diverse, base, quality),
+            ),
+        ),
+        Signature(
+            3,
+            "Between the two students, diversity follows the straight line and quality lies above it",
+            (
+                test.on_line("diversity is on the line", merges, diversity, diversity_margin),
+                test.above_line("quality is above the line", merges, quality),
+            ),
+        ),
+        Signature(
+            4,
+            "The merges' front dominates what guidance and temperature reach",
+            tuple(
+                test.larger_front(f"larger hypervolume than {name!r}", arms.merges, name, diversity, quality)
+                for name in arms.sweeps
+            )
+            or (Evidence("larger hypervolume than guidance and temperature", None, MISSING),),
+        ),
+        Signature(
+            5,
+            "The uniform average of all students lies on or near that front",
+            (
+                test.near_front(
+                    "quality of the front at its diversity", arms.uniform, merges, diversity, quality, margin
+                ),
+            ),
+        ),
+    ]
+
+
+def to_markdown(found: Sequence[Signature]) -> str:
+    """A section per finding, with its verdict and its evidence."""
+    lines = []
+    for signature in found:
+        lines += [f"### {signature.number}. {signature.title}: **{signature.verdict}**", ""]
+        lines += ["| claim | difference | verdict |", "|---|---|---|"]
+        for evidence in signature.evidence:
+            number = "–" if evidence.found is None else evidence.found.text()
+            lines.append(f"| {evidence.claim} | {number} | {evidence.verdict} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+class _Tests:
+    """Claims as tests; what was not measured is said so, and is neither shown nor refuted."""
+
+    def __init__(self, results: Results):
+        self.results = results
+
+    def more(self, claim: str, system: str, other: str, metric: str) -> Evidence:
+        return self._judged(claim, lambda: self.results.difference(system, other, metric), above=0.0)
+
+    def less(self, claim: str, system: str, other: str, metric: str) -> Evidence:
+        return self._judged(claim, lambda: self.results.difference(system, other, metric), below=0.0)
+
+    def no_less(self, claim: str, system: str, other: str, metric: str, margin: float) -> Evidence:
+        claim = f"{claim} (a loss of {margin:g} at most)"
+        return self._judged(claim, lambda: self.results.difference(system, other, metric), above=-margin)
+
+    def on_line(self, claim: str, merges: Sequence[SystemResult], metric: str, margin: float) -> Evidence:
+        def found() -> Estimate:
+            return _mean_above_line(merges, metric)
+
+        return self._judged(f"{claim} (within ±{margin:g})", found, above=-margin, below=margin)
+
+    def above_line(self, claim: str, merges: Sequence[SystemResult], metric: str) -> Evidence:
+        return self._judged(claim, lambda: _mean_above_line(merges, metric), above=0.0)
+
+    def larger_front(self, claim: str, series: str, other: str, x: str, y: str) -> Evidence:
+        def found() -> Estimate:
+            names = [[row.system.name for row in _series(self.results, name)] for name in (series, other)]
+            return self.results.hypervolume_difference(*names, x, y, self.results.worst(x, y))
+
+        return self._judged(claim, found, above=0.0)
+
+    def near_front(
+        self, claim: str, system: str | None, merges: Sequence[SystemResult], x: str, y: str, margin: float
+    ) -> Evidence:
+        claim = f"{claim} (a loss of {margin:g} at most)"
+        if system is None:
+            return Evidence(claim, None, MISSING)
+        return self._judged(claim, lambda: _beside_front(self.results[system], merges, x, y), above=-margin)
+
+    def _judged(
+        self,
+        claim: str,
+        measure: Callable[[], Estimate],
+        above: float | None = None,
+        below: float | None = None,
+    ) -> Evidence:
+        try:
+            found = measure()
+        except ValueError:  # a system failed, is flagged or was not evaluated; or a metric was not measured
+            return Evidence(claim, None, MISSING)
+        if found.low is None or found.high is None:
+            return Evidence(claim, found, OPEN)
+        holds = (above is None or found.low > above) and (below is None or found.high < below)
+        fails = (above is not None and found.high < above) or (below is not None and found.low > below)
+        return Evidence(claim, found, HOLDS if holds else FAILS if fails else OPEN)
+
+
+def _series(results: Results, name: str) -> list[SystemResult]:
+    rows = [row for row in results.usable if row.system.series == name and not row.flags]
+    return sorted(
+        rows, key=lambda row: row.system.merge_weight if row.system.merge_weight is not None else -1.0
+    )
+
+
+def _ends(merges: Sequence[SystemResult]) -> tuple[SystemResult, list[SystemResult], SystemResult]:
+    weighted = [row for row in merges if row.system.merge_weight is not None]
+    if len(weighted) < 3 or weighted[0].system.merge_weight != 0 or weighted[-1].system.merge_weight != 1:
+        raise ValueError("a LERP needs its two ends and something between")
+    return weighted[0], weighted[1:-1], weighted[-1]
+
+
+def _mean_above_line(merges: Sequence[SystemResult], metric: str) -> Estimate:
+    """Mean over the inner merges of v(λ) − (1 − λ)·v(0) − λ·v(1), by prompt."""
+    first, inner, last = _ends(merges)
+    _require(metric, first, *inner, last)
+    return mean_estimate(np.mean([above_line(first, row, last, metric) for row in inner], axis=0))
+
+
+def _beside_front(row: SystemResult, merges: Sequence[SystemResult], x: str, y: str) -> Estimate:
+    """Quality of a system minus that of the LERP where it has the same diversity, by prompt.
+
+    The place on the LERP is found on the means (outside of its range: the nearer end), the difference is
+    taken by prompt.
+    """
+    first, inner, last = _ends(merges)
+    points = [first, *inner, last]
+    _require(x, row, *points)
+    _require(y, row, *points)
+    places = [float(np.nanmean(point.cells[x])) for point in points]
+    order = sorted(range(len(points)), key=places.__getitem__)
+    wanted = float(np.nanmean(row.cells[x]))
+    shares = [
+        np.interp(wanted, sorted(places), [float(index == k) for index in order]) for k in range(len(points))
+    ]
+    front = sum(share * point.cells[y] for share, point in zip(shares, points, strict=True))
+    return mean_estimate(row.cells[y] - front)
+
+
+def _require(metric: str, *rows: SystemResult) -> None:
+    missing: Iterable[str] = (row.system.name for row in rows if metric not in row.cells)
+    for name in missing:
+        raise ValueError(f"system {name!r} has no {metric!r} per prompt")

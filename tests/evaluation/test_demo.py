@@ -1,0 +1,186 @@
+"""The demo on a tiny world: everything happens, a second run does nothing, and an interrupted one goes on."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from diverse_cfg.embeddings.contrastive import ContrastiveConfig, ContrastiveEmbedder, ContrastiveEncoder
+from diverse_cfg.evaluation import demo as demo_module
+from diverse_cfg.evaluation.demo import DemoSettings, World, run_demo
+from diverse_cfg.evaluation.judge import AttributeJudge
+from diverse_cfg.evaluation.results import Results
+from diverse_cfg.merging import read_recipe
+from diverse_cfg.provenance import read_provenance
+from tests.tiny import save_tiny
+
+pytestmark = pytest.mark.slow
+
+WORDS = [
+    f"{tempo} {instrument} song in {key} minor"
+    for tempo in ("slow", "fast")
+    for instrument in ("piano", "flute")
+    for key in ("c", "d", "e")
+]
+SETTINGS = DemoSettings(
+    quality_steps=4,
+    diversity_steps=2,
+    prompts_per_step=2,
+    num_generations=3,
+    merge_weights=(0.5,),
+    guidance_scales=(3.0,),
+    num_prompts=4,
+    num_clips=2,
+    gallery_prompts=2,
+    gallery_clips=1,
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A base, two encoders and a judge of a few thousand random weights, and a dozen prompts."""
+    root = tmp_path_factory.mktemp("world")
+    save_tiny(root / "base")
+    torch.manual_seed(0)
+    for name, reads in (("reward", "codes"), ("heldout", "waveforms")):
+        config = ContrastiveConfig(
+            reads=reads,
+            sampling_rate=3200,
+            codebook_size=16,
+            bands=8,
+            patch=1,
+            hidden_size=8,
+            num_layers=1,
+            num_heads=2,
+            dim=4,
+        )
+        ContrastiveEmbedder(ContrastiveEncoder(config)).save_pretrained(root / name)
+    AttributeJudge().save_pretrained(root / "judge")
+    (root / "prompts").mkdir()
+    for split, prompts in (("train", WORDS[:8]), ("test", WORDS)):
+        lines = "\n".join(json.dumps({"prompt": prompt}) for prompt in prompts)
+        (root / "prompts" / f"{split}.jsonl").write_text(lines)
+    return World(*(str(root / part) for part in ("base", "prompts", "reward", "heldout", "judge")))
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    """One complete demo, and what it said."""
+    output, said = tmp_path_factory.mktemp("runs") / "demo", []
+    results = run_demo(output, SETTINGS, world, tell=said.append)
+    return output, results, said
+
+
+def test_everything_that_was_promised_is_there(finished):
+    output, results, said = finished
+    for name in ("metrics.json", "metrics.csv", "front.svg", "front.png", "front.csv", "index.html"):
+        assert (output / name).stat().st_size > 100, name
+    assert list(output.glob("lerp-*.svg")) and (output / "training-curves.svg").is_file()
+    assert [row.system.name for row in results.systems] == [
+        "base",
+        "base γ=3",
+        "quality student",
+        "merge λ=0.5",
+        "diversity student",
+    ]
+    assert all(row.ok for row in results.systems), [row.error for row in results.systems]
+    assert len(list((output / "audio").rglob("*.wav"))) == 5 * 2
+    page = (output / "index.html").read_text(encoding="utf-8")
+    for picture in ("front.svg", "training-curves.svg"):
+        assert f'src="{picture}"' in page
+    text = "\n".join(said)
+    assert said[0].startswith("Plan:") and "min on two idle cores" in said[0]
+    assert "| diversity student" in text and str(output.resolve() / "index.html") in text
+    assert "quality student − base γ=3, adherence:" in text
+
+
+def test_the_students_are_what_the_method_says(finished, world):
+    """Catches a second student whose teacher is the first: θ0 is the base for both."""
+    output, _, _ = finished
+    quality, diversity = read_provenance(output / "quality"), read_provenance(output / "diversity")
+    assert (quality.diversity_coef, diversity.diversity_coef) == (0.0, 20.0)
+    assert quality.base_model == diversity.base_model == world.base
+    assert quality.training["initial_model"] == world.base
+    assert diversity.training["initial_model"] == str(output / "quality")
+    assert (quality.training["steps"], diversity.training["steps"]) == (4, 2)
+    experts = read_recipe(output / "merges" / "weight-0.5")["experts"]
+    assert [expert["weight"] for expert in experts] == [0.5, 0.5]
+
+
+def test_students_cost_half(finished):
+    _, results, _ = finished
+    rows = {row.system.name: row.metrics["decoder_rows"].estimate for row in results.systems}
+    assert rows["base γ=3"] == 2 * rows["quality student"] == 2 * rows["merge λ=0.5"]
+
+
+def test_checkpoints_do_not_stay(finished):
+    output, _, _ = finished
+    assert not list(output.rglob("checkpoint-*"))
+    assert (output / "training" / "quality" / "trainer_state.json").is_file()
+
+
+def test_a_second_run_trains_and_generates_nothing(finished, world, monkeypatch):
+    output, results, _ = finished
+    monkeypatch.setattr(demo_module, "CFGDiversityTrainer", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(
+        "diverse_cfg.evaluation.generations.fast_generate", lambda *_, **__: pytest.fail("generated again")
+    )
+    again = run_demo(output, SETTINGS, world)
+    assert again.to_dict() == results.to_dict()
+    assert Results.load(output).to_dict() == results.to_dict()
+
+
+def test_an_interrupted_demo_goes_on_and_ends_the_same(finished, world, tmp_path, monkeypatch):
+    """Catches a run that starts over, or that continues from other weights: the results must be equal."""
+    _, results, _ = finished
+    save = demo_module.CFGDiversityTrainer._save_checkpoint
+    saved = []
+
+    def interrupted(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        saved.append(self.state.global_step)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(demo_module.CFGDiversityTrainer, "_save_checkpoint", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_demo(tmp_path / "demo", SETTINGS, world)
+    assert saved == [2]
+    assert not (tmp_path / "demo" / "quality").exists()
+    # A checkpoint that was being written when the power failed is no checkpoint.
+    (tmp_path / "demo" / "training" / "quality" / "checkpoint-3").mkdir()
+    resumed = run_demo(tmp_path / "demo", SETTINGS, world)
+    for row in results.systems:
+        for metric, cells in row.cells.items():
+            if metric != "seconds":
+                np.testing.assert_allclose(
+                    resumed[row.system.name].cells[metric], cells, rtol=1e-5, err_msg=metric
+                )
+
+
+def test_a_folder_of_another_demo_is_refused(finished, world, tmp_path):
+    output, _, _ = finished
+    with pytest.raises(FileExistsError, match="begun with other settings"):
+        run_demo(output, dataclasses.replace(SETTINGS, seed=1), world)
+    other = dataclasses.replace(world, base=save_tiny(tmp_path / "other", seed=3))
+    with pytest.raises(FileExistsError, match="begun with other base"):
+        run_demo(output, SETTINGS, other)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="not empty and no demo"):
+        run_demo(tmp_path / "home", SETTINGS, world)
+    with pytest.raises(FileExistsError, match="is a file"):
+        run_demo(tmp_path / "home" / "letter.txt", SETTINGS, world)
+
+
+def test_two_at_once_are_one_too_many(finished, world):
+    output, _, _ = finished
+    with demo_module._alone(output), pytest.raises(FileExistsError, match="another demo is running"):
+        run_demo(output, SETTINGS, world)
+
+
+def test_held_out_prompts_are_spread_over_the_split(finished):
+    output, _, _ = finished
+    assert (output / "held-out-prompts.txt").read_text().splitlines() == WORDS[::3]

@@ -1,0 +1,214 @@
+"""The YAML of `diverse-cfg evaluate`: what is refused before anything is generated, and a run from end to
+end."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import yaml
+
+from diverse_cfg.cli import main
+from diverse_cfg.embeddings.contrastive import ContrastiveConfig, ContrastiveEmbedder, ContrastiveEncoder
+from diverse_cfg.evaluation import report
+from diverse_cfg.evaluation.cache import Cache
+from diverse_cfg.evaluation.features import EmbeddingFeature
+from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep, read_settings
+from diverse_cfg.evaluation.reference import reference_embeddings
+from diverse_cfg.evaluation.results import Results
+from tests import oracles
+from tests.evaluation.worlds import CodesEncoder, WaveEncoder, encoder_folder, save_sibling
+from tests.tiny import PROMPTS, save_tiny
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Two models, an encoder, prompts and reference audio of two sampling rates."""
+    root = tmp_path_factory.mktemp("protocol")
+    save_tiny(root / "base")
+    save_sibling(root / "student")
+    config = ContrastiveConfig(sampling_rate=3200, bands=8, hidden_size=8, num_layers=1, num_heads=2, dim=4)
+    ContrastiveEmbedder(ContrastiveEncoder(config)).save_pretrained(root / "encoder")
+    (root / "test.txt").write_text("\n".join(PROMPTS) + "\n" + PROMPTS[0] + "\n")
+    (root / "reference").mkdir()
+    generator = np.random.default_rng(0)
+    for name, rate in (("a", 3200), ("b", 6400)):
+        soundfile.write(root / "reference" / f"{name}.wav", generator.normal(0, 0.1, size=5 * rate), rate)
+    return root
+
+
+def settings(root, output, **changes):
+    values = {
+        "systems": [{"name": "base", "model": str(root / "base")}],
+        "output": str(output),
+        "prompts": str(root / "test.txt"),
+        "num_generations": 2,
+        "clip_seconds": 0.24,
+        "teacher": str(root / "base"),
+        "judge": None,
+        "reward_encoder": None,
+        "heldout_encoder": str(root / "encoder"),
+        "gallery_prompts": 1,
+        "min_validity": 0.0,  # a random codec is nearly silent
+        "device": "cpu",
+    }
+    return values | changes
+
+
+def test_a_sweep_from_end_to_end(root, tmp_path, capsys):
+    """The command writes every file, names what failed, and returns 2 for it."""
+    values = settings(
+        root,
+        tmp_path / "sweep",
+        systems=[
+            {"name": "base", "model": str(root / "base"), "guidance_scale": [1.0, 3.0]},
+            {
+                "name": "LERP",
+                "checkpoints": [str(root / "base"), str(root / "student")],
+                "merge_weight": "0:1:0.5",
+            },
+            {"name": "gone", "checkpoints": [str(root / "base"), str(root / "nowhere")]},
+        ],
+        compare_to=["base γ=3"],
+        reference=str(root / "reference"),
+        x="diversity_heldout",
+        y="validity",
+        arms={
+            "base": "base γ=1",
+            "guided": "base γ=3",
+            "quality": "LERP λ=0",
+            "diverse": "LERP λ=1",
+            "merges": "LERP",
+        },
+    )
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(values, allow_unicode=True))
+    assert main(["evaluate", "--config", str(path)]) == 2
+    captured = capsys.readouterr()
+    assert "1 of 6 systems failed: gone" in captured.err
+    assert "| base γ=3 |" in captured.out
+    results = Results.load(tmp_path / "sweep")
+    assert [row.ok for row in results.systems] == [True] * 5 + [False]
+    assert {"frechet", "mmd", "kl_teacher", "diversity_heldout", "validity"} <= set(results.metrics)
+    assert results["base γ=3"].metrics["kl_teacher"].estimate == pytest.approx(0, abs=1e-4)
+    assert results.prompts == PROMPTS  # the repeated one counts once
+    for name in ("metrics.json", "results.md", "front.svg", "lerp-lerp.svg", "index.html"):
+        assert (tmp_path / "sweep" / name).is_file(), name
+    page = (tmp_path / "sweep" / "results.md").read_text()
+    assert page.count("### ") == 5 and "![" in page and "| gone | failed:" in page
+    differences = json.loads((tmp_path / "sweep" / "metrics.json").read_text())["systems"][0]["differences"]
+    assert differences["base γ=3"]["decoder_rows"]["estimate"] < 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metrics": ["beauty"]}, "unknown metric 'beauty'"),
+        ({"metrics": ["frechet"]}, "needs reference"),
+        ({"metrics": ["adherence"]}, "needs judge"),
+        ({"num_generations": 1, "metrics": ["diversity_heldout"]}, "num_generations >= 2"),
+        ({"num_prompts": 99}, "has 4 different prompts"),
+        ({"num_prompts": 0}, "num_prompts=0"),
+        ({"clip_seconds": 99.0}, "clip_seconds=99.0"),
+        ({"systems": []}, "non-empty list"),
+        ({"output": ""}, "output is missing"),
+        ({"min_validity": 2}, "min_validity=2"),
+        ({"gallery_prompts": -1}, "gallery_prompts=-1"),
+        ({"guidance": 3}, "no setting guidance"),
+        ({"seeds": [1, 1]}, "seeds must be different"),
+        ({"heldout_encoder": None, "reference": "x"}, "reference needs heldout_encoder"),
+        ({"arms": {"base": "base"}}, "arms needs base, guided"),
+        ({"x": "beauty"}, "unknown metric 'beauty' for an axis"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_generated(
+    root, tmp_path, monkeypatch, changes, message
+):
+    monkeypatch.setattr(
+        "diverse_cfg.evaluation.generations.fast_generate", lambda *_, **__: pytest.fail("generated already")
+    )
+    with pytest.raises(ValueError, match=message):
+        values = settings(root, tmp_path / "sweep") | changes
+        report.evaluate(SweepConfig.from_dict(values), progress=False)
+
+
+def test_missing_files_are_named(root, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no prompt file"):
+        build_sweep(SweepConfig.from_dict(settings(root, tmp_path, prompts="./nowhere.txt")))
+    with pytest.raises(FileNotFoundError, match="holds no audio"):
+        build_sweep(SweepConfig.from_dict(settings(root, tmp_path, reference=str(tmp_path / "nowhere"))))
+    with pytest.raises(FileNotFoundError):
+        read_settings(tmp_path / "nowhere.yaml")
+    (tmp_path / "list.yaml").write_text("- a\n")
+    with pytest.raises(ValueError, match="settings by name"):
+        read_settings(tmp_path / "list.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        read_settings(tmp_path / "bad.yaml")
+
+
+def test_a_sweep_without_quality_or_diversity_has_no_front(root, tmp_path):
+    values = settings(root, tmp_path / "sweep", metrics=["validity"], gallery_prompts=0)
+    results = report.evaluate(SweepConfig.from_dict(values), progress=False)
+    assert results.metrics == ["validity"]
+    assert not (tmp_path / "sweep" / "front.svg").exists()
+    assert not (tmp_path / "sweep" / "index.html").exists()
+
+
+def test_when_every_system_fails_the_error_says_why(root, tmp_path):
+    values = settings(
+        root, tmp_path / "sweep", systems=[{"name": "x", "checkpoints": ["/nowhere/a", "/nowhere/b"]}]
+    )
+    with pytest.raises(ValueError, match=r"every system failed; the first: .*no folder"):
+        report.evaluate(SweepConfig.from_dict(values), progress=False)
+    assert Results.load(tmp_path / "sweep")["x"].error
+
+
+# ---- reference audio -----------------------------------------------------------------------------
+
+
+class Levels(WaveEncoder):
+    """(length in seconds, level): tells whether the sampling rate arrived."""
+
+    def embed(self, inputs, sampling_rate=None):
+        import torch
+
+        seconds = torch.full((len(inputs), 1), inputs.shape[1] / sampling_rate)
+        return torch.cat([seconds, inputs.square().mean(dim=1, keepdim=True).sqrt()], dim=1)
+
+
+def test_reference_audio_of_any_rate_is_cut_into_clips(root, tmp_path):
+    """Catches files read at one rate: 5 s at 3200 and at 6400 Hz are five clips of 1 s each."""
+    feature = EmbeddingFeature("heldout", Levels(), encoder_folder(tmp_path / "encoder"))
+    values = reference_embeddings(root / "reference", feature, 1.0, Cache(tmp_path / "cache"))
+    assert values.shape == (10, 2)
+    np.testing.assert_allclose(values[:, 0], 1.0)
+    np.testing.assert_allclose(values[:, 1], 0.1, rtol=0.1)
+    feature.embed = lambda *_: pytest.fail("embedded again")
+    np.testing.assert_array_equal(
+        reference_embeddings(root / "reference", feature, 1.0, Cache(tmp_path / "cache")), values
+    )
+
+
+def test_reference_audio_that_cannot_be_used(root, tmp_path):
+    feature = EmbeddingFeature("heldout", Levels(), encoder_folder(tmp_path / "encoder"))
+    with pytest.raises(ValueError, match="gives 0 clips of 60 s"):
+        reference_embeddings(root / "reference", feature, 60.0, Cache(tmp_path / "cache"))
+    codes = EmbeddingFeature("heldout", CodesEncoder(), encoder_folder(tmp_path / "encoder"))
+    with pytest.raises(ValueError, match="reads codes"):
+        reference_embeddings(root / "reference", codes, 1.0, Cache(tmp_path / "cache"))
+    (tmp_path / "audio").mkdir()
+    (tmp_path / "audio" / "text.wav").write_text("no audio")
+    with pytest.raises(ValueError, match=r"text.wav cannot be read"):
+        reference_embeddings(tmp_path / "audio", feature, 1.0, Cache(tmp_path / "cache"))
+
+
+def test_distances_to_reference_in_a_sweep_are_scipys(root, tmp_path):
+    """The whole way from WAV files to the number in the table, against SciPy on the same embeddings."""
+    values = settings(root, tmp_path / "sweep", reference=str(root / "reference"), metrics=["frechet"])
+    sweep, systems = build_sweep(SweepConfig.from_dict(values))
+    row = sweep.evaluate(systems[0])
+    replicate = sweep._replicate(systems[0], systems[0].replicates[0], None)
+    clips = replicate.groups("heldout").flatten(0, 2).double().numpy()
+    expected = oracles.frechet_distance(clips, sweep.reference.astype(float))
+    assert row.metrics["frechet"].estimate == pytest.approx(expected, rel=1e-4)
