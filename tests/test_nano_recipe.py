@@ -15,7 +15,9 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "nano"
 def _recipe_on_path(monkeypatch):
     monkeypatch.syspath_prepend(str(RECIPE))
     yield
-    for name in [n for n, m in sys.modules.items() if str(getattr(m, "__file__", "")).startswith(str(RECIPE))]:
+    for name in [
+        n for n, m in sys.modules.items() if str(getattr(m, "__file__", "")).startswith(str(RECIPE))
+    ]:
         del sys.modules[name]
 
 
@@ -107,7 +109,10 @@ def test_captions_name_only_what_is_known_and_the_tokenizer_reads_them():
     tokenizer, rng = build_tokenizer(), np.random.default_rng(0)
     for _ in range(200):
         full = {name: classes[rng.integers(len(classes))] for name, classes in ATTRIBUTES.items()}
-        known = {name: (value if rng.random() < 0.7 or name == "instrument" else None) for name, value in full.items()}
+        known = {
+            name: (value if rng.random() < 0.7 or name == "instrument" else None)
+            for name, value in full.items()
+        }
         assert parse_prompt(caption(known)) == {k: v for k, v in known.items() if v is not None}
         text = caption(known, rng)
         said = parse_prompt(text)
@@ -148,7 +153,9 @@ def test_codes_of_the_features_are_those_of_the_codec_s_quantizer():
     from codec import DIM, build_codec, encode_features
 
     generator = torch.Generator().manual_seed(0)
-    codebooks = torch.randn(4, 512, DIM, generator=generator) * torch.tensor([1.0, 0.5, 0.3, 0.2])[:, None, None]
+    codebooks = (
+        torch.randn(4, 512, DIM, generator=generator) * torch.tensor([1.0, 0.5, 0.3, 0.2])[:, None, None]
+    )
     latent = torch.randn(20, DIM, generator=generator)
     codec = build_codec({"codebooks": codebooks})
     want = codec.quantizer.encode(latent.T[None])  # [4, 1, 20]
@@ -178,7 +185,9 @@ def test_an_interrupted_training_ends_like_an_uninterrupted_one(tmp_path):
         run(tmp_path / "b", stop_after=7)
     assert torch.equal(run(tmp_path / "b"), straight)
     run(tmp_path / "b", steps=20)
-    steps = [int(float(line.split(",")[0])) for line in (tmp_path / "b" / "line.csv").read_text().splitlines()[1:]]
+    steps = [
+        int(float(line.split(",")[0])) for line in (tmp_path / "b" / "line.csv").read_text().splitlines()[1:]
+    ]
     assert steps[-7:] == [8, 10, 12, 14, 16, 18, 20]  # from step 6, the last before the first decay
 
 

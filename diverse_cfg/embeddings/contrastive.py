@@ -1,4 +1,4 @@
-"""The diversity embedding of arXiv 2410.06084: a small transformer, trained so that two chunks of one recording are close.
+"""The diversity embedding of arXiv 2410.06084: a small transformer to which two chunks of a recording are alike.
 
 Positives are two non-overlapping chunks of a recording, the loss is a semi-hard triplet loss on cosine distances. The
 encoder is a module of sentence-transformers, so that one interface serves every embedder. It reads log-mel patches of

@@ -5,6 +5,8 @@ These checks are the second opinion beside the trained judge: no model can have 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from scipy.signal import find_peaks
@@ -143,7 +145,7 @@ def classify(waveforms: Tensor, sampling_rate: int) -> dict[str, np.ndarray]:
 
 def _midpoints(classes: dict[str, tuple[int, int]]) -> np.ndarray:
     bounds = list(classes.values())
-    return np.array([(a[1] + b[0]) / 2 for a, b in zip(bounds, bounds[1:], strict=False)])
+    return np.array([(a[1] + b[0]) / 2 for a, b in pairwise(bounds)])
 
 
 def rule_adherence(waveforms: Tensor, sampling_rate: int, prompts: list[str]) -> dict[str, np.ndarray]:

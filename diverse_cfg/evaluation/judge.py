@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ class AttributeJudge(nn.Module):
         )
         channels = (1, width, width, 2 * width, 2 * width)
         blocks = []
-        for first, second in zip(channels, channels[1:], strict=False):
+        for first, second in pairwise(channels):
             blocks += [nn.Conv2d(first, second, 3, (2, 2), 1), nn.BatchNorm2d(second), nn.ReLU()]
         self.mel_net = nn.Sequential(*blocks)
         features = 2 * width * 4  # frequency quarters are kept apart

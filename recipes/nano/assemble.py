@@ -14,7 +14,12 @@ from captions import CLIP_SECONDS, caption
 from codec import CODEBOOK_SIZE, HOP, NUM_CODEBOOKS, build_codec
 from language_model import LanguageModel, build_language_model, build_tokenizer
 from render import SAMPLE_RATE
-from transformers import EncodecFeatureExtractor, GenerationConfig, MusicgenForConditionalGeneration, MusicgenProcessor
+from transformers import (
+    EncodecFeatureExtractor,
+    GenerationConfig,
+    MusicgenForConditionalGeneration,
+    MusicgenProcessor,
+)
 
 from diverse_cfg.evaluation.attributes import ATTRIBUTES
 
@@ -35,12 +40,18 @@ or high; keys on C, D, E, F sharp, A flat and B flat. It is a test bed for metho
 """
 
 
-def assemble_base(work: Path, quantizer: dict[str, torch.Tensor]) -> tuple[MusicgenForConditionalGeneration, MusicgenProcessor]:
+def assemble_base(
+    work: Path, quantizer: dict[str, torch.Tensor]
+) -> tuple[MusicgenForConditionalGeneration, MusicgenProcessor]:
     """The averaged weights of vocoder, encoder and language model in one MusicGen with its processor."""
     codec = build_codec(quantizer)
     tokenizer = build_tokenizer()
     model = build_language_model(tokenizer)
-    parts = {"vocoder": codec.decoder, "encoder": codec.encoder, "language_model": LanguageModel(model, tokenizer)}
+    parts = {
+        "vocoder": codec.decoder,
+        "encoder": codec.encoder,
+        "language_model": LanguageModel(model, tokenizer),
+    }
     for name, module in parts.items():
         checkpoint = work / f"{name}.pt"
         if not checkpoint.is_file():
@@ -56,7 +67,9 @@ def assemble_base(work: Path, quantizer: dict[str, torch.Tensor]) -> tuple[Music
         decoder_start_token_id=CODEBOOK_SIZE,
     )
     model.config.pad_token_id = model.config.decoder_start_token_id = CODEBOOK_SIZE
-    processor = MusicgenProcessor(EncodecFeatureExtractor(feature_size=1, sampling_rate=SAMPLE_RATE), tokenizer)
+    processor = MusicgenProcessor(
+        EncodecFeatureExtractor(feature_size=1, sampling_rate=SAMPLE_RATE), tokenizer
+    )
     return model.eval(), processor
 
 
@@ -80,14 +93,20 @@ def write_prompts(folder: Path, seed: int) -> None:
     Training prompts vary in wording and leave attributes out, as training captions do; the others name all four.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    combinations = [dict(zip(ATTRIBUTES, values, strict=True)) for values in itertools.product(*ATTRIBUTES.values())]
+    combinations = [
+        dict(zip(ATTRIBUTES, values, strict=True)) for values in itertools.product(*ATTRIBUTES.values())
+    ]
     combinations.sort(key=lambda c: hashlib.sha256(json.dumps([seed, c]).encode()).hexdigest())
     rng = np.random.default_rng(seed)
     rows = {"test": combinations[:96], "validation": combinations[96:192], "train": combinations[192:]}
     for split, chosen in rows.items():
         with (folder / f"{split}.jsonl").open("w") as file:
             for attributes in chosen:
-                wordings = {caption(attributes)} if split != "train" else {caption(attributes, rng) for _ in range(3)}
+                wordings = (
+                    {caption(attributes)}
+                    if split != "train"
+                    else {caption(attributes, rng) for _ in range(3)}
+                )
                 for prompt in sorted(wordings):
                     file.write(json.dumps({"prompt": prompt, "attributes": attributes}) + "\n")
 

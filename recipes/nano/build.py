@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
             if stage in arguments.stages:
                 run_stage(stage, config)
     except (ValueError, FileNotFoundError) as error:
-        print(f"build.py: error: {error}", file=sys.stderr)  # noqa: T201
+        print(f"build.py: error: {error}", file=sys.stderr)
         return 2
     return 0
 

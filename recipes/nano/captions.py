@@ -1,8 +1,8 @@
 """What a clip is, measured on its notes, and how to say it.
 
 Only attributes that can be heard, and checked without any model, are named: instrument, tempo (notes per second),
-register (median pitch) and key. Between the classes of tempo and register lie gaps; a clip that falls into one, or whose
-key is not clear from its own notes, has no such attribute and its caption does not mention it.
+register (median pitch) and key. Between the classes of tempo and register lie gaps; a clip that falls into one, or
+whose key is not clear from its own notes, has no such attribute and its caption does not mention it.
 """
 
 from __future__ import annotations

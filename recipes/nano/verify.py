@@ -23,13 +23,13 @@ from judges import IGNORE, targets_of
 from render import SAMPLE_RATE
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
-from diverse_cfg.assets import nano_path  # noqa: E402
-from diverse_cfg.evaluation.acoustics import classify, pitches, validity  # noqa: E402
-from diverse_cfg.evaluation.judge import AttributeJudge  # noqa: E402
-from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep  # noqa: E402
-from diverse_cfg.musicgen.policy import load_policy  # noqa: E402
+from diverse_cfg.assets import nano_path
+from diverse_cfg.evaluation.acoustics import classify, pitches, validity
+from diverse_cfg.evaluation.judge import AttributeJudge
+from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
+from diverse_cfg.musicgen.policy import load_policy
 
 
 @torch.inference_mode()
@@ -103,10 +103,14 @@ def draw_spectrograms(rows: dict[str, torch.Tensor], path: Path) -> None:
     """Log-mel spectrograms, one row of clips per kind."""
     mel = LogMel(1024, 160, 96)
     columns = len(next(iter(rows.values())))
-    figure, axes = plt.subplots(len(rows), columns, figsize=(3 * columns, 2.2 * len(rows)), sharex=True, sharey=True)
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(3 * columns, 2.2 * len(rows)), sharex=True, sharey=True
+    )
     for line, (name, clips) in zip(axes, rows.items(), strict=True):
         for axis, image in zip(line, mel(clips), strict=True):
-            axis.imshow(image.T, origin="lower", aspect="auto", cmap="magma", vmin=-9, vmax=-2, extent=(0, 3, 0, 96))
+            axis.imshow(
+                image.T, origin="lower", aspect="auto", cmap="magma", vmin=-9, vmax=-2, extent=(0, 3, 0, 96)
+            )
         line[0].set_ylabel(f"{name}\nmel band")
     for axis in axes[-1]:
         axis.set_xlabel("s")
@@ -116,7 +120,9 @@ def draw_spectrograms(rows: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/nano"), help="folder of the build")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results"))
     parser.add_argument("--clips", type=int, default=400, help="test clips for the codec")
@@ -125,9 +131,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments.output.mkdir(parents=True, exist_ok=True)
     codec, real, decoded = codec_gates(Clips(arguments.work / "audio" / "test"), arguments.clips)
     base = base_gates(arguments.work / "gates", arguments.prompts, 8)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
     report = {
-        "codec": codec, "base": base, "commit": commit.stdout.strip(), "machine": platform.processor() or platform.machine(),
+        "codec": codec, "base": base, "commit": commit.stdout.strip(),
+        "machine": platform.processor() or platform.machine(),
         "torch": torch.__version__, "threads": torch.get_num_threads(),
     }  # fmt: skip
     (arguments.output / "gates.json").write_text(json.dumps(report, indent=2) + "\n")
