@@ -12,7 +12,6 @@ import os
 import platform
 import uuid
 import warnings
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -122,23 +121,17 @@ def write_text(path: str | os.PathLike, text: str) -> Path:
     return path
 
 
-def warn_if_guided(
-    provenance: Provenance | Mapping[str, Any] | None, guidance_scale: float | None, name: str = "this model"
-) -> None:
+def warn_if_guided(guidance_scale: float | None, stacklevel: int = 2) -> None:
     """Warn when a distilled checkpoint is about to be generated with guidance on top.
 
     The teacher's guidance is inside its weights: guiding once more doubles the cost and overshoots.
     """
-    if provenance is None or guidance_scale is None or guidance_scale <= 1:
+    if guidance_scale is None or guidance_scale <= 1:
         return
-    inside = (
-        provenance.guidance_scale if isinstance(provenance, Provenance) else provenance.get("guidance_scale")
-    )
-    scale = "" if inside is None else f" (γ = {inside:g})"
     warnings.warn(
-        f"{name} was distilled from a guided teacher{scale}, and is asked to generate with "
+        "the model was distilled from a guided teacher, and is asked to generate with "
         f"guidance_scale={guidance_scale:g}: guidance would be applied twice, at twice the cost. Pass "
         "guidance_scale=1.0.",
         UserWarning,
-        stacklevel=2,
+        stacklevel=stacklevel,
     )

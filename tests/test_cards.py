@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -260,3 +261,22 @@ def test_the_example_cards_are_what_the_template_renders():
         assert metadata(card)["license"] == "cc-by-nc-4.0"
         assert metadata(card)["base_model"] == "facebook/musicgen-small"
         assert "Not evaluated yet." in card
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged", "base"])
+def test_our_loader_and_generator_guard_against_double_guidance(world, kind):
+    """The loader switches guidance off; asking for it all the same is answered with a warning; a base may
+    be guided."""
+    import diverse_cfg
+
+    model = diverse_cfg.load_policy(world[kind])
+    processor = diverse_cfg.load_processor(world[kind])
+    options = {"processor": processor, "num_frames": 4, "seed": 0}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        diverse_cfg.fast_generate(model, "sad cello", guidance_scale=3.0, **options)
+        diverse_cfg.fast_generate(model, "sad cello", **options)
+    found = [w for w in caught if "applied twice" in str(w.message)]
+    assert len(found) == (0 if kind == "base" else 1)
+    assert all(w.filename == __file__ for w in found), "it points at the caller"
+    assert model.generation_config.guidance_scale == (3.0 if kind == "base" else 1.0)

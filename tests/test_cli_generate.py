@@ -67,11 +67,23 @@ def test_a_student_plays_without_guidance_and_as_it_was_trained(called, student,
     settings = called[0][-1]
     assert (settings["guidance_scale"], settings["top_k"], settings["temperature"]) == (1.0, 0, 0.9)
     assert "warning" not in capsys.readouterr().err
-    assert (
-        main(["generate", "--model", student, "--prompt", PROMPT, "--output", "out", "--guidance-scale", "3"])
-        == 0
-    )
-    assert "guidance would be applied twice" in capsys.readouterr().err
+
+
+def test_a_student_that_is_guided_all_the_same(student, tmp_path, capsys):
+    """It is done as asked, and said once, however many clips there are."""
+    short = ["--seconds", "0.1", "--num-generations", "3", "--batch-size", "1", "--guidance-scale", "3"]
+    arguments = [
+        "generate",
+        "--model",
+        student,
+        "--prompt",
+        PROMPT,
+        *short,
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert main(arguments) == 0
+    assert capsys.readouterr().err.count("guidance would be applied twice") == 1
 
 
 def test_flags_win_and_prompts_come_from_files(called, tiny_folder, tmp_path):

@@ -77,6 +77,7 @@ def test_it_plays_without_guidance_and_follows_a_moved_model(world):
     slider = load_slider(world["base"], [world["lora1"], world["lora2"]], merge_weight=0.0)
     assert slider.model.generation_config.guidance_scale == 1.0
     assert slider.model.generation_config.max_new_tokens == 17 + 3
+    assert slider.model.is_distilled, "so that guiding it is answered with a warning"
     slider.model.to(torch.float64)
     before = made.teacher_forced_logits(slider.model)
     slider.set_merge_weight(1.0)

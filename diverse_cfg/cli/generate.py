@@ -91,9 +91,8 @@ def run_generate(args: argparse.Namespace) -> None:
     import torch
 
     from diverse_cfg.musicgen.files import generate_files
-    from diverse_cfg.musicgen.loading import is_distilled, load_processor
+    from diverse_cfg.musicgen.loading import load_processor
     from diverse_cfg.musicgen.policy import frame_rate
-    from diverse_cfg.provenance import warn_if_guided
 
     source = model_source(args.model)
     model: Any = _load(source, args.adapter, args.merge_weight)
@@ -102,8 +101,6 @@ def run_generate(args: argparse.Namespace) -> None:
     name = " + ".join([args.model, *args.adapter])
     if args.merge_weight:
         name += f" at {' '.join(f'{weight:g}' for weight in args.merge_weight)}"
-    if args.adapter or is_distilled(source):
-        warn_if_guided({}, guidance_scale, name)
     seconds = _first(args.seconds, min(_own_seconds(model), LONGEST_DEFAULT_SECONDS))
     clips = generate_files(
         model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu")),

@@ -94,6 +94,9 @@ def load_slider(
     model = load_policy(experts.reference.folder, torch_dtype=torch_dtype).to(device)
     sampling = next((c.provenance.sampling for c in experts.checkpoints if c.provenance is not None), None)
     model.generation_config = layout.playing_config(model.config, sampling, model.generation_config)
+    model.is_distilled = (
+        bool(experts.adapters) or sampling is not None
+    )  # as the loader says of one checkpoint
     slider = MergeSlider(model, experts)
     slider.set_merge_weight(resolved)
     return slider

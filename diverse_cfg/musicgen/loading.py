@@ -68,6 +68,7 @@ def load_policy(
         policy = _merge_adapter(policy, os.fspath(adapter))
     if distilled or adapter is not None:
         policy.generation_config.guidance_scale = 1.0
+        policy.is_distilled = True  # `fast_generate` warns when it is guided on top
     zero_dropout(policy)
     policy.to(torch_dtype)
     policy.audio_encoder.float()
@@ -112,8 +113,8 @@ def unwrap(model: nn.Module) -> Any:
         inner = inner.get_base_model()
     if not isinstance(inner, MusicgenForConditionalGeneration):
         raise ValueError(
-            f"expected a MusicgenForConditionalGeneration, got a {type(inner).__name__}: MusicGen-Melody and "
-            "other models are not supported"
+            f"expected a MusicgenForConditionalGeneration, got a {type(inner).__name__}: MusicGen-Melody "
+            "and other models are not supported"
         )
     return inner
 
@@ -147,8 +148,8 @@ def _load_full(source: str) -> MusicgenForConditionalGeneration:
     config = _read_json(source, "config.json")
     if config is None:
         raise ValueError(
-            f"{source} has no config.json: it is neither a MusicGen checkpoint nor an adapter (for a Hub id, "
-            "check the spelling and whether the Hub can be reached)"
+            f"{source} has no config.json: it is neither a MusicGen checkpoint nor an adapter (for a Hub "
+            "id, check the spelling and whether the Hub can be reached)"
         )
     kind = config.get("model_type")
     if kind == "musicgen_melody":

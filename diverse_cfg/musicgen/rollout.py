@@ -20,6 +20,7 @@ from diverse_cfg.musicgen.policy import encode_text, frame_rate, require_prompts
 from diverse_cfg.musicgen.reference import generate_codes
 from diverse_cfg.musicgen.sampling import SamplingSettings, keyed_uniforms, not_finite
 from diverse_cfg.musicgen.weights import RolloutWeights
+from diverse_cfg.provenance import warn_if_guided
 from diverse_cfg.types import Rollout, TextCondition
 
 __all__ = [
@@ -108,6 +109,8 @@ def fast_generate(
         rollout_backend=rollout_backend,
         negative_prompt=negative_prompt,
     )
+    if getattr(unwrap(model), "is_distilled", False):
+        warn_if_guided(guidance_scale, stacklevel=3)
     num_clips = len(prompts) * num_generations
     sample_ids = _checked_ids(sample_ids, num_clips)
     if seed is None:
@@ -216,8 +219,8 @@ def decode_codes(model: nn.Module, codes: Tensor, *, batch_size: int = 16) -> Te
     low, high = int(codes.min()), int(codes.max())
     if low < 0 or high >= codec.config.codebook_size:
         raise ValueError(
-            f"codes must lie in 0 … {codec.config.codebook_size - 1}, got {low} … {high}: special tokens and "
-            "cells of the delay pattern are no codes"
+            f"codes must lie in 0 … {codec.config.codebook_size - 1}, got {low} … {high}: special tokens "
+            "and cells of the delay pattern are no codes"
         )
     codes = codes.to(codec.device)
     stereo = config.audio_channels == 2
@@ -344,8 +347,8 @@ def _check_length(model: nn.Module, num_frames: int) -> None:
         )
     if num_steps > config.max_position_embeddings:
         raise ValueError(
-            f"num_frames={num_frames} needs {num_steps} positions of {config.max_position_embeddings}: "
-            f"ask for at most {num_frames - num_steps + config.max_position_embeddings} frames"
+            f"num_frames={num_frames} needs {num_steps} positions of {config.max_position_embeddings}: ask "
+            f"for at most {num_frames - num_steps + config.max_position_embeddings} frames"
         )
 
 
