@@ -41,7 +41,21 @@ def test_the_defaults_are_harmless(published):
 
 def test_every_flag_arrives(published, capsys):
     flags = ["--upload", "--public", "--merged", "--update", "--no-check", "--card", "keep"]
-    names = ["--base-model", "a/b", "--license", "mit", "--tag", "x", "--tag", "y", "--sample", "z"]
+    names = [
+        "--base-model",
+        "a/b",
+        "--license",
+        "mit",
+        "--tag",
+        "x",
+        "--tag",
+        "y",
+        "--sample",
+        "z",
+        "--results",
+        "runs/eval",
+        "merged",
+    ]
     assert main(["publish", "folder", "user/name", *flags, *names]) == 0
     assert published[0][1] == {
         **{
@@ -52,7 +66,13 @@ def test_every_flag_arrives(published, capsys):
             "check": False,
             "card": "keep",
         },
-        **{"base_model": "a/b", "license": "mit", "tags": ["x", "y"], "samples": ["z"]},
+        **{
+            "base_model": "a/b",
+            "license": "mit",
+            "tags": ["x", "y"],
+            "samples": ["z"],
+            "results": ["runs/eval", "merged"],
+        },
     }
     assert capsys.readouterr().out == "https://hub/user/name (PUBLIC, 7 files)\n"
 

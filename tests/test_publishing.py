@@ -575,3 +575,51 @@ def test_samples_for_the_card(world, tmp_path, hub):
     assert first.stat().st_mtime_ns == made_at
     with pytest.raises(ValueError, match="samples"):
         publish(folder, "me/m", **(options | {"samples": ["another prompt"]}))
+
+
+@pytest.fixture
+def evaluation(world, tmp_path):
+    """Results of the merge at 0.3 under two names, of another model, and of a system that failed."""
+    from diverse_cfg.evaluation.results import Estimate, Results, SystemResult
+    from diverse_cfg.evaluation.systems import System, single
+
+    mixture = (((str(world["lora1"]), 0.7), (str(world["lora2"]), 0.3)),)
+    metrics = {"vendi_heldout": Estimate(2.5, 2.25, 2.75, 0.1, 48), "missing": Estimate(1.0)}
+    rows = [
+        SystemResult(System("mixed", mixture), metrics=metrics, flags=["three clips are silent"]),
+        SystemResult(System("folder", single(world["merged"])), metrics=metrics),
+        SystemResult(System("guided", single(world["merged"]), guidance_scale=3.0), metrics=metrics),
+        SystemResult(System("other", single(world["full1"])), metrics=metrics),
+        SystemResult(System("failed", single(world["merged"])), error="no memory"),
+    ]
+    Results([f"prompt {i}" for i in range(48)], rows, {"num_generations": 8}).save(tmp_path / "evaluation")
+    return tmp_path / "evaluation"
+
+
+def test_results_of_this_very_model_reach_its_card(world, tmp_path, evaluation):
+    """Found by its path or by its recipe, with interval, direction and what a reader must know."""
+    from diverse_cfg.evaluation.metrics import METRICS
+
+    folder = made.copy(world["merged"], tmp_path / "m")
+    card = publish(folder, "me/m", check=False, results=(evaluation, "mixed"), **LICENSE).card
+    better = {1: "higher", -1: "lower"}[METRICS["vendi_heldout"].better]
+    row = next(line for line in card.splitlines() if "2.25 … 2.75" in line)
+    assert METRICS["vendi_heldout"].label in row and f"{better} is better" in row and "| 2.5 |" in row
+    assert "48 prompts; note: three clips are silent, 384 clips" in card
+    publishing.add_results(world["merged"], evaluation, "folder")
+    (world["merged"] / "evaluation.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("system", "message"),
+    [
+        ("other", "which is not"),
+        ("guided", "guidance_scale=3"),
+        ("failed", "no memory"),
+        ("nobody", "no system 'nobody'"),
+    ],
+)
+def test_results_of_another_model_do_not(world, evaluation, system, message):
+    with pytest.raises(ValueError, match=message):
+        publishing.add_results(world["merged"], evaluation, system)
+    assert not (world["merged"] / "evaluation.json").exists()

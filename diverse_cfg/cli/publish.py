@@ -29,6 +29,12 @@ def add_publish_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PROMPT",
         help="make a clip for the card, kept in the folder's samples/ (repeatable)",
     )
+    parser.add_argument(
+        "--results",
+        nargs=2,
+        metavar=("EVALUATION", "SYSTEM"),
+        help="what `evaluate` wrote, and the name of this model's row, for the card's numbers",
+    )
     parser.add_argument("--update", action="store_true", help="allow a repository that has files already")
     parser.add_argument(
         "--card",
@@ -52,6 +58,7 @@ def run_publish(args: argparse.Namespace) -> None:
         license=args.license,
         tags=args.tag,
         samples=args.sample,
+        results=args.results,
         update=args.update,
         card=args.card,
         check=not args.no_check,

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from diverse_cfg.cards import CURVES_FILE, METRICS_FILE, SAMPLES_FILE
 from diverse_cfg.merging import merge_checkpoints
 from diverse_cfg.publishing.plan import PlannedFile, UploadPlan, check_loads, plan_upload
+from diverse_cfg.publishing.results import add_results
 from diverse_cfg.publishing.samples import add_samples
 from diverse_cfg.publishing.upload import Published, upload
 
@@ -22,6 +23,7 @@ __all__ = [
     "PlannedFile",
     "Published",
     "UploadPlan",
+    "add_results",
     "add_samples",
     "check_loads",
     "plan_upload",
@@ -41,6 +43,7 @@ def publish(
     license: str | None = None,
     tags: Sequence[str] = (),
     samples: Sequence[str] = (),
+    results: tuple[str | os.PathLike, str] | None = None,
     update: bool = False,
     card: Literal["refuse", "keep", "overwrite"] = "refuse",
     check: bool = True,
@@ -60,6 +63,7 @@ def publish(
         license: licence of the weights, where the base's is not known here.
         tags: more tags for the card.
         samples: prompts to make a clip of each for the card; they are written into the folder's `samples/`.
+        results: evaluation folder and the name of this model's row in it, for the card's numbers.
         update: allow a repository that has files already; files that we do not write are left alone.
         card: what to do about another README.md in that repository: "refuse", "keep" it or "overwrite" it.
         check: load the model and generate a few frames before uploading.
@@ -75,6 +79,8 @@ def publish(
         PermissionError, ConnectionError, OSError: the Hub said no, or could not be reached; run it again to
         go on.
     """
+    if results is not None:
+        add_results(folder, *results)
     if samples:
         add_samples(folder, samples)
     if not merged:
