@@ -93,8 +93,10 @@ def test_where_training_continues(tmp_path):
     assert command._checkpoint(config_for(run, "true")) is None  # nothing there yet: begin
     run.mkdir()
     assert command._checkpoint(config_for(run)) is None
-    for step in (5, 10):
+    for step in (5, 10, 15):
         (run / f"checkpoint-{step}").mkdir()
+        if step < 15:  # the last one was cut off while it was written
+            (run / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
     with pytest.raises(
         FileExistsError, match="not empty; add --resume_from_checkpoint true, or choose another"
     ):
