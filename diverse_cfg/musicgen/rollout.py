@@ -39,7 +39,12 @@ MAX_SECONDS = 30
 
 ROLLOUT_BACKENDS = ("fast", "transformers")
 
-_LARGEST_BATCH = {"cuda": 256}
+_LARGEST_BATCH = 64
+_LARGEST_GPU_BATCH = 256
+# What the caches of a batch may take where nobody chose a batch size: a CPU that runs out of memory does not
+# raise, it is killed.
+_CPU_CACHE_BYTES = 2 << 30
+_GPU_CACHE_SHARE = 0.5
 _TEXT_BUCKET = 32
 
 T = TypeVar("T")
@@ -81,7 +86,8 @@ def fast_generate(
         min_p: drop codes less likely than this fraction of the likeliest; 0 keeps all.
         seed: same seed, same clips; None takes one from torch's global generator (`torch.manual_seed`).
         num_generations: G clips per prompt.
-        batch_size: clips at once; by default 64 on a CPU and 256 on a GPU. Halved when memory runs out.
+        batch_size: clips at once; by default up to 64 on a CPU and 256 on a GPU, fewer when their caches
+            would take too much memory. Halved when memory runs out.
         rollout_backend: "fast", or "transformers" for stock `generate` (same clips, slowly).
         negative_prompt: text in the place of the null prompt (only with guidance).
         sample_ids: which clip of the run each row is [N]; 0 … N − 1 by default.
@@ -129,8 +135,7 @@ def fast_generate(
             return generate_codes(model, text, num_frames, settings, uniforms[rows], avoided, names)
         return _sample(weights, text, num_frames, settings, uniforms[rows], avoided, names)
 
-    device = unwrap(model).device.type
-    batches = _in_batches(num_clips, batch_size or _LARGEST_BATCH.get(device, 64), sample)
+    batches = _in_batches(num_clips, batch_size or _automatic_batch(model, num_frames, settings), sample)
     codes = torch.cat([codes for codes, _ in batches])
     logps = torch.cat([logps for _, logps in batches]) if return_logps else None
     waveforms = decode_codes(model, codes) if decode else None
@@ -306,6 +311,19 @@ def _loop_for(
         weights.loops.clear()  # two sets of caches would not fit where one just does
         weights.loops[key] = DecodeLoop(weights, condition, num_clips, num_frames, settings)
     return weights.loops[key]
+
+
+def _automatic_batch(model: nn.Module, num_frames: int, settings: SamplingSettings) -> int:
+    """As many clips as have room for their keys and values."""
+    policy = unwrap(model)
+    config = policy.decoder.config
+    steps = num_decoder_steps(num_frames, config.num_codebooks, config.audio_channels)
+    clip_bytes = 2 * config.num_hidden_layers * config.hidden_size * steps * policy.decoder.dtype.itemsize
+    clip_bytes *= 2 if settings.guided else 1
+    if policy.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(policy.device)
+        return max(1, min(_LARGEST_GPU_BATCH, int(_GPU_CACHE_SHARE * free) // clip_bytes))
+    return max(1, min(_LARGEST_BATCH, _CPU_CACHE_BYTES // clip_bytes))
 
 
 def _in_batches(total: int, batch_size: int, run: Callable[[slice], T]) -> list[T]:

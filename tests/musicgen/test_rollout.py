@@ -9,6 +9,8 @@ from peft import LoraConfig, get_peft_model
 from scipy import stats
 
 from diverse_cfg.functional.guidance import guided_logits
+from diverse_cfg.musicgen import rollout as rollouts
+from diverse_cfg.musicgen.loop import DecodeLoop
 from diverse_cfg.musicgen.policy import (
     LORA_TARGET_MODULES,
     code_logits,
@@ -153,6 +155,18 @@ def test_a_clip_does_not_depend_on_its_batch():
     some = sample_codes(model, condition.select(order), FRAMES, seed=5, sample_ids=[40 + i for i in order])
     assert torch.equal(some.codes, together[order])
     assert not torch.equal(together[0], together[1])
+
+
+def test_the_automatic_batch_keeps_the_caches_small(monkeypatch):
+    """64 guided clips of 10 s at musicgen-small's shape would take 12 GB of caches, and a CPU is killed."""
+    model, sizes = policy_of(), []
+    run = DecodeLoop.run
+    monkeypatch.setattr(DecodeLoop, "run", lambda loop, noise: sizes.append(len(noise)) or run(loop, noise))
+    # 2 layers × keys and values × 16 wide × 21 steps × 4 bytes, twice with guidance
+    monkeypatch.setattr(rollouts, "_CPU_CACHE_BYTES", 3 * 2 * 2 * 16 * 21 * 4)
+    for guidance_scale in (1.0, 3.0):
+        generate(model, guidance_scale=guidance_scale, decode=False)
+    assert sizes == [3, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("backend", ["fast", "transformers"])
