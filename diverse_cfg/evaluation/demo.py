@@ -25,10 +25,10 @@ from diverse_cfg import __version__
 from diverse_cfg.assets import nano_path
 from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.evaluation.cache import content_digest
-from diverse_cfg.evaluation.figures import training_curves
+from diverse_cfg.evaluation.curves import training_curves
 from diverse_cfg.evaluation.gallery import Picture, write_audio, write_gallery
 from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
-from diverse_cfg.evaluation.report import QUALITIES, draw, first_metric
+from diverse_cfg.evaluation.report import QUALITIES, draw, first_metric, update_card
 from diverse_cfg.evaluation.results import Results
 from diverse_cfg.evaluation.systems import System, single
 from diverse_cfg.merging import merge_checkpoints
@@ -402,6 +402,9 @@ def _evaluate(
     compare_to = [name for name in ("base", guided) if any(system.name == name for system in expanded)]
     results = sweep.run(expanded, compare_to)
     results.save(output)
+    for name, _, folder in students:
+        if results[name].ok:
+            update_card(results, name, folder, _SHOWN)
     pictures = _draw(output, results)
     files = write_audio(results, sweep, output, settings.gallery_prompts, settings.gallery_clips)
     write_gallery(

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diverse_cfg.embeddings import Embedder
+from diverse_cfg.embeddings import Embedder, audio
 from diverse_cfg.evaluation import acoustics, attributes
 from diverse_cfg.evaluation.acoustics import rule_adherence, validity
 from diverse_cfg.evaluation.cache import Cache, content_digest, file_digest
@@ -55,11 +55,14 @@ class Feature(Protocol):
 
     Attributes:
         name: under which metrics find it.
-        fingerprint: everything beside the clips that decides the rows, as plain values.
     """
 
     name: str
-    fingerprint: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> Mapping[str, Any]:
+        """Everything beside the clips that decides the rows, as plain values."""
+        ...
 
     def compute(self, batch: Batch) -> dict[str, np.ndarray]:
         """Arrays [B, ...]."""
@@ -83,7 +86,7 @@ class EmbeddingFeature:
             "encoder": embedder.name,
             "content": content_digest(source),
             "reads": embedder.reads,
-            "code": code_digest(type(embedder).__module__),
+            "code": code_digest(type(embedder).__module__, audio.__name__),
         }
 
     def compute(self, batch: Batch) -> dict[str, np.ndarray]:
@@ -127,7 +130,7 @@ class JudgeFeature:
         self.fingerprint = {
             "feature": "judge",
             "content": content_digest(source),
-            "code": code_digest(type(judge).__module__, attributes.__name__),
+            "code": code_digest(type(judge).__module__, attributes.__name__, audio.__name__),
         }
 
     def compute(self, batch: Batch) -> dict[str, np.ndarray]:
@@ -140,7 +143,8 @@ class RulesFeature:
     name = "rules"
 
     def __init__(self):
-        self.fingerprint = {"feature": "rules", "code": code_digest(acoustics.__name__, attributes.__name__)}
+        modules = (acoustics, attributes, audio)
+        self.fingerprint = {"feature": "rules", "code": code_digest(*(module.__name__ for module in modules))}
 
     def compute(self, batch: Batch) -> dict[str, np.ndarray]:
         return _floats(rule_adherence(batch.waveforms, batch.sampling_rate, batch.prompts))
@@ -152,7 +156,7 @@ class ValidityFeature:
     name = "validity"
 
     def __init__(self):
-        self.fingerprint = {"feature": "validity", "code": code_digest(acoustics.__name__)}
+        self.fingerprint = {"feature": "validity", "code": code_digest(acoustics.__name__, audio.__name__)}
 
     def compute(self, batch: Batch) -> dict[str, np.ndarray]:
         return _floats(validity(batch.waveforms, batch.sampling_rate))

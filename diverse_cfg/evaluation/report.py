@@ -5,11 +5,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from diverse_cfg.cards import Metric as CardMetric
+from diverse_cfg.cards import write_card, write_metrics
 from diverse_cfg.evaluation.figures import front, merge_curve, trajectories
 from diverse_cfg.evaluation.gallery import Picture, write_audio, write_gallery
 from diverse_cfg.evaluation.metrics import METRICS
+from diverse_cfg.evaluation.plotting import axis_label
 from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
-from diverse_cfg.evaluation.results import Results
+from diverse_cfg.evaluation.results import Estimate, Results
 from diverse_cfg.evaluation.signatures import Arms, signatures, to_markdown
 from diverse_cfg.provenance import write_text
 
@@ -73,6 +76,35 @@ def to_page(results: Results, pictures: Sequence[Picture], config: SweepConfig) 
     lines += ["", "## What the columns mean", ""]
     lines += [f"- **{METRICS[name].label}**: {METRICS[name].explanation}" for name in results.metrics]
     return "\n".join(lines) + "\n"
+
+
+def update_card(results: Results, name: str, folder: str | os.PathLike, metrics: Sequence[str]) -> None:
+    """Put a system's numbers beside the weights of its model, and into its card.
+
+    Args:
+        results: of a sweep.
+        name: of the system.
+        folder: of its model, one that this package wrote.
+        metrics: which numbers; those that the system does not have are left out.
+    """
+    row, settings = results[name], results.settings
+    judges = {"judge": "attribute judge", "rules": "rules, no network"}
+    judges |= {
+        encoder: settings["features"].get(encoder, {}).get("encoder") for encoder in ("heldout", "reward")
+    }
+    found = []
+    for metric in metrics:
+        number = row.metrics.get(metric, Estimate(None))
+        if number.estimate is None:
+            continue
+        known = METRICS[metric]
+        judge = next((judges[need] for need in known.needs if need in judges), None)
+        better = {1: "higher", -1: "lower", 0: None}[known.better]
+        found.append(CardMetric(axis_label(metric), number.estimate, number.low, number.high, judge, better))
+    count = settings["num_prompts"] * settings["num_generations"] * len(settings["seeds"])
+    prompts = f"held-out prompts ({settings['num_prompts']})"
+    write_metrics(folder, found, prompts=prompts, num_clips=count)
+    write_card(folder)
 
 
 def draw(

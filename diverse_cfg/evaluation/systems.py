@@ -196,11 +196,12 @@ def _mixtures(name: str, seeds: list[tuple[str, ...]], weights: Any) -> tuple[Mi
 
 
 def _role(replicates: tuple[Mixture, ...], guidance_scale: float) -> str:
-    if len(replicates[0]) > 1:
+    checkpoints = [checkpoint for checkpoint, _ in replicates[0]]
+    if len(checkpoints) > 1:
         return "merge"
     if guidance_scale > 1:
         return "guided"
-    return "student" if is_distilled(replicates[0][0][0]) else "base"
+    return "student" if is_distilled(checkpoints[0]) else "base"
 
 
 def _listed(value: Any) -> list[Any]:

@@ -109,6 +109,17 @@ def test_the_students_are_what_the_method_says(finished, world):
     assert [expert["weight"] for expert in experts] == [0.5, 0.5]
 
 
+def test_the_cards_have_the_numbers(finished):
+    output, results, _ = finished
+    content = json.loads((output / "diversity" / "evaluation.json").read_text())
+    by_name = {metric["name"]: metric for metric in content["metrics"]}
+    expected = results["diversity student"].metrics["diversity_heldout"]
+    assert by_name["diversity"]["value"] == expected.estimate and by_name["diversity"]["judge"] == "heldout"
+    assert content["num_clips"] == 8
+    card = (output / "diversity" / "README.md").read_text()
+    assert "decoder rows" in card and f"{expected.estimate:.4g}" in card
+
+
 def test_students_cost_half(finished):
     _, results, _ = finished
     rows = {row.system.name: row.metrics["decoder_rows"].estimate for row in results.systems}

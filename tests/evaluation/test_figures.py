@@ -8,11 +8,11 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
+from diverse_cfg.evaluation.curves import training_curves
 from diverse_cfg.evaluation.figures import (
     front,
     merge_curve,
     series_hypervolumes,
-    training_curves,
     trajectories,
 )
 from diverse_cfg.evaluation.plotting import Look
