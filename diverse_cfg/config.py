@@ -276,8 +276,10 @@ class CFGDiversityConfig(RLOOConfig):
         for name, (allowed, why) in _UNSUPPORTED.items():
             if not hasattr(self, name):
                 continue  # an option that this TRL version does not have
-            value = getattr(self, name)
-            if value not in allowed:
+            value, inherited = getattr(self, name), RLOOConfig.__dataclass_fields__[name].default
+            # Some of TRL's defaults change with its version and mean nothing here; beta's means a second
+            # model.
+            if value not in allowed and (value != inherited or name == "beta"):
                 raise ValueError(f"{name}={value!r} is not supported: {why}")
 
 

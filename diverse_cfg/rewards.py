@@ -7,6 +7,8 @@ of codes when nothing asked for audio. The rows of a prompt are adjacent and com
 declares `reads = "codes"` spares the decoding when no other wants audio.
 """
 
+import functools
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -224,9 +226,16 @@ def reads_waveforms(reward_func: Any) -> bool:
     return getattr(reward_func, "reads", "waveforms") != "codes"
 
 
-def checked(
-    reward_func: Callable, name: str, prompts: list[str], is_async: bool, context: dict[str, Any]
-) -> Callable:
+def is_async(reward_func: Callable) -> bool:
+    """Whether calling the function gives a coroutine; also a callable object or a partial of one."""
+    while isinstance(reward_func, functools.partial):
+        reward_func = reward_func.func
+    return inspect.iscoroutinefunction(reward_func) or inspect.iscoroutinefunction(
+        getattr(reward_func, "__call__", None)  # noqa: B004
+    )
+
+
+def checked(reward_func: Callable, name: str, prompts: list[str], context: dict[str, Any]) -> Callable:
     """Wrap a reward function: hand it the audio `context`, and refuse non-finite rewards by name.
 
     TRL turns None into NaN and drops NaN from the sum, so a broken reward would silently train something
@@ -251,4 +260,4 @@ def checked(
     def call(**kwargs):
         return verified(reward_func(**kwargs, **context))
 
-    return call_async if is_async else call
+    return call_async if is_async(reward_func) else call

@@ -161,10 +161,10 @@ def test_aesthetics_names_what_to_install(monkeypatch):
 
 
 def test_checked_passes_none_and_names_the_rest():
-    call = checked(lambda **_: [None, 1.0, math.nan], "mine", ["a", "b", "c"], False, {})
+    call = checked(lambda **_: [None, 1.0, math.nan], "mine", ["a", "b", "c"], {})
     with pytest.raises(ValueError, match=r"'mine' returned nan for clip 2 \(prompt 'c'\)"):
         call()
-    assert checked(lambda **_: [None, 1.0], "mine", ["a", "b"], False, {})() == [None, 1.0]
+    assert checked(lambda **_: [None, 1.0], "mine", ["a", "b"], {})() == [None, 1.0]
 
 
 def guarded(names, rewards, **settings):

@@ -98,8 +98,8 @@ class Checkpointing(RLOOTrainer):
         )
 
     @contextlib.contextmanager
-    def _without_tokenizer(self) -> Iterator[None]:
-        tokenizer, self.processing_class = self.processing_class, None
+    def _without_tokenizer(self, substitute: Any = None) -> Iterator[None]:
+        tokenizer, self.processing_class = self.processing_class, substitute
         try:
             yield
         finally:

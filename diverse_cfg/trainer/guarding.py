@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl.trainer.utils import is_async_callable
 
 from diverse_cfg.config import GuardConfig
 from diverse_cfg.functional.diversity import pairwise_cosine_distance
-from diverse_cfg.rewards import checked, embed_clips, mask_pairs, mean_distances
+from diverse_cfg.rewards import checked, embed_clips, is_async, mask_pairs, mean_distances
 
 CALIBRATION_PROMPTS = 16
 
@@ -88,11 +87,10 @@ class CrossGuards:
         name = self.guards.gate
         assert name is not None
         function = self.reward_funcs[self.names.index(name)]
-        is_async = is_async_callable(function)
-        call = checked(function, name, prompts, is_async, context)
+        call = checked(function, name, prompts, context)
         clips = list(context["waveforms"])
         rewards = call(prompts=prompts, completions=clips)
-        if is_async:
+        if is_async(function):
             rewards = asyncio.run(rewards)
         seen = torch.tensor([reward for reward in rewards if reward is not None])
         self.gate_threshold = seen.quantile(self.guards.gate_quantile).item()

@@ -22,7 +22,6 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import RLOOTrainer
-from trl.trainer.utils import is_async_callable
 
 from diverse_cfg.callbacks import AudioSamplesCallback, EvaluationClip, RewardHackingAlarm, peak_memory_gb
 from diverse_cfg.config import CFGDiversityConfig
@@ -214,7 +213,7 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
         clips = list(rollout.codes if waveforms is None else waveforms)
         reward_funcs = self.reward_funcs
         self.reward_funcs = [
-            checked(function, name, prompts, is_async_callable(function), context)
+            checked(function, name, prompts, context)
             for function, name in zip(reward_funcs, self.reward_func_names, strict=True)
         ]
         try:
@@ -232,7 +231,8 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
     def _generate_and_score_completions(self, inputs):
         """TRL's batch, plus what it has no room for: the text condition, and one advantage per code."""
         started = time.perf_counter()
-        output = super()._generate_and_score_completions(inputs)
+        with self._without_tokenizer(_NoText()):
+            output = super()._generate_and_score_completions(inputs)
         mode = "train" if self.model.training else "eval"
         pending, rollout = self._pending, self._rollout
         assert rollout is not None
@@ -386,3 +386,10 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
         if peak is not None:
             self._metrics["train"]["memory/peak_gb"].append(peak)
         return loss
+
+
+class _NoText:
+    """In the tokenizer's place while TRL handles a rollout: older versions decode every "completion" to text."""
+
+    def batch_decode(self, rows, **_: Any) -> list[str]:
+        return [f"{len(row)} codes" for row in rows]
