@@ -19,6 +19,7 @@ from diverse_cfg.provenance import Provenance, write_provenance
 from tests.tiny import save_tiny, tiny_musicgen
 
 MODEL = "model.safetensors"
+LICENSE = "cc-by-nc-4.0"
 LORA1 = {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "fc1", "embed_tokens.0"]}
 LORA2 = {
     "r": 4,
