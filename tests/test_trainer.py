@@ -176,6 +176,32 @@ def test_terms_and_times_are_logged(tmp_path):
     assert first["grad_norm"] == pytest.approx(math.sqrt(a * a + b * b + 2 * a * b * cosine), rel=1e-4)
 
 
+def test_silent_audio_is_named(tmp_path):
+    """Fault: a clip without a direction gets a reward of NaN or 0, and the run goes on."""
+
+    class Silent(WaveEmbedder):
+        def embed(self, inputs, sampling_rate=None):
+            return super().embed(inputs, sampling_rate) * 0
+
+    trainer = tiny_trainer(tmp_path, reward=DiversityReward(Silent()))
+    with pytest.raises(ValueError, match="silent"):
+        trainer.train()
+
+
+def test_a_stream_of_prompts_trains(tmp_path):
+    """Fault: something asks a streaming dataset for its length."""
+    stream = Dataset.from_dict({"prompt": PROMPTS * 2}).to_iterable_dataset()
+    trainer = CFGDiversityTrainer(
+        tiny_musicgen(),
+        DiversityReward(CodeEmbedder()),
+        tiny_args(tmp_path, max_steps=2),
+        train_dataset=stream,
+        processing_class=tiny_processor(),
+    )
+    trainer.train()
+    assert len(losses(trainer)) == 2
+
+
 # ---- evaluation ----------------------------------------------------------------------------------------
 
 
@@ -341,6 +367,17 @@ def test_diversity_without_its_reward_is_refused(tmp_path):
 def test_the_diversity_reward_has_no_second_weight(tmp_path):
     with pytest.raises(ValueError, match="diversity_coef, keep 1"):
         tiny_trainer(tmp_path, reward_weights=[2.0])
+
+
+@pytest.mark.parametrize(
+    ("rate", "message"), [(16_000, "at 16000 Hz, the model's is at 3200"), (None, "None")]
+)
+def test_an_encoder_of_another_codec_is_refused(tmp_path, rate, message):
+    """Fault: codes of one codec looked up in the tables of another; the distances mean nothing."""
+    embedder = CodeEmbedder()
+    embedder.sampling_rate = rate
+    with pytest.raises(ValueError, match=message):
+        tiny_trainer(tmp_path, reward=DiversityReward(embedder))
 
 
 @pytest.mark.parametrize("seconds", [0.001, 60.0])

@@ -4,9 +4,10 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from diverse_cfg.rewards import DiversityReward
 from diverse_cfg.trainer.state import last_checkpoint
 from tests.tiny import PROMPTS, tiny_musicgen
-from tests.training import largest_difference, losses, tiny_trainer, trained
+from tests.training import WaveEmbedder, largest_difference, losses, tiny_trainer, trained
 
 LORA = LoraConfig(r=2, lora_alpha=4)
 
@@ -158,7 +159,27 @@ def test_average_is_what_is_evaluated_and_saved(tmp_path):
     assert largest_difference(found, raw) > 1e-4
 
 
-def test_stereo_trains(tmp_path):
-    """Fault: delays of eight codebooks taken for mono ones."""
-    trainer = run(tmp_path, model=tiny_musicgen(audio_channels=2), max_steps=2)
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, peft_config):
+    """Fault: recomputed activations differ, or adapters get no gradient through a frozen input."""
+    plain = run(tmp_path / "a", peft_config=peft_config)
+    recomputed = run(tmp_path / "b", peft_config=peft_config, gradient_checkpointing=True)
+    assert losses(recomputed) == pytest.approx(losses(plain), abs=1e-5)
+    assert largest_difference(trained(plain), trained(recomputed)) < 1e-4
+
+
+def test_bfloat16_stays_near_float32(tmp_path):
+    """Fault: guidance or the divergence in half precision, which it amplifies."""
+    exact, rounded = run(tmp_path / "a", max_steps=1), run(tmp_path / "b", max_steps=1, bf16=True)
+    logs = [trainer.state.log_history[0] for trainer in (exact, rounded)]
+    assert logs[0]["kl/clip"] != logs[1]["kl/clip"]
+    assert logs[1]["kl/clip"] == pytest.approx(logs[0]["kl/clip"], rel=0.05)
+    assert {p.dtype for p in rounded.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("reward", ["codes", "waves"])
+def test_stereo_trains(tmp_path, reward):
+    """Fault: delays of eight codebooks taken for mono ones; or both channels' audio taken for two clips."""
+    reward = DiversityReward(WaveEmbedder()) if reward == "waves" else reward
+    trainer = run(tmp_path, model=tiny_musicgen(audio_channels=2), max_steps=2, reward=reward)
     assert len(losses(trainer)) == 2 and "kl/codebook_7" in trainer.state.log_history[0]

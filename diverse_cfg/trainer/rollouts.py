@@ -50,7 +50,7 @@ class Rollouts(RLOOTrainer):
         training = self.model.training
         condition = encode_text(unwrap(self.model), self._tokenizer, prompts)
         rows = torch.arange(len(prompts), device=condition.hidden_states.device)
-        first: int = self.accelerator.process_index * len(prompts)
+        first = int(self.accelerator.process_index) * len(prompts)
         sample_ids = rows + first
         from_teacher = (
             self._teacher_rows(len(prompts)) if training else torch.zeros_like(rows, dtype=torch.bool)

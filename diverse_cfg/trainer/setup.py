@@ -251,6 +251,29 @@ def check_reward_funcs(reward_funcs: Any, args: CFGDiversityConfig, base_model: 
     return list(reward_funcs)
 
 
+def check_embedders(reward_funcs: list[Callable], policy: MusicgenForConditionalGeneration) -> None:
+    """Embedders of the diversity rewards against the codec of the policy.
+
+    Raises:
+        ValueError: no usable sampling rate, or an encoder of another codec's codes.
+    """
+    rate = policy.config.audio_encoder.sampling_rate
+    for embedder in [function.embedder for function in reward_funcs if is_pairwise(function)]:
+        name, found = (
+            getattr(embedder, "name", type(embedder).__name__),
+            getattr(embedder, "sampling_rate", None),
+        )
+        if not isinstance(found, int) or found <= 0:
+            raise ValueError(
+                f"embedder {name!r} has sampling_rate={found!r}; it must be a positive number of Hz"
+            )
+        if embedder.reads == "codes" and found != rate:
+            raise ValueError(
+                f"embedder {name!r} reads the codes of a codec at {found} Hz, the model's is at {rate} Hz: "
+                "its codes mean something else; use an encoder of waveforms, or one of this codec"
+            )
+
+
 def default_reward(args: CFGDiversityConfig, base_model: str | None) -> DiversityReward:
     """DiversityReward with the configured encoder, the shipped one for the nano base, or CLAP.
 

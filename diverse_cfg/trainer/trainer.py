@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from peft import PeftConfig
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, set_seed
 from trl import RLOOTrainer
 
 from diverse_cfg.callbacks import AudioSamplesCallback, EvaluationClip, RewardHackingAlarm, peak_memory_gb
@@ -102,9 +102,11 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
         )
         tokenizer = getattr(self._processor, "tokenizer", self._processor)
         reward_funcs = setup.check_reward_funcs(reward_funcs, args, self._base_model)
+        setup.check_embedders(reward_funcs, policy)
         frozen = self._separate_teacher(policy, self._base_model, args, peft_config is not None)
 
         self.args = args  # seams that TRL calls while it is built read it
+        set_seed(args.seed)  # new adapters start at random, and not every TRL seeds them
         super().__init__(
             model=policy,
             reward_funcs=reward_funcs,
@@ -389,7 +391,7 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
 
 
 class _NoText:
-    """In the tokenizer's place while TRL handles a rollout: older versions decode every "completion" to text."""
+    """In the tokenizer's place while TRL handles a rollout: older versions decode it to text."""
 
     def batch_decode(self, rows, **_: Any) -> list[str]:
         return [f"{len(row)} codes" for row in rows]
