@@ -243,23 +243,30 @@ def main(arguments: list[str] | None = None) -> None:
         "cores": os.cpu_count(),
         "load average before and after": f"{load[0]:.1f}, {load[1]:.1f}",
     }
-    table = f"{as_table(rows)}\n\n{student_against_guided_stock(rows)}".strip()
-    busy = args.device == "cpu" and max(load) > 1.5 * (os.cpu_count() or 1)
-    note = (
-        "\n**The machine was busy with other work (see the load average), which empties\n"
-        "its caches: the figures are to be taken again on a quiet one.**\n"
-        if busy
-        else ""
-    )
-    print(f"\n{table}\n{note}")
+    text = report(rows, where, load)
+    print(f"\n{text}")
     if args.write:
-        facts = "\n".join(f"- {name}: {value}" for name, value in where.items())
-        text = f"# Rollouts\n\n{(__doc__ or '').split(chr(10) * 2)[2]}\n{note}\n{table}\n\n{facts}\n"
         write(args.write / f"rollout-{args.device}.md", text)
-        write(
-            args.write / f"rollout-{args.device}.json",
-            json.dumps({"environment": where, "rows": rows}, indent=2),
+        kept = {"environment": where, "rows": rows, "load": load}
+        write(args.write / f"rollout-{args.device}.json", json.dumps(kept, indent=2))
+
+
+def report(rows: list[dict], where: dict, load: list[float]) -> str:
+    """The results page."""
+    parts = ["# Rollouts", (__doc__ or "").split("\n\n")[2].strip()]
+    if max(load) > 1.5 * (os.cpu_count() or 1):
+        parts.append(
+            "**The machine was busy with other work (see the load average), which empties the caches: the\n"
+            "figures are to be taken again on a quiet one.**"
         )
+    if not (RESULTS / "rollout-cuda.md").exists():
+        parts.append(
+            "No GPU has been measured yet. The path for it (CUDA graphs of the static loop) is complete; its loop\n"
+            "is held against this one by tests on a CPU, also under `torch.compile`."
+        )
+    facts = "\n".join(f"- {name}: {value}" for name, value in where.items())
+    parts += [as_table(rows), student_against_guided_stock(rows), facts]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 if __name__ == "__main__":
