@@ -27,6 +27,7 @@ from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.evaluation.cache import content_digest
 from diverse_cfg.evaluation.curves import training_curves
 from diverse_cfg.evaluation.gallery import Picture, write_audio, write_gallery
+from diverse_cfg.evaluation.metrics import METRICS
 from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
 from diverse_cfg.evaluation.report import QUALITIES, draw, first_metric, update_card
 from diverse_cfg.evaluation.results import Results
@@ -115,8 +116,8 @@ class DemoSettings:
         """A smoke run: everything happens, nothing is learnt."""
         return cls(
             seed=seed,
-            quality_steps=4,
-            diversity_steps=4,
+            quality_steps=12,
+            diversity_steps=6,
             prompts_per_step=4,
             num_generations=4,
             merge_weights=(0.5,),
@@ -206,7 +207,7 @@ def findings(results: Results, settings: DemoSettings) -> list[str]:
         if metric and {system, other} <= names and metric in results[system].cells:
             difference = results.difference(system, other, metric)
             verdict = "" if difference.excludes_zero else " (no clear difference)"
-            lines.append(f"{system} − {other}, {metric}: {difference.text()}{verdict}")
+            lines.append(f"{system} − {other}, {METRICS[metric].label}: {difference.text()}{verdict}")
     return lines
 
 

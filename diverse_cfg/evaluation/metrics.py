@@ -103,6 +103,9 @@ _REMEDIES = {
     "heldout": "needs heldout_encoder: an encoder that was not the reward",
     "judge": "needs judge: a folder with an attribute judge",
     "rules": "needs prompts of the nano world, whose attributes rules can hear",
+    "text": "needs text_encoder: a CLAP checkpoint",
+    "aesthetics_ce": "needs aesthetics: true, and the package audiobox_aesthetics",
+    "aesthetics_pq": "needs aesthetics: true, and the package audiobox_aesthetics",
     "divergence": "needs teacher: the guided model that students were distilled from",
     "reference": "needs reference: a folder of reference audio",
 }
@@ -154,6 +157,13 @@ register(
         unit="nats per clip",
     )
 )
+
+for _name, _label, _text in (
+    ("text", "text adherence", "Cosine between a clip and its prompt under a CLAP model."),
+    ("aesthetics_ce", "content enjoyment", "Audiobox-Aesthetics CE of a clip, about 1 to 10."),
+    ("aesthetics_pq", "production quality", "Audiobox-Aesthetics PQ of a clip, about 1 to 10."),
+):
+    register(Metric(_name, _label, _text, 1, (_name,), clip_mean(_name, "score")))
 
 # ---- diversity -----------------------------------------------------------------------------------
 

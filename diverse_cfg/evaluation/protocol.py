@@ -25,6 +25,7 @@ from diverse_cfg.assets import nano_path
 from diverse_cfg.embeddings import load_embedder
 from diverse_cfg.evaluation.attributes import parse_prompt
 from diverse_cfg.evaluation.cache import Cache
+from diverse_cfg.evaluation.external import AestheticsFeature, TextAdherenceFeature
 from diverse_cfg.evaluation.features import (
     DivergenceFeature,
     EmbeddingFeature,
@@ -61,6 +62,8 @@ class SweepConfig:
         judge: folder of an attribute judge, "nano", or None.
         reward_encoder: encoder of the diversity reward: "nano", a folder, an id, or None.
         heldout_encoder: an encoder that was not rewarded.
+        text_encoder: a CLAP checkpoint for text adherence; not one that was the reward.
+        aesthetics: also judge with Audiobox-Aesthetics, whose package and weights must be there.
         reference: folder of reference audio, for Fréchet and MMD.
         metrics: names; None for every metric whose ingredients are there.
         compare_to: systems that all others are compared with.
@@ -87,6 +90,8 @@ class SweepConfig:
     judge: str | None = "nano"
     reward_encoder: str | None = "nano"
     heldout_encoder: str | None = "nano"
+    text_encoder: str | None = None
+    aesthetics: bool = False
     reference: str | None = None
     metrics: list[str] | None = None
     compare_to: list[str] = field(default_factory=list)
@@ -237,6 +242,13 @@ def _judges(config: SweepConfig, prompts: list[str], device: str) -> list[Featur
         features.append(JudgeFeature(AttributeJudge.from_pretrained(path), path))
     if all(parse_prompt(prompt) for prompt in prompts):
         features.append(RulesFeature())
+    if config.text_encoder:
+        features.append(
+            TextAdherenceFeature(load_embedder(config.text_encoder, device=device), config.text_encoder)
+        )
+    if config.aesthetics:
+        first = AestheticsFeature("aesthetics_ce", device=device)
+        features += [first, AestheticsFeature("aesthetics_pq", first.score.model, device)]
     return features
 
 

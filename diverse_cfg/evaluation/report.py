@@ -145,7 +145,7 @@ def draw(
     return pictures
 
 
-QUALITIES = ("adherence", "rules")
+QUALITIES = ("adherence", "rules", "aesthetics_ce", "text")
 DIVERSITIES = ("diversity_heldout", "diversity_reward")
 
 

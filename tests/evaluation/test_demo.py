@@ -93,7 +93,7 @@ def test_everything_that_was_promised_is_there(finished):
     text = "\n".join(said)
     assert said[0].startswith("Plan:") and "min on two idle cores" in said[0]
     assert "| diversity student" in text and str(output.resolve() / "index.html") in text
-    assert "quality student − base γ=3, adherence:" in text
+    assert "quality student − base γ=3, prompt adherence:" in text
 
 
 def test_the_students_are_what_the_method_says(finished, world):

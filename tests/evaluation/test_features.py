@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from diverse_cfg.evaluation.external import AestheticsFeature, TextAdherenceFeature
 from diverse_cfg.evaluation.features import (
     Batch,
     DivergenceFeature,
@@ -173,3 +174,47 @@ def test_rules_leave_out_what_a_prompt_does_not_name():
     assert np.isnan(columns["key"]).tolist() == [True, False]
     assert np.isnan(columns["tempo"]).tolist() == [False, True]
     assert np.isfinite(columns["mean"]).all()
+
+
+class TwoTowers(WaveEncoder):
+    """Text and clips in one space: "piano" is the first axis, anything else the second."""
+
+    def embed(self, inputs, sampling_rate=None):
+        level = inputs.abs().mean(dim=1)
+        return torch.stack([level, 1 - level], dim=1)
+
+    def embed_text(self, texts):
+        return torch.tensor([[1.0, 0.0] if "piano" in text else [0.0, 1.0] for text in texts])
+
+
+def test_text_adherence_belongs_to_the_clip_and_its_own_prompt(tmp_path):
+    """Catches prompts that are shuffled against their clips."""
+    one = of_audio(torch.tensor([[0.6], [0.2], [0.6]]).expand(3, 640))
+    one.prompts = ["a piano", "a flute", "a flute"]
+    scores = TextAdherenceFeature(TwoTowers(), encoder_folder(tmp_path / "e")).compute(one)["score"]
+    expected = [0.6 / math.hypot(0.6, 0.4), 0.8 / math.hypot(0.2, 0.8), 0.4 / math.hypot(0.6, 0.4)]
+    np.testing.assert_allclose(scores, expected, rtol=1e-6)
+    with pytest.raises(ValueError, match="no text tower"):
+        TextAdherenceFeature(WaveEncoder(), encoder_folder(tmp_path / "e"))
+
+
+class Judge(torch.nn.Module):
+    """Stands for AesMultiOutput: normalised scores of two axes from the level."""
+
+    def __init__(self):
+        super().__init__()
+        self.target_transform = {"CE": {"mean": 5.0, "std": 2.0}, "PQ": {"mean": 7.0, "std": 1.0}}
+
+    def forward(self, batch):
+        level = (batch["wav"].abs() * batch["mask"]).sum(dim=(1, 2)) / batch["mask"].sum(dim=(1, 2))
+        return {"CE": level, "PQ": -level}
+
+
+def test_aesthetics_have_an_axis_each():
+    one = of_audio(torch.tensor([[0.5], [0.1]]).expand(2, 3200))
+    enjoyment, quality = (
+        AestheticsFeature(name, Judge(), "cpu") for name in ("aesthetics_ce", "aesthetics_pq")
+    )
+    np.testing.assert_allclose(enjoyment.compute(one)["score"], [6.0, 5.2], atol=0.05)
+    np.testing.assert_allclose(quality.compute(one)["score"], [6.5, 6.9], atol=0.05)
+    assert enjoyment.fingerprint != quality.fingerprint

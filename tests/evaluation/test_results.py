@@ -14,6 +14,7 @@ from diverse_cfg.evaluation.results import Estimate, Results, SystemResult, esti
 from diverse_cfg.evaluation.systems import System, single
 
 ALL = {"reward", "heldout", "judge", "rules", "divergence", "validity", "codes", "timing", "reference"}
+ALL |= {"text", "aesthetics_ce", "aesthetics_pq"}
 
 
 def row(name, cells, **kwargs):
