@@ -24,6 +24,7 @@ from diverse_cfg.musicgen.policy import frame_rate, unwrap
 from diverse_cfg.musicgen.rollout import RolloutWeights, SamplingSettings, check_request, fast_generate
 from diverse_cfg.musicgen.sampling import require_64_bits
 from diverse_cfg.provenance import library_versions, write_text
+from diverse_cfg.types import Rollout
 
 logger = logging.getLogger(__name__)
 
@@ -115,12 +116,8 @@ def generate_files(
     pending = [clip for clip in manifest["clips"] if not (folder / clip["file"]).is_file()]
     weights = RolloutWeights.from_model(model, dtype) if pending and rollout_backend == "fast" else None
     loud = 0
-    with tqdm(
-        total=len(manifest["clips"]),
-        initial=len(manifest["clips"]) - len(pending),
-        unit="clip",
-        disable=not progress,
-    ) as bar:
+    done = len(manifest["clips"]) - len(pending)
+    with tqdm(total=len(manifest["clips"]), initial=done, unit="clip", disable=not progress) as bar:
         for start in range(0, len(pending), batch_size):
             batch = pending[start : start + batch_size]
             rollout = fast_generate(
@@ -136,11 +133,7 @@ def generate_files(
                 sample_ids=[clip["sample_id"] for clip in batch],
                 weights=weights,
             )
-            assert rollout.waveforms is not None
-            for clip, waveform in zip(batch, rollout.waveforms.float().cpu(), strict=True):
-                loud += bool(waveform.abs().max() > 1)
-                write_wav(folder / clip["file"], waveform, rollout.sampling_rate, sample_format)
-                bar.update()
+            loud += _write_clips(folder, batch, rollout, sample_format, bar)
     if loud and sample_format == "int16":
         logger.warning(
             "%d of %d clips exceed full scale and were clipped; sample_format='float32' keeps them",
@@ -148,6 +141,18 @@ def generate_files(
             len(pending),
         )
     return manifest["clips"]
+
+
+def _write_clips(
+    folder: Path, clips: list[dict[str, Any]], rollout: Rollout, sample_format: str, bar: tqdm
+) -> int:
+    """Write the WAVs of one batch; return how many exceed full scale."""
+    assert rollout.waveforms is not None
+    waveforms = rollout.waveforms.float().cpu()
+    for clip, waveform in zip(clips, waveforms, strict=True):
+        write_wav(folder / clip["file"], waveform, rollout.sampling_rate, sample_format)
+        bar.update()
+    return int((waveforms.abs().flatten(1).amax(1) > 1).sum())
 
 
 def write_wav(
