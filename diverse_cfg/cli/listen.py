@@ -87,8 +87,8 @@ def _count(args: argparse.Namespace) -> None:
         print("no votes yet")
     for rate in rates:
         print(
-            f"{rate.kind}: {rate.system} against {rate.other}: win rate {rate.rate.text()} "
-            f"({rate.wins} wins, {rate.ties} ties, {rate.losses} losses on {rate.rate.num_prompts} prompts)"
+            f"{rate.kind}: {rate.system} against {rate.other}: win rate {rate.rate.text()} ({rate.wins} "
+            f"wins, {rate.ties} ties, {rate.losses} losses on {rate.rate.num_prompts} prompts)"
         )
 
 

@@ -173,14 +173,12 @@ def run_demo(
 
 
 def _run(output: Path, settings: DemoSettings, world: World, tell: Callable[[str], None]) -> Results:
+    minutes = max(1, round(settings.minutes))
     tell(
         f"Plan: a quality student ({settings.quality_steps} updates), a diversity student "
-        f"({settings.diversity_steps} more), "
-        f"{len(settings.merge_weights)} merges, then {settings.num_clips} clips for each of "
-        f"{settings.num_prompts} held-out "
-        f"prompts per system: about {max(1, round(settings.minutes))} min on two idle cores. Ctrl-C is "
-        "safe: run it again to "
-        "go on."
+        f"({settings.diversity_steps} more), {len(settings.merge_weights)} merges, then "
+        f"{settings.num_clips} clips for each of {settings.num_prompts} held-out prompts per system: about "
+        f"{minutes} min on two idle cores. Ctrl-C is safe: run it again to go on."
     )
     quality = _train(output, "quality", world.base, 0.0, settings, world)
     diversity = _train(output, "diversity", str(quality), settings.diversity_coef, settings, world)
@@ -234,8 +232,7 @@ def _open(output: Path, settings: DemoSettings, world: World) -> None:
         if begun != identity:
             changed = [key for key in identity if begun.get(key) != identity[key]]
             raise FileExistsError(
-                f"{output} was begun with other {' and '.join(changed)}: choose another --output, or "
-                "remove it"
+                f"{output} was begun with other {' and '.join(changed)}: choose another --output, or remove it"
             )
         return
     output.mkdir(parents=True, exist_ok=True)
@@ -287,8 +284,7 @@ def _train(
 
 
 def _last_checkpoint(run: Path) -> str | None:
-    """The newest complete checkpoint: one that was being written when the run was killed lacks its last
-    file."""
+    """The newest complete checkpoint: one that was being written when the run was killed lacks its last file."""
     checkpoints = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     for checkpoint in [path for path in checkpoints if not (path / TRAINER_STATE_NAME).is_file()]:
         shutil.rmtree(checkpoint)
@@ -415,10 +411,9 @@ def _evaluate(
         title="Guidance inside the weights, variety kept",
         introduction=(
             f"A small MusicGen, its classifier-free guidance (γ = {settings.guidance_scale:g}) distilled "
-            "into a quality student, "
-            "a diversity student that was also rewarded for clips that differ (β = "
-            f"{settings.diversity_coef:g}), and "
-            "merges of the two. Students and merges need no guidance: half the decoder rows per clip."
+            "into a quality student, a diversity student that was also rewarded for clips that differ (β = "
+            f"{settings.diversity_coef:g}), and merges of the two. Students and merges need no guidance: "
+            "half the decoder rows per clip."
         ),
         metrics=[name for name in _SHOWN if name in results.metrics],
         pictures=pictures,

@@ -93,8 +93,7 @@ class EmbeddingFeature:
         if self.embedder.reads == "codes" and self.embedder.sampling_rate != batch.sampling_rate:
             raise ValueError(
                 f"encoder {self.embedder.name!r} reads codes of a {self.embedder.sampling_rate} Hz codec, "
-                "the system's "
-                f"codec has {batch.sampling_rate} Hz: take an encoder that reads waveforms"
+                f"the system's codec has {batch.sampling_rate} Hz: take an encoder that reads waveforms"
             )
         inputs = batch.codes if self.embedder.reads == "codes" else batch.waveforms
         values = self.embed(inputs, batch.sampling_rate)
@@ -107,8 +106,7 @@ class EmbeddingFeature:
         if values.ndim != 2 or len(values) != len(inputs):
             raise ValueError(
                 f"encoder {self.embedder.name!r} returned shape {tuple(values.shape)} for {len(inputs)} "
-                "clips; "
-                "it must return [B, D]"
+                "clips; it must return [B, D]"
             )
         norms = values.norm(dim=1)
         values[~(torch.isfinite(norms) & (norms > 0))] = torch.nan
@@ -214,8 +212,8 @@ class DivergenceFeature:
             ours, theirs = getattr(student.config.decoder, name), getattr(teacher.config.decoder, name)
             if ours != theirs:
                 raise ValueError(
-                    f"the system has {name}={ours} and the teacher {theirs}: there is no divergence "
-                    "between them"
+                    f"the system has {name}={ours} and the teacher {theirs}: there is no divergence between "
+                    "them"
                 )
 
 

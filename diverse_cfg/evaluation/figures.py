@@ -135,8 +135,7 @@ def merge_curve(results: Results, series: str, metrics: Sequence[str], stem: str
     if len(rows) < 3 or rows[0].system.merge_weight != 0 or rows[-1].system.merge_weight != 1:
         raise ValueError(
             f"series {series!r} has the merge weights {[row.system.merge_weight for row in rows]}: a LERP "
-            "needs 0, 1 and "
-            "something between"
+            "needs 0, 1 and something between"
         )
     first, last = rows[0], rows[-1]
     table: list[list[Any]] = [

@@ -44,8 +44,8 @@ def view(votes: Votes, listener: str) -> View:
         return View(None, f"### Thank you, {_plain(listener)}\nAll {total} comparisons are done.")
     trial = remaining[0]
     text = (
-        f"### {total - len(remaining) + 1} of {total}\n**{QUESTIONS[trial.kind]}**\n\n"
-        f"Both sides were made for: “{_plain(trial.prompt)}”"
+        f"### {total - len(remaining) + 1} of {total}\n**{QUESTIONS[trial.kind]}**\n\nBoth sides were made "
+        f"for: “{_plain(trial.prompt)}”"
     )
     folder = votes.folder.resolve()
     sides = [tuple(str(folder / file) for file in files) for files in (trial.left, trial.right)]

@@ -149,8 +149,7 @@ register(
         "kl_teacher",
         "KL to the guided teacher",
         "KL of the distributions that the codes were drawn from to the guided teacher's, on own clips, "
-        "summed "
-        "over all codes of a clip.",
+        "summed over all codes of a clip.",
         -1,
         ("divergence",),
         clip_mean("divergence", "kl"),
@@ -198,8 +197,7 @@ for _name, _mark, _text in (
             f"different_prompts_{_name}",
             f"distance between prompts{_mark}",
             f"Mean cosine distance of two clips of two different prompts, under {_text}; the base's is an "
-            "upper "
-            "bound of diversity.",
+            "upper bound of diversity.",
             0,
             (_name,),
             of_set=different_prompts(_name),

@@ -33,8 +33,7 @@ def reference_embeddings(
     if feature.embedder.reads != "waveforms":
         raise ValueError(
             f"encoder {feature.embedder.name!r} reads codes, and reference audio has none: take one that "
-            "reads "
-            "waveforms as heldout_encoder"
+            "reads waveforms as heldout_encoder"
         )
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _EXTENSIONS)
     if not files:

@@ -60,19 +60,13 @@ def to_page(results: Results, pictures: Sequence[Picture], config: SweepConfig) 
     for picture in pictures:
         lines += [f"![{picture.caption}]({picture.file})", "", picture.caption, ""]
     settings = results.settings
-    lines += [
-        "## Numbers",
-        "",
-        results.table(),
-        "",
-        f"Means over {settings['num_prompts']} held-out prompts with ",
-    ]
-    lines[-1] += (
-        f"{settings['num_generations']} clips each (sampling seeds {settings['seeds']}), 95 % intervals "
-        "from a bootstrap over "
-        f"prompts; {settings['machine']}; "
+    versions = ", ".join(f"{name} {version}" for name, version in settings["versions"].items())
+    how = (
+        f"Means over {settings['num_prompts']} held-out prompts with {settings['num_generations']} clips "
+        f"each (sampling seeds {settings['seeds']}), 95 % intervals from a bootstrap over prompts; "
+        f"{settings['machine']}; {versions}."
     )
-    lines[-1] += ", ".join(f"{name} {version}" for name, version in settings["versions"].items()) + "."
+    lines += ["## Numbers", "", results.table(), "", how]
     lines += ["", "## What the columns mean", ""]
     lines += [f"- **{METRICS[name].label}**: {METRICS[name].explanation}" for name in results.metrics]
     return "\n".join(lines) + "\n"

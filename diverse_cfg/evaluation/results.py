@@ -274,8 +274,8 @@ class Results:
         content = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         if content.get("format") != _FORMAT:
             raise ValueError(
-                f"{folder / 'metrics.json'} has format {content.get('format')!r}, not {_FORMAT}: "
-                "run the evaluation again"
+                f"{folder / 'metrics.json'} has format {content.get('format')!r}, not {_FORMAT}: run the "
+                "evaluation again"
             )
         with np.load(folder / "cells.npz", allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}

@@ -160,8 +160,7 @@ class Sweep:
             if valid < self.min_validity:
                 flags.append(
                     f"only {valid:.0%} of the clips are valid audio (at least {self.min_validity:.0%} are "
-                    "wanted): its "
-                    "diversity is not comparable, and it is left out of fronts"
+                    "wanted): its diversity is not comparable, and it is left out of fronts"
                 )
         for encoder in sorted(names & {"reward", "heldout"}):
             values = np.concatenate([replicate.features[encoder]["values"] for replicate in replicates])
