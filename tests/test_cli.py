@@ -86,9 +86,10 @@ def test_warnings_and_progress_speak_plainly(capsys):
 
 def test_nothing_is_said_that_nobody_can_act_on(caplog, monkeypatch):
     """transformers calls the special token of every MusicGen a fault; a user would believe it."""
+    from tests.tiny import tiny_config
+
     # where CI is set in the environment, transformers lets its messages reach the root logger too
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", False)
-    from tests.tiny import tiny_config
 
     def action(args):
         tiny_config(vocab_size=args.number).validate()  # another size each time: it warns once per message
