@@ -45,6 +45,17 @@ def save_atomically(value: object, path: Path) -> None:
     partial.replace(path)
 
 
+def forget_after(curve: Path, step: int) -> None:
+    """Drop the rows of steps that a resumed run will do again."""
+    if curve.is_file():
+        with curve.open(newline="") as file:
+            header, *rows = csv.reader(file)
+        partial = curve.with_suffix(".csv.partial")
+        with partial.open("w", newline="") as file:
+            csv.writer(file).writerows([header, *(row for row in rows if int(row[0]) <= step)])
+        partial.replace(curve)
+
+
 def train(
     name: str,
     model: nn.Module,
@@ -85,6 +96,7 @@ def train(
             optimizer.load_state_dict(state["optimizer"])
             average, start = state["average"], state["step"]
             break
+    forget_after(curve, start)
 
     def snapshot(step: int, path: Path) -> None:
         state = {

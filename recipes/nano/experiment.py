@@ -1,0 +1,338 @@
+"""The paper's experiment on the nano base: every arm × seed, then the sweeps, then the recorded numbers.
+
+    python recipes/nano/experiment.py                    # everything that is missing; Ctrl-C and again: it goes on
+    python recipes/nano/experiment.py --jobs 1 --only beta-20
+
+Every training and every sweep is its own process. What the results page needs is copied to `results/experiment`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+RECORDED = HERE / "results" / "experiment"
+DONE = "done.json"
+LOGGED = (
+    "kl/clip", "kl/codebook_0", "kl/codebook_1", "kl/codebook_2", "kl/codebook_3", "entropy/codebook_0",
+    "reward/diversity", "reward/diversity_variance", "grad_norm", "grad_norm/distillation",
+    "grad_norm/policy_gradient", "grad_norm/cosine", "prefix_baseline/explained_variance_10",
+    "prefix_baseline/explained_variance_30", "prefix_baseline/explained_variance_60",
+    "eval_kl/clip", "eval_reward/diversity", "eval_reward/monitor_diversity", "eval_rewards/adherence/mean", "step_time",
+)  # fmt: skip
+
+
+@dataclass
+class Arm:
+    """One way of training; see `experiment.yaml`."""
+
+    recipe: str
+    start: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    seeds: list[int] | None = None
+    judged: bool = False  # the attribute judge listens during training: as an alarm, or as a guard
+
+
+@dataclass
+class Experiment:
+    output: str
+    seeds: list[int]
+    arms: dict[str, Arm]
+    sweeps: dict[str, dict[str, Any]]
+    settings: dict[str, Any] = field(default_factory=dict)
+    snapshots: list[int] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, path: Path) -> Experiment:
+        """Read the YAML file; names that do not exist are errors."""
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        _known(values, cls, str(path))
+        for name, arm in values["arms"].items():
+            _known(arm, Arm, f"{path}, arm {name}")
+        experiment = cls(**values | {"arms": {name: Arm(**arm) for name, arm in values["arms"].items()}})
+        for name, arm in experiment.arms.items():
+            if arm.start != "nano" and arm.start not in experiment.arms:
+                raise ValueError(f"{path}, arm {name}: start={arm.start!r} is neither nano nor an arm")
+        return experiment
+
+    def folder(self, arm: str, seed: int) -> Path:
+        return Path(self.output) / arm / f"seed-{seed}"
+
+    def seeds_of(self, arm: str) -> list[int]:
+        return self.arms[arm].seeds or self.seeds
+
+    def runs(self) -> list[tuple[str, int]]:
+        """Every (arm, seed); seed by seed, so that the first seed's picture is there first."""
+        seeds = sorted({seed for arm in self.arms for seed in self.seeds_of(arm)})
+        return [(arm, seed) for seed in seeds for arm in self.arms if seed in self.seeds_of(arm)]
+
+    def settings_of(self, arm_name: str, seed: int) -> dict[str, Any]:
+        """The settings of one training: recipe, then those of all arms, then the arm's."""
+        from diverse_cfg.assets import nano_path
+
+        arm = self.arms[arm_name]
+        settings = yaml.safe_load((HERE / arm.recipe).read_text(encoding="utf-8"))
+        settings |= self.settings | arm.settings
+        start = "nano" if arm.start == "nano" else str(self.folder(arm.start, seed))
+        settings |= {"model_name_or_path": start, "teacher_model": "nano", "seed": seed}
+        settings["output_dir"] = str(self.folder(arm_name, seed))
+        for key, part in (("diversity_embedder", "reward-encoder"), ("monitor_embedder", "eval-encoder")):
+            if settings.get(key, "nano") == "nano":
+                settings[key] = str(nano_path(part))
+        return settings
+
+    def sweep(self, name: str) -> dict[str, Any]:
+        """A sweep's settings with the arms' names replaced by their students' folders."""
+        settings = dict(self.sweeps[name])
+        settings["output"] = str(Path(self.output) / "sweeps" / name)
+        settings["systems"] = [
+            entry for system in settings["systems"] for entry in self._entries(dict(system))
+        ]
+        return settings
+
+    def _entries(self, entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """An entry, and with `snapshots` one more for every step that was kept of its first seed."""
+        snapshots, arm = entry.pop("snapshots", False), entry.get("model")
+        for key in ("model", "checkpoints"):
+            if key in entry:
+                value = entry[key]
+                entry[key] = [self._students(v) for v in value] if isinstance(value, list) else self._students(value)
+        if not snapshots:
+            yield entry
+            return
+        folder = self.folder(arm, self.seeds_of(arm)[0])
+        for step in self.snapshots:
+            if (folder / "snapshots" / str(step)).is_dir():
+                student = str(folder / "snapshots" / str(step))
+                yield {**entry, "name": f"{entry['name']} @{step}", "model": student, "series": entry["name"], "step": step}
+        steps = json.loads((folder / DONE).read_text(encoding="utf-8"))["steps"]
+        yield {**entry, "name": f"{entry['name']} @{steps}", "model": str(folder), "series": entry["name"], "step": steps}
+
+    def _students(self, name: str) -> str | list[str]:
+        if name not in self.arms:
+            return name
+        folders = [str(self.folder(name, seed)) for seed in self.seeds_of(name)]
+        return folders[0] if len(folders) == 1 else folders
+
+
+def _known(values: dict[str, Any], kind: type, where: str) -> None:
+    known = [f.name for f in fields(kind)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"{where}: unknown {', '.join(unknown)}; known: {', '.join(known)}")
+
+
+# ---- one process -----------------------------------------------------------------------------------------------------
+
+
+def train(experiment: Experiment, arm: str, seed: int) -> None:
+    """Train one student, or go on with it; `done.json` is written last."""
+    import torch
+    from transformers import TrainerCallback
+    from trl import TrlParser
+
+    from diverse_cfg.assets import nano_path
+    from diverse_cfg.callbacks import RewardHackingAlarm
+    from diverse_cfg.cli.command import model_source
+    from diverse_cfg.cli.quiet import quiet_libraries
+    from diverse_cfg.cli.train import TrainArguments
+    from diverse_cfg.config import CFGDiversityConfig
+    from diverse_cfg.prompts import load_prompts
+    from diverse_cfg.rewards import DiversityReward
+    from diverse_cfg.trainer import CFGDiversityTrainer
+    from diverse_cfg.trainer.state import last_checkpoint
+
+    quiet_libraries()
+    settings = experiment.settings_of(arm, seed)
+    settings["teacher_model"] = model_source(settings["teacher_model"])
+    judged = experiment.arms[arm].judged
+    args, config = TrlParser((TrainArguments, CFGDiversityConfig)).parse_dict(settings)
+    rewards: list[Any] = [DiversityReward(config.diversity_embedder, config.guards)]
+    if judged:
+        rewards.append(judge_reward())
+        config.reward_weights = [1.0, 0.0]
+    prompts = str(nano_path("prompts"))
+    trainer = CFGDiversityTrainer(
+        model_source(args.model_name_or_path),
+        reward_funcs=rewards,
+        args=config,
+        train_dataset=load_prompts(prompts, split="train"),
+        eval_dataset=load_prompts(prompts, split="validation").select(range(16)) if judged else None,
+    )
+
+    class Snapshots(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step in experiment.snapshots and state.global_step < state.max_steps:
+                trainer.save_model(str(Path(args.output_dir) / "snapshots" / str(state.global_step)))
+
+    if seed == experiment.seeds_of(arm)[0]:
+        trainer.add_callback(Snapshots())
+    started = time.time()
+    trainer.train(resume_from_checkpoint=last_checkpoint(config.output_dir))
+    trainer.save_model()
+    trainer.save_state()
+    alarms = [c for c in trainer.callback_handler.callbacks if isinstance(c, RewardHackingAlarm)]
+    folder = Path(config.output_dir)
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    done = {
+        "arm": arm, "seed": seed, "steps": trainer.state.global_step, "seconds": round(time.time() - started),
+        "threads": torch.get_num_threads(), "alarms": [message for c in alarms for message in c.raised],
+        "commit": _git("rev-parse", "--short", "HEAD"), "versions": {"torch": torch.__version__},
+    }  # fmt: skip
+    (folder / DONE).write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+
+
+def judge_reward():
+    """The attribute judge as a TRL reward function; its name is what logs and guards call it."""
+    import numpy as np
+
+    from diverse_cfg.assets import nano_path
+    from diverse_cfg.evaluation.judge import AttributeJudge
+
+    judge = AttributeJudge.from_pretrained(nano_path("judge"))
+
+    def adherence(prompts, waveforms, sampling_rate, **_):
+        return np.nan_to_num(judge.adherence(waveforms, sampling_rate, list(prompts))["mean"]).tolist()
+
+    return adherence
+
+
+def sweep(experiment: Experiment, name: str) -> None:
+    """One sweep; its numbers are copied to where the results page finds them."""
+    from diverse_cfg.cli.quiet import quiet_libraries
+    from diverse_cfg.evaluation.protocol import SweepConfig
+    from diverse_cfg.evaluation.report import evaluate
+
+    quiet_libraries()
+    settings = experiment.sweep(name)
+    evaluate(SweepConfig.from_dict(settings))
+    target = RECORDED / name
+    target.mkdir(parents=True, exist_ok=True)
+    for file in ("metrics.json", "metrics.csv", "cells.npz"):
+        shutil.copyfile(Path(settings["output"]) / file, target / f".{file}")
+        os.replace(target / f".{file}", target / file)
+    (Path(settings["output"]) / DONE).write_text(json.dumps({"sweep": name, "commit": _git("rev-parse", "--short", "HEAD")}))
+
+
+def record(experiment: Experiment) -> None:
+    """Training logs and times of every finished run, as files that the results page reads."""
+    RECORDED.mkdir(parents=True, exist_ok=True)
+    rows, runs = [], []
+    for arm, seed in experiment.runs():
+        folder = experiment.folder(arm, seed)
+        if not (folder / DONE).is_file():
+            continue
+        runs.append(json.loads((folder / DONE).read_text(encoding="utf-8")))
+        log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        rows += [
+            [arm, seed, entry["step"], *(f"{entry[name]:.5g}" if name in entry else "" for name in LOGGED)]
+            for entry in log if any(name in entry for name in LOGGED)
+        ]  # fmt: skip
+    with (RECORDED / ".training.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([["arm", "seed", "step", *LOGGED], *rows])
+    os.replace(RECORDED / ".training.csv", RECORDED / "training.csv")
+    (RECORDED / "runs.json").write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
+
+
+def _git(*arguments: str) -> str:
+    found = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=HERE)
+    return found.stdout.strip()
+
+
+# ---- all of them -----------------------------------------------------------------------------------------------------
+
+
+def missing(experiment: Experiment, only: str | None) -> dict[str, list[str]]:
+    """What is to be done: task → tasks that come first. A task is `arm/seed` or `sweep:name`."""
+    tasks: dict[str, list[str]] = {}
+    for arm, seed in experiment.runs():
+        if (experiment.folder(arm, seed) / DONE).is_file() or (only and arm != only):
+            continue
+        start = experiment.arms[arm].start
+        tasks[f"{arm}/{seed}"] = [] if start == "nano" else [f"{start}/{seed}"]
+    for name, settings in experiment.sweeps.items():
+        if (Path(experiment.output) / "sweeps" / name / DONE).is_file() or (only and f"sweep:{name}" != only):
+            continue
+        text = json.dumps(settings["systems"])
+        tasks[f"sweep:{name}"] = [f"{arm}/{seed}" for arm, seed in experiment.runs() if f'"{arm}"' in text]
+    return tasks
+
+
+def run_all(experiment: Experiment, config: Path, jobs: int, only: str | None) -> list[str]:
+    """Run what is missing, `jobs` processes at a time; returns the tasks that failed."""
+    tasks, failed = missing(experiment, only), []
+    waiting = {task: {first for first in before if first in tasks} for task, before in tasks.items()}
+    logs = Path(experiment.output) / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+
+    def run(task: str) -> int:
+        with (logs / f"{task.replace('/', '-').replace(':', '-')}.log").open("a") as log:
+            command = [sys.executable, __file__, "--config", str(config), "--output", experiment.output, "--task", task]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+            return subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
+
+    running: dict[Future, str] = {}
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(tasks), desc="experiment", unit="task") as bar:
+        while waiting or running:
+            ready = [task for task, before in waiting.items() if not before][: jobs - len(running)]
+            for task in ready:
+                del waiting[task]
+                running[pool.submit(run, task)] = task
+            if not running:
+                break  # what is left waits for something that failed
+            bar.set_postfix_str(", ".join(running.values()))
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                task = running.pop(future)
+                if future.result() != 0:
+                    failed.append(task)
+                    tqdm.write(f"{task} failed: see {logs}")
+                else:
+                    record(experiment)
+                    for before in waiting.values():
+                        before.discard(task)
+                bar.update()
+    return failed + sorted(waiting)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=HERE / "experiment.yaml")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time, one thread each")
+    parser.add_argument("--only", metavar="TASK", help="one arm, or one sweep as sweep:NAME")
+    parser.add_argument("--output", help="overrides `output` of the file")
+    parser.add_argument("--task", help=argparse.SUPPRESS)  # one task in this process
+    arguments = parser.parse_args(argv)
+    experiment = Experiment.load(arguments.config)
+    experiment.output = arguments.output or experiment.output
+    if arguments.task:
+        kind, _, name = arguments.task.rpartition(":")
+        if kind == "sweep":
+            sweep(experiment, name)
+        else:
+            arm, _, seed = name.partition("/")
+            train(experiment, arm, int(seed))
+        return 0
+    failed = run_all(experiment, arguments.config, arguments.jobs, arguments.only)
+    if failed:
+        print(f"not done: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
