@@ -20,6 +20,7 @@ from transformers import MusicgenConfig
 from diverse_cfg.functional import interpolation
 from diverse_cfg.merging.tensors import TensorInfo, find_tensors, read_tensor
 from diverse_cfg.musicgen import layout
+from diverse_cfg.musicgen.audiocraft.folders import transformers_folder
 from diverse_cfg.provenance import Provenance, read_provenance
 
 _FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt"]
@@ -327,16 +328,22 @@ def same_base(first: str, second: str) -> bool:
 def locate(source: str | os.PathLike, near: Path | None = None) -> Path:
     """Local folder of a path or Hub id; relative paths are also tried `near` a folder (an adapter's own).
 
+    An AudioCraft checkpoint is answered with its conversion.
+
     Raises:
         FileNotFoundError: neither a folder nor an id that can be fetched.
     """
     for candidate in (Path(source), *([near / source, near.parent / source] if near else [])):
         if candidate.is_dir():
-            return candidate
+            return Path(transformers_folder(candidate))
         if candidate.is_file():
             raise ValueError(f"{source} is a file: pass the model's folder")
     try:
-        return Path(snapshot_download(os.fspath(source), allow_patterns=_FILES))
+        folder = Path(snapshot_download(os.fspath(source), allow_patterns=_FILES))
+        if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+            return folder
+        converted = transformers_folder(source)
+        return folder if converted == os.fspath(source) else Path(converted)
     except HFValidationError:
         raise FileNotFoundError(
             f"{source} is neither an existing folder nor a Hub id like 'user/model'"

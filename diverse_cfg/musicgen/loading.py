@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants as hub_constants
 from peft import PeftModel
 from torch import nn
 from transformers import AutoProcessor, MusicgenForConditionalGeneration, MusicgenProcessor
-from transformers.utils import cached_file
 
+from diverse_cfg.musicgen.audiocraft.folders import find_file, looks_local, transformers_folder
+from diverse_cfg.musicgen.audiocraft.live import from_audiocraft, is_live_audiocraft
 from diverse_cfg.provenance import PROVENANCE_FILE, read_provenance
 
-ModelSource = str | os.PathLike | nn.Module
+ModelSource = Any
+"""Id or folder, a transformers or PEFT model, or a live AudioCraft model."""
 
 # Attributes that transformers hands to functional dropout; `nn.Dropout` modules alone are not all of it.
 _DROPOUT_ATTRIBUTES = ("dropout", "attention_dropout", "activation_dropout", "layerdrop")
@@ -35,9 +36,10 @@ def load_policy(
     """Load a MusicGen policy, in eval mode and without any dropout.
 
     Args:
-        model: Hub id or folder of a full checkpoint; id or folder of a PEFT adapter, whose base is read from
-            its own configuration; or a live model (also one that PEFT wrapped), which is prepared in place
-            and returned.
+        model: Hub id or folder of a full checkpoint, also one of AudioCraft's; id or folder of a PEFT
+            adapter, whose base is read from its own configuration; or a live model (also one that PEFT
+            wrapped), which is prepared in place and returned. A live AudioCraft MusicGen, or a pair
+            (LMModel, compression_model), is copied into transformers' class.
         adapter: id or folder of a PEFT adapter to merge into `model`.
         torch_dtype: of the text encoder and the decoder; the codec always stays in float32. Adapters are
             merged in float32 before the cast. Half precision on disk is upcast: a step of 1e-4 vanishes in
@@ -51,8 +53,11 @@ def load_policy(
         ValueError: nothing there, not a MusicGen, MusicGen-Melody, special tokens that do not fit, or an
             adapter whose base is unknown.
     """
-    if isinstance(model, nn.Module):
-        policy: Any = unwrap(model)
+    policy: Any
+    if is_live_audiocraft(model):
+        policy, distilled = from_audiocraft(model)[0], False
+    elif isinstance(model, nn.Module):
+        policy = unwrap(model)
         distilled = isinstance(model, PeftModel)
     else:
         source = os.fspath(model)
@@ -83,13 +88,14 @@ def load_processor(path: str | os.PathLike) -> MusicgenProcessor:
     """
     source = os.fspath(path)
     _require_there(source)
-    if not any(_find(source, name) for name in ("processor_config.json", "preprocessor_config.json")):
+    source = transformers_folder(source)
+    if not any(find_file(source, name) for name in ("processor_config.json", "preprocessor_config.json")):
         if not _is_adapter(source):
             raise ValueError(
                 f"{source} has no processor (processor_config.json or preprocessor_config.json): copy the "
                 "tokenizer and processor files of its base model into it"
             )
-        source = _base_of(source)
+        source = transformers_folder(_base_of(source))
     processor = AutoProcessor.from_pretrained(source)
     if not isinstance(processor, MusicgenProcessor):
         raise ValueError(
@@ -124,7 +130,7 @@ def is_distilled(source: str | os.PathLike) -> bool:
     source = os.fspath(source)
     if _is_adapter(source):
         return True
-    provenance = _find(source, PROVENANCE_FILE)
+    provenance = find_file(source, PROVENANCE_FILE)
     return provenance is not None and read_provenance(Path(provenance).parent) is not None
 
 
@@ -145,11 +151,13 @@ def zero_dropout(model: nn.Module) -> None:
 
 def _load_full(source: str) -> MusicgenForConditionalGeneration:
     _require_there(source)
-    config = _read_json(source, "config.json")
+    folder = transformers_folder(source)
+    config = _read_json(folder, "config.json")
     if config is None:
         raise ValueError(
-            f"{source} has no config.json: it is neither a MusicGen checkpoint nor an adapter (for a Hub "
-            "id, check the spelling and whether the Hub can be reached)"
+            f"{source} has no config.json: it is neither a MusicGen checkpoint, nor AudioCraft's (state_dict."
+            "bin and compression_state_dict.bin), nor an adapter (for a Hub id, check the spelling and "
+            "whether the Hub can be reached)"
         )
     kind = config.get("model_type")
     if kind == "musicgen_melody":
@@ -161,7 +169,8 @@ def _load_full(source: str) -> MusicgenForConditionalGeneration:
         raise ValueError(
             f"{source} is a {kind!r} model, not a MusicGen; use a checkpoint such as facebook/musicgen-small"
         )
-    policy = MusicgenForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
+    policy = MusicgenForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    policy.config._name_or_path = source  # adapters name their base by it
     decoder: Any = policy.config.decoder
     if decoder.pad_token_id != decoder.vocab_size:
         raise ValueError(
@@ -176,16 +185,16 @@ def _merge_adapter(
     policy: MusicgenForConditionalGeneration, adapter: str
 ) -> MusicgenForConditionalGeneration:
     _require_there(adapter)
-    if _find(adapter, "adapter_config.json") is None:
+    if find_file(adapter, "adapter_config.json") is None:
         raise ValueError(f"{adapter} has no adapter_config.json: it is not a PEFT adapter")
     return PeftModel.from_pretrained(policy, adapter).merge_and_unload()
 
 
 def _is_adapter(source: str) -> bool:
     _require_there(source)
-    if _find(source, "adapter_config.json") is None:
+    if find_file(source, "adapter_config.json") is None:
         return False
-    if _find(source, "config.json") is not None:
+    if find_file(source, "config.json") is not None:
         raise ValueError(
             f"{source} holds an adapter and a full checkpoint: move one of them into a folder of its own, "
             "since a merged checkpoint with its adapter on top would be adapted twice"
@@ -199,7 +208,7 @@ def _base_of(adapter: str) -> str:
         raise ValueError(
             f"{adapter} does not name its base model: call load_policy(base, adapter={adapter!r})"
         )
-    if _looks_local(base) and not os.path.isdir(base):
+    if looks_local(base) and not os.path.isdir(base):
         raise ValueError(
             f"{adapter} names {base} as its base model, which is not here: call load_policy(base, "
             f"adapter={adapter!r})"
@@ -207,31 +216,15 @@ def _base_of(adapter: str) -> str:
     return base
 
 
-def _looks_local(source: str) -> bool:
-    return source.startswith((".", "/", "~", "\\")) or source.count("/") > 1 or os.path.exists(source)
-
-
 def _require_there(source: str) -> None:
-    if _looks_local(source) and not os.path.isdir(source):
+    if looks_local(source) and not os.path.isdir(source):
         raise ValueError(
             f"there is no folder {source}: pass a checkpoint folder or a Hub id such as owner/name"
         )
 
 
-def _find(source: str, name: str) -> str | None:
-    """Path of a file of a folder or Hub repository; None if it has no such file."""
-    return cached_file(
-        source,
-        name,
-        _raise_exceptions_for_missing_entries=False,
-        # Offline, a file that was never asked for looks like a connection error. Online, an unreachable Hub
-        # must not pass for "this checkpoint is not distilled".
-        _raise_exceptions_for_connection_errors=not hub_constants.HF_HUB_OFFLINE,
-    )
-
-
 def _read_json(source: str, name: str) -> dict[str, Any] | None:
-    path = _find(source, name)
+    path = find_file(source, name)
     if path is None:
         return None
     try:

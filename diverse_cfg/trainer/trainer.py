@@ -26,6 +26,7 @@ from trl import RLOOTrainer
 from diverse_cfg.callbacks import AudioSamplesCallback, EvaluationClip, RewardHackingAlarm, peak_memory_gb
 from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.embeddings import load_embedder
+from diverse_cfg.musicgen.audiocraft import from_audiocraft, is_live_audiocraft
 from diverse_cfg.musicgen.policy import encode_text, load_policy, load_processor, unwrap
 from diverse_cfg.musicgen.rollout import RolloutWeights, sample_codes
 from diverse_cfg.rewards import checked, is_pairwise
@@ -51,7 +52,8 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
     """Diversity-rewarded CFG distillation of MusicGen (arXiv 2410.06084), with TRL's interface.
 
     Args:
-        model: Hub id, folder, or `MusicgenForConditionalGeneration`. It is the student's start and, unless
+        model: Hub id, folder, or `MusicgenForConditionalGeneration`; AudioCraft's checkpoints and live models
+            too, as a `MusicGen` or a pair (LMModel, compression_model). It is the student's start and, unless
             `args.teacher_model` says otherwise, the teacher θ0.
         reward_funcs: callables with TRL's reward interface (see `diverse_cfg.rewards`), sync or async. None
             takes `DiversityReward` with the shipped encoder (nano base) or CLAP.
@@ -87,6 +89,9 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
         ),
         peft_config: PeftConfig | None = None,
     ):
+        if is_live_audiocraft(model):
+            model, processor = from_audiocraft(model)
+            processing_class = processor if processing_class is None else processing_class
         self._base_model = setup.base_model_name(model)
         if args is None:
             args = CFGDiversityConfig(output_dir=f"{Path(self._base_model or 'musicgen').name}-diverse-cfg")
