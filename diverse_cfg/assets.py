@@ -6,7 +6,7 @@ the path that `nano_path()` returns, without importing this package.
 
 from pathlib import Path
 
-NANO_PARTS = ("base", "judge", "reward-encoder", "eval-encoder", "prompts")
+NANO_PARTS = ("base", "judge", "reward-encoder", "within-encoder", "eval-encoder", "prompts")
 
 _NANO = Path(__file__).parent / "assets" / "nano"
 # What a part cannot do without; the others are checked by whoever loads them.
@@ -18,7 +18,8 @@ def nano_path(part: str | None = None) -> Path:
 
     Args:
         part: None or "base" for the MusicGen checkpoint; "judge" (audible attributes), "reward-encoder" and
-            "eval-encoder" (two different embedders), or "prompts".
+            "eval-encoder" (two different embedders), "within-encoder" (a reward that ignores what a prompt
+            fixes), or "prompts".
 
     Returns:
         An existing folder, usable wherever a model folder or an embedder name is expected.

@@ -135,6 +135,53 @@ def test_attributes_are_those_of_the_clip_not_of_the_recording():
     assert first["key"] is None  # three equal notes have no key
 
 
+def two_recordings():
+    """A slow low violin, then a quick high trumpet: pitches and onsets that cannot be mistaken for each other."""
+    from render import Recording
+
+    slow = np.array([[0.5, 2.0, 57.0], [3.5, 2.0, 57.0]])
+    quick = np.array([[0.25 + 0.5 * i, 0.25, 81.0] for i in range(11)])
+    return [Recording("one", "violin", 90, slow), Recording("two", "trumpet", 90, quick)]
+
+
+def test_a_shard_s_midi_plays_each_recording_in_its_own_time(tmp_path):
+    """Catches notes that drift into the next recording, or that go on sounding in it."""
+    import mido
+    from render import GAP_SECONDS, RECORDING_SECONDS, _midi_bytes
+
+    _midi_bytes(two_recordings(), tmp_path / "shard.mid")
+    now, on, off = 0.0, [], []
+    for message in mido.MidiFile(tmp_path / "shard.mid"):
+        now += message.time
+        if message.type in ("note_on", "note_off"):
+            (on if message.type == "note_on" else off).append((round(now, 3), message.note))
+    second = RECORDING_SECONDS + GAP_SECONDS
+    assert on == [(0.5, 57), (3.5, 57)] + [(round(second + 0.25 + 0.5 * i, 3), 81) for i in range(11)]
+    assert len(off) == len(on) and max(time for time, note in off if note == 57) < RECORDING_SECONDS
+
+
+def test_rendered_audio_has_the_notes_and_the_level(tmp_path):
+    """With the real synthesiser. Catches a wrong sampling rate, channel, pitch or cut between recordings."""
+    from build import BuildConfig
+    from render import SAMPLE_RATE, render_shard, require_fluidsynth
+
+    soundfont = BuildConfig().soundfont
+    try:
+        require_fluidsynth(soundfont)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    from diverse_cfg.evaluation.acoustics import pitches
+
+    audio = render_shard((two_recordings(), soundfont)).astype(np.float32) / 32767
+    assert np.abs(20 * np.log10(np.sqrt((audio**2).mean(1))) + 20).max() < 0.5
+    found = pitches(torch.from_numpy(audio), SAMPLE_RATE)
+    for row, note in zip(found, (57, 81), strict=True):
+        voiced = row[np.isfinite(row)]
+        cents = 1200 * np.abs(np.log2(voiced / (440 * 2 ** ((note - 69) / 12))))
+        assert (cents < 50).mean() > 0.8
+    assert np.abs(audio[0, : round(0.45 * SAMPLE_RATE)]).max() < 0.02, "before the first note it is silent"
+
+
 def test_recipe_with_an_unknown_key_or_without_fluidsynth_stops_at_once(tmp_path, monkeypatch, capsys):
     import build
 
@@ -188,7 +235,9 @@ def test_an_interrupted_training_ends_like_an_uninterrupted_one(tmp_path):
     steps = [
         int(float(line.split(",")[0])) for line in (tmp_path / "b" / "line.csv").read_text().splitlines()[1:]
     ]
-    assert steps == list(range(2, 21, 2))  # it went on from step 6, the last before the decay; each row is there once
+    assert steps == list(
+        range(2, 21, 2)
+    )  # it went on from step 6, the last before the decay; each row is there once
 
 
 def test_vocoder_initialisation_sets_the_spread_of_every_layer():

@@ -124,6 +124,7 @@ def test_every_shipped_part_is_installed(clean, tmp_path):
         "base",
         "judge",
         "reward-encoder",
+        "within-encoder",
         "eval-encoder",
         "prompts",
     ]

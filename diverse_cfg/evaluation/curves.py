@@ -1,4 +1,4 @@
-"""Logged metrics along training, one line per run, from the logs that the trainer leaves."""
+"""Logged metrics along training, one line per run (or per arm of several seeds), from the trainer's logs."""
 
 import json
 import os
@@ -8,17 +8,20 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 
 from diverse_cfg.evaluation.plotting import STYLE, Look, new_figure, running_mean, save
+
+Log = Sequence[Mapping[str, Any]]
+"""What a run logged: entries with a `step` and metrics by name."""
+
+PANELS = (("kl/clip", "KL to the teacher (nats)"), ("reward/diversity", "diversity (reward)"))
 
 
 def training_curves(
     runs: Mapping[str, str | os.PathLike],
     stem: str | os.PathLike,
-    metrics: Sequence[tuple[str, str]] = (
-        ("kl/clip", "KL to the teacher (nats)"),
-        ("reward/diversity", "diversity (reward)"),
-    ),
+    metrics: Sequence[tuple[str, str]] = PANELS,
     smooth: int = 1,
 ) -> list[Path]:
     """Logged metrics along training, one line per run.
@@ -34,32 +37,36 @@ def training_curves(
         FileNotFoundError: a run without a log.
         ValueError: no run has any of the metrics.
     """
-    table: list[list[Any]] = [["run", "metric", "step", "value"]]
-    histories = {label: training_log(folder) for label, folder in runs.items()}
+    logs = {label: [training_log(folder)] for label, folder in runs.items()}
+    return draw_curves(logs, stem, metrics, smooth)
+
+
+def draw_curves(
+    arms: Mapping[str, Sequence[Log]],
+    stem: str | os.PathLike,
+    metrics: Sequence[tuple[str, str]] = PANELS,
+    smooth: int = 1,
+) -> list[Path]:
+    """As `training_curves`, from logs; of an arm with several seeds the mean, over a band from least to most.
+
+    Args:
+        arms: label → the logs of its seeds; steps that not every seed has logged are left out.
+    """
+    table: list[list[Any]] = [["run", "metric", "step", "value", "least", "most"]]
     found = [
-        metric for metric in metrics if any(metric[0] in entry for log in histories.values() for entry in log)
+        m for m in metrics if any(m[0] in entry for logs in arms.values() for log in logs for entry in log)
     ]
     if not found:
         raise ValueError(f"none of the runs logged {', '.join(name for name, _ in metrics)}")
     with matplotlib.rc_context(STYLE):
         figure, panels = new_figure(len(found), height=2.2)
         for axes, (name, label) in zip(panels, found, strict=True):
-            for index, (run, log) in enumerate(histories.items()):
-                points = [(entry["step"], entry[name]) for entry in log if name in entry]
-                if not points:
-                    continue
-                steps, values = (np.array(column, dtype=float) for column in zip(*points, strict=True))
-                look = Look.number(index)
-                axes.plot(
-                    *running_mean(steps, values, smooth),
-                    color=look.color,
-                    linestyle=look.linestyle,
-                    label=run,
-                    marker=look.marker,
-                    markevery=max(1, len(steps) // 6),
-                    markersize=3,
-                )
-                table += [[run, name, int(step), value] for step, value in zip(steps, values, strict=True)]
+            for index, (arm, logs) in enumerate(arms.items()):
+                steps, values = _aligned(logs, name)
+                if len(steps):
+                    _line(axes, steps, values, smooth, arm, Look.number(index))
+                    rows = zip(steps, values.mean(0), values.min(0), values.max(0), strict=True)
+                    table += [[arm, name, int(step), *numbers] for step, *numbers in rows]
             axes.set_xlabel("training step")
             axes.set_ylabel(label)
             axes.grid(axis="y", linewidth=0.3, color="0.85")
@@ -91,3 +98,21 @@ def training_log(folder: str | os.PathLike) -> list[dict[str, Any]]:
     raise FileNotFoundError(
         f"{folder} has no trainer_state.json, nor has a checkpoint in it: is it a training run?"
     )
+
+
+def _aligned(logs: Sequence[Log], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps that every seed has logged [T], and their values [seeds, T]."""
+    points = [{entry["step"]: entry[name] for entry in log if name in entry} for log in logs]
+    steps = sorted(set.intersection(*map(set, points))) if points else []
+    return np.array(steps, dtype=float), np.array([[p[step] for step in steps] for p in points], dtype=float)
+
+
+def _line(axes: Axes, steps: np.ndarray, values: np.ndarray, smooth: int, label: str, look: Look) -> None:
+    smoothed = [running_mean(steps, row, smooth) for row in values]
+    at, lines = smoothed[0][0], np.stack([line for _, line in smoothed])
+    axes.plot(
+        at, lines.mean(0), color=look.color, linestyle=look.linestyle, label=label,
+        marker=look.marker, markevery=max(1, len(at) // 6), markersize=3,
+    )  # fmt: skip
+    if len(lines) > 1:
+        axes.fill_between(at, lines.min(0), lines.max(0), color=look.color, alpha=0.18, linewidth=0)

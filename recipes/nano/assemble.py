@@ -31,7 +31,8 @@ tags: [musicgen, nano]
 ---
 # nano MusicGen base
 
-A `MusicgenForConditionalGeneration` of 4.6 M parameters: 16 kHz, 25 frames/s, 4 codebooks of 512 codes, clips of 3 s.
+A `MusicgenForConditionalGeneration` of {parameters:.1f} M parameters: 16 kHz, 25 frames/s, 4 codebooks of 512 codes,
+clips of 3 s.
 Trained from scratch by `recipes/nano` of diverse-cfg on melodies of the
 [OpenScore Lieder Corpus](https://github.com/OpenScore/Lieder) (CC0 1.0), rendered with FluidR3 (MIT). Weights: CC0 1.0.
 
@@ -84,7 +85,9 @@ def save_base(model: MusicgenForConditionalGeneration, processor: MusicgenProces
             part["dtype"] = "float32"
     path.write_text(json.dumps(config, indent=2) + "\n")
     processor.save_pretrained(folder)
-    (folder / "README.md").write_text(CARD.format(instruments=", ".join(ATTRIBUTES["instrument"])))
+    (folder / "README.md").write_text(
+        CARD.format(instruments=", ".join(ATTRIBUTES["instrument"]), parameters=model.num_parameters() / 1e6)
+    )
 
 
 def write_prompts(folder: Path, seed: int) -> None:
@@ -116,7 +119,7 @@ def write_assets(work: Path, quantizer: dict[str, torch.Tensor], output: Path, s
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     save_base(*assemble_base(work, quantizer), partial / "base")
-    for part in ("judge", "reward-encoder", "eval-encoder"):
+    for part in ("judge", "reward-encoder", "within-encoder", "eval-encoder"):
         if not (work / part).is_dir():
             raise FileNotFoundError(f"no {work / part}: run the stage `judges` first")
         shutil.copytree(work / part, partial / part)

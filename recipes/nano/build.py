@@ -96,16 +96,17 @@ def training_stage(stage: str, config: BuildConfig, work: Path) -> None:
 def judges_stage(config: BuildConfig, work: Path) -> None:
     import numpy as np
     from data import Clips
-    from judges import train_encoder_pair, train_judge
+    from judges import ENCODERS, retrieval, train_encoder, train_judge
+    from tqdm import tqdm
 
     clips, held_out = Clips(work / "audio" / "train"), Clips(work / "audio" / "validation")
     if not (work / "judge").is_dir():
         train_judge(clips, held_out, config.seed, config.judge_steps).save_pretrained(work / "judge")
-    if not (work / "eval-encoder").is_dir():
-        codes, held_codes = (np.load(work / f"codes_{split}.npy") for split in ("train", "validation"))
-        for name, embedder in train_encoder_pair(
-            clips, codes, held_out, held_codes, config.seed, config.embedder_steps
-        ).items():
+    codes, held_codes = (np.load(work / f"codes_{split}.npy") for split in ("train", "validation"))
+    for name in ENCODERS:
+        if not (work / name).is_dir():
+            embedder = train_encoder(name, clips, codes, config.seed, config.embedder_steps)
+            tqdm.write(f"{name}: retrieval@1 of 64 = {retrieval(name, embedder, held_out, held_codes):.3f}")
             embedder.save_pretrained(work / name)
 
 

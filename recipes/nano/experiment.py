@@ -33,7 +33,8 @@ LOGGED = (
     "reward/diversity", "reward/diversity_variance", "grad_norm", "grad_norm/distillation",
     "grad_norm/policy_gradient", "grad_norm/cosine", "prefix_baseline/explained_variance_10",
     "prefix_baseline/explained_variance_30", "prefix_baseline/explained_variance_60",
-    "eval_kl/clip", "eval_reward/diversity", "eval_reward/monitor_diversity", "eval_rewards/adherence/mean", "step_time",
+    "eval_kl/clip", "eval_reward/diversity", "eval_reward/monitor_diversity", "eval_rewards/adherence/mean",
+    "step_time",
 )  # fmt: skip
 
 
@@ -83,7 +84,7 @@ class Experiment:
 
     def settings_of(self, arm_name: str, seed: int) -> dict[str, Any]:
         """The settings of one training: recipe, then those of all arms, then the arm's."""
-        from diverse_cfg.assets import nano_path
+        from diverse_cfg.assets import NANO_PARTS, nano_path
 
         arm = self.arms[arm_name]
         settings = yaml.safe_load((HERE / arm.recipe).read_text(encoding="utf-8"))
@@ -92,8 +93,9 @@ class Experiment:
         settings |= {"model_name_or_path": start, "teacher_model": "nano", "seed": seed}
         settings["output_dir"] = str(self.folder(arm_name, seed))
         for key, part in (("diversity_embedder", "reward-encoder"), ("monitor_embedder", "eval-encoder")):
-            if settings.get(key, "nano") == "nano":
-                settings[key] = str(nano_path(part))
+            name = settings.get(key, part)
+            if name in NANO_PARTS:
+                settings[key] = str(nano_path(name))
         return settings
 
     def sweep(self, name: str) -> dict[str, Any]:
@@ -111,7 +113,9 @@ class Experiment:
         for key in ("model", "checkpoints"):
             if key in entry:
                 value = entry[key]
-                entry[key] = [self._students(v) for v in value] if isinstance(value, list) else self._students(value)
+                entry[key] = (
+                    [self._students(v) for v in value] if isinstance(value, list) else self._students(value)
+                )
         if not snapshots:
             yield entry
             return
@@ -119,9 +123,21 @@ class Experiment:
         for step in self.snapshots:
             if (folder / "snapshots" / str(step)).is_dir():
                 student = str(folder / "snapshots" / str(step))
-                yield {**entry, "name": f"{entry['name']} @{step}", "model": student, "series": entry["name"], "step": step}
+                yield {
+                    **entry,
+                    "name": f"{entry['name']} @{step}",
+                    "model": student,
+                    "series": entry["name"],
+                    "step": step,
+                }
         steps = json.loads((folder / DONE).read_text(encoding="utf-8"))["steps"]
-        yield {**entry, "name": f"{entry['name']} @{steps}", "model": str(folder), "series": entry["name"], "step": steps}
+        yield {
+            **entry,
+            "name": f"{entry['name']} @{steps}",
+            "model": str(folder),
+            "series": entry["name"],
+            "step": steps,
+        }
 
     def _students(self, name: str) -> str | list[str]:
         if name not in self.arms:
@@ -227,7 +243,9 @@ def sweep(experiment: Experiment, name: str) -> None:
     for file in ("metrics.json", "metrics.csv", "cells.npz"):
         shutil.copyfile(Path(settings["output"]) / file, target / f".{file}")
         os.replace(target / f".{file}", target / file)
-    (Path(settings["output"]) / DONE).write_text(json.dumps({"sweep": name, "commit": _git("rev-parse", "--short", "HEAD")}))
+    (Path(settings["output"]) / DONE).write_text(
+        json.dumps({"sweep": name, "commit": _git("rev-parse", "--short", "HEAD")})
+    )
 
 
 def record(experiment: Experiment) -> None:
@@ -283,7 +301,16 @@ def run_all(experiment: Experiment, config: Path, jobs: int, only: str | None) -
 
     def run(task: str) -> int:
         with (logs / f"{task.replace('/', '-').replace(':', '-')}.log").open("a") as log:
-            command = [sys.executable, __file__, "--config", str(config), "--output", experiment.output, "--task", task]
+            command = [
+                sys.executable,
+                __file__,
+                "--config",
+                str(config),
+                "--output",
+                experiment.output,
+                "--task",
+                task,
+            ]
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
             return subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
 
@@ -311,7 +338,9 @@ def run_all(experiment: Experiment, config: Path, jobs: int, only: str | None) -
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", type=Path, default=HERE / "experiment.yaml")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, one thread each")
     parser.add_argument("--only", metavar="TASK", help="one arm, or one sweep as sweep:NAME")

@@ -2,6 +2,7 @@
 
 * judge: log-mel CNN + semitone spectrum → instrument, tempo, register, key (evaluation);
 * reward encoder: contrastive, reads codes, so that training needs no decoding (reward);
+* within encoder: as the reward encoder, but it only learnt to tell clips of the same attributes apart (experiment);
 * evaluation encoder: contrastive, reads audio, other seed, features and shape (evaluation).
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from data import CLIP_SAMPLES, Clips
+from data import Clips
 from torch import nn
 from tqdm import tqdm
 
@@ -82,36 +83,53 @@ def judge_accuracy(judge: AttributeJudge, clips: Clips, count: int = 600) -> dic
     }
 
 
-def train_encoder_pair(
-    clips: Clips, codes: np.ndarray, held_out: Clips, held_codes: np.ndarray, seed: int, steps: int = 1500
-) -> dict[str, ContrastiveEmbedder]:
-    """The two embedders; positives are the two clips of a recording (disjoint in time, same song and instrument)."""
-    recordings = len(clips) // 2
+def same_attributes(clips: Clips, smallest: int = 32) -> list[np.ndarray]:
+    """Recordings grouped by instrument, tempo and register: what a prompt fixes is the same within a group."""
+    groups: dict[tuple, list[int]] = {}
+    for recording in range(len(clips) // 2):
+        row = clips.attributes[2 * recording]
+        groups.setdefault((row["instrument"], row["tempo"], row["register"]), []).append(recording)
+    return [np.array(group) for group in groups.values() if len(group) >= smallest]
 
-    def draw_codes(batch: int, generator: torch.Generator):
-        chosen = torch.randint(recordings, (batch,), generator=generator).numpy()
+
+ENCODERS = {
+    "reward-encoder": (ContrastiveConfig(reads="codes", patch=3), 20),
+    "within-encoder": (ContrastiveConfig(reads="codes", patch=3), 20),
+    "eval-encoder": (
+        ContrastiveConfig(
+            reads="waveforms", bands=80, n_fft=1024, hop=320, patch=4, hidden_size=80, num_layers=2
+        ),
+        21,
+    ),
+}
+"""Settings of each embedder, and what is added to the seed."""
+
+
+def train_encoder(name: str, clips: Clips, codes: np.ndarray, seed: int, steps: int) -> ContrastiveEmbedder:
+    """An embedder; positives are the two clips of a recording (disjoint in time, same song and instrument)."""
+    recordings, groups = len(clips) // 2, same_attributes(clips)
+    sizes = torch.tensor([float(len(group)) for group in groups])
+
+    def halves(chosen: np.ndarray) -> tuple[torch.Tensor, ...]:
+        if name == "eval-encoder":
+            return tuple(clips.waveforms(2 * chosen + half) for half in (0, 1))
         return tuple(torch.from_numpy(codes[2 * chosen + half].astype(np.int64)) for half in (0, 1))
 
-    def draw_audio(batch: int, generator: torch.Generator):
-        chosen = torch.randint(recordings, (batch,), generator=generator).numpy()
-        return tuple(clips.waveforms(2 * chosen + half, 0, CLIP_SAMPLES) for half in (0, 1))
+    def draw(batch: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        if name != "within-encoder":
+            return halves(torch.randint(recordings, (batch,), generator=generator).numpy())
+        group = groups[int(torch.multinomial(sizes, 1, generator=generator))]
+        return halves(group[torch.randperm(len(group), generator=generator)[:batch].numpy()])
 
-    reads_codes = ContrastiveConfig(reads="codes", patch=3)
-    reads_audio = ContrastiveConfig(
-        reads="waveforms", bands=80, n_fft=1024, hop=320, patch=4, hidden_size=80, num_layers=2
-    )
-    trained = {
-        "reward-encoder": train_contrastive(
-            reads_codes, draw_codes, steps=steps, seed=seed + 20, progress="reward-encoder"
-        ),
-        "eval-encoder": train_contrastive(
-            reads_audio, draw_audio, steps=steps, seed=seed + 21, progress="eval-encoder"
-        ),
-    }
+    config, offset = ENCODERS[name]
+    return train_contrastive(config, draw, steps=steps, seed=seed + offset, progress=name)
+
+
+def retrieval(name: str, embedder: ContrastiveEmbedder, clips: Clips, codes: np.ndarray) -> float:
+    """Share of 64 held-out clips whose nearest is the other half of their recording."""
     chosen = np.arange(64)
-    for name, first, second in (
-        ("reward-encoder", *(torch.from_numpy(held_codes[2 * chosen + h].astype(np.int64)) for h in (0, 1))),
-        ("eval-encoder", *(held_out.waveforms(2 * chosen + h) for h in (0, 1))),
-    ):
-        tqdm.write(f"{name}: retrieval@1 of 64 = {retrieval_at_1(trained[name], first, second):.3f}")
-    return trained
+    if name == "eval-encoder":
+        halves = [clips.waveforms(2 * chosen + half) for half in (0, 1)]
+    else:
+        halves = [torch.from_numpy(codes[2 * chosen + half].astype(np.int64)) for half in (0, 1)]
+    return retrieval_at_1(embedder, *halves)

@@ -8,8 +8,10 @@ Codec: does what can be heard survive `encode → decode`? Base: does guidance d
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +101,90 @@ def base_gates(output: Path, prompts: int, clips: int) -> dict:
     return table
 
 
+def gates_table(report: dict) -> str:
+    """What is wanted and what was measured, as Markdown; a missed gate is bold."""
+
+    def row(what: str, wanted: str, value: str, met: bool | None = None) -> str:
+        return f"| {what} | {wanted} | {value if met in (None, True) else f'**{value}**'} |"
+
+    codec, base = report["codec"], report["base"]
+    heard = codec["attributes"]
+    tempo = heard["judge_tempo"]["codec"] / heard["judge_tempo"]["real"]
+    same = heard["judge_instrument"]["same_verdict"]
+    pitch = codec["pitch_within_50_cents"]
+
+    def survival(judge: str, *attributes: str) -> str:
+        pairs = [heard[f"{judge}_{name}"] for name in attributes]
+        return ", ".join(f"{pair['real']:.3f} → {pair['codec']:.3f}" for pair in pairs)
+
+    mel, validity = codec["mel_error_db"], codec["validity"]
+    lines = [
+        f"Codec, `encode → decode` on {codec['clips']} clips of test songs; the judge is trained on real clips only,",
+        "the rules use no model:",
+        "",
+        "| | wanted | measured |",
+        "|---|---|---|",
+        row("mel error (80 bands, floor −80 dB)", "≤ 3 dB", f"{mel:.2f} dB", mel <= 3),
+        row("instrument, judge: same verdict", "≥ 95 %", f"{same:.1%}", same >= 0.95),
+        row(
+            "tempo, judge: real → codec",
+            "≥ 90 %",
+            f"{survival('judge', 'tempo')} ({tempo:.1%})",
+            tempo >= 0.9,
+        ),
+        row("register, key, judge: real → codec", "", survival("judge", "register", "key")),
+        row("tempo, register, key, rules: real → codec", "", survival("rules", "tempo", "register", "key")),
+        row("pitch within 50 cents, jointly voiced frames", "≥ 90 %", f"{pitch:.1%}", pitch >= 0.9),
+        row("voiced frames that stay voiced", "", f"{codec['voiced_share_kept']:.1%}"),
+        row("level (real clips: −20 dBFS)", "", f"{validity['level_dbfs']:.1f} dBFS"),
+        row("clipped samples", "", f"{validity['clipped_fraction']:.0%}"),
+        "",
+        f"Base, {report['prompts']} held-out prompts × 8 clips, sampling seed 0, 95 % intervals over prompts:",
+        "",
+        "| | γ = 1 | γ = 3 | difference |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {metric} | {found['base']} | {found['guided']} | {found.get('difference', '')} |"
+        for metric, found in base.items()
+    ]
+    return "\n".join(lines)
+
+
+def curves_table(results: Path) -> str:
+    """The three trainings side by side; rows that double, so that a flat end shows."""
+    columns = (
+        ("vocoder", "mel_error_db", "vocoder: mel error, dB"),
+        ("encoder", "validation_loss", "encoder: error (features' variance = 1)"),
+        ("language_model", "validation_loss", "language model: validation loss, nats"),
+    )
+    curves = []
+    for name, metric, _ in columns:
+        with (results / f"{name}.csv").open(newline="") as file:
+            curves.append({int(row["step"]): float(row[metric]) for row in csv.DictReader(file)})
+    steps = sorted({step for curve in curves for step in curve})
+    last = {max(curve) for curve in curves}
+    shown = [
+        step for step in steps if step in last or step in (500, 1000, 2000, 4000, 8000) or step % 4000 == 0
+    ]
+    lines = ["| step | " + " | ".join(label for _, _, label in columns) + " |", "|---|---|---|---|"]
+    for step in shown:
+        lines.append(
+            f"| {step} | " + " | ".join(f"{c[step]:.3f}" if step in c else "" for c in curves) + " |"
+        )
+    return "\n".join(lines)
+
+
+def write_section(page: Path, name: str, text: str) -> None:
+    """Replace what stands between `<!-- name -->` and `<!-- end name -->`."""
+    first, last = f"<!-- {name} -->\n", f"<!-- end {name} -->"
+    before, found, rest = page.read_text(encoding="utf-8").partition(first)
+    _, closed, after = rest.partition(last)
+    if not found or not closed:
+        raise ValueError(f"{page} has no section between {first.strip()} and {last}")
+    page.write_text(before + first + text + "\n" + last + after, encoding="utf-8")
+
+
 def draw_spectrograms(rows: dict[str, torch.Tensor], path: Path) -> None:
     """Log-mel spectrograms, one row of clips per kind."""
     mel = LogMel(1024, 160, 96)
@@ -135,13 +221,18 @@ def main(argv: list[str] | None = None) -> int:
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
     report = {
-        "codec": codec, "base": base, "commit": commit.stdout.strip(),
+        "codec": codec, "base": base, "prompts": arguments.prompts, "commit": commit.stdout.strip(),
         "machine": platform.processor() or platform.machine(),
         "torch": torch.__version__, "threads": torch.get_num_threads(),
     }  # fmt: skip
     (arguments.output / "gates.json").write_text(json.dumps(report, indent=2) + "\n")
     json.dump(report, sys.stdout, indent=2)
     draw_spectrograms({"real": real[:6], "decoded": decoded[:6]}, arguments.output / "codec.png")
+    for name in ("vocoder", "encoder", "language_model"):
+        shutil.copyfile(arguments.work / f"{name}.csv", arguments.output / f"{name}.csv")
+    page = Path(__file__).with_name("README.md")
+    write_section(page, "gates", gates_table(report))
+    write_section(page, "curves", curves_table(arguments.output))
     return 0
 
 

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from diverse_cfg.evaluation.curves import training_curves
+from diverse_cfg.evaluation.curves import draw_curves, training_curves
 from diverse_cfg.evaluation.figures import (
     front,
     merge_curve,
@@ -155,6 +155,16 @@ def test_training_curves_read_the_run_or_its_last_checkpoint(tmp_path):
     )
     with pytest.raises(ValueError, match="none of the runs logged kl/clip"):
         training_curves({"done": tmp_path / "done"}, tmp_path / "curves")
+
+
+def test_curves_of_several_seeds_are_a_mean_between_least_and_most(tmp_path):
+    """Catches seeds that are paired by place instead of by step, and a seed that is left out."""
+    logs = [[{"step": step, "kl/clip": float(step * factor)} for step in steps] for steps, factor in
+            (([1, 2, 3, 4], 1), ([2, 3, 4], 3), ([2, 3, 4, 5], 8))]  # fmt: skip
+    svg, _, table = draw_curves({"arm": logs}, tmp_path / "curves")
+    rows = [[float(number) for number in line[2:]] for line in read_csv(table)[1:]]
+    assert rows == [[step, 4.0 * step, step, 8.0 * step] for step in (2, 3, 4)]
+    assert "training step" in svg.read_text()
 
 
 def test_metrics_that_cannot_be_drawn(tmp_path):

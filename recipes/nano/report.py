@@ -1,0 +1,196 @@
+"""Build RESULTS.md, every table and every figure of the experiment from the recorded numbers; nothing is run.
+
+    python recipes/nano/report.py
+
+Reads `results/experiment` (what `experiment.py` recorded), writes the figures beside it and RESULTS.md here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import yaml
+
+from diverse_cfg.evaluation.curves import Log, draw_curves
+from diverse_cfg.evaluation.metrics import METRICS
+from diverse_cfg.evaluation.report import draw
+from diverse_cfg.evaluation.results import Estimate, Results, mean_estimate
+from diverse_cfg.evaluation.signatures import Arms, signatures, to_markdown
+from diverse_cfg.provenance import write_text
+
+HERE = Path(__file__).parent
+RECORDED = HERE / "results" / "experiment"
+COLUMNS = (
+    "adherence", "rules", "diversity_heldout", "diversity_reward", "vendi_heldout", "kl_teacher", "policy_entropy",
+    "validity", "decoder_rows",
+)  # fmt: skip
+LABELS = {"quality": "β = 0 from the base", **{f"beta-{b}": f"β = {b}" for b in (0, 10, 20, 40)}}
+
+
+def table(results: Results, names: Iterable[str], columns: Sequence[str] = COLUMNS) -> str:
+    """A Markdown table of some systems; failures and flags are in it."""
+    wanted = set(names)
+    rows = [row for row in results.systems if row.system.name in wanted]
+    part = Results(results.prompts, rows, results.settings)
+    return part.table([name for name in columns if name in part.metrics])
+
+
+def differences(results: Results, pairs: Iterable[tuple[str, str]], columns: Sequence[str]) -> str:
+    """Paired differences with intervals, a row per pair; bold where zero is outside."""
+    lines = [
+        "| first − second | " + " | ".join(METRICS[c].label for c in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for first, second in pairs:
+        cells = []
+        for column in columns:
+            try:
+                found = results.difference(first, second, column)
+            except ValueError:  # one of the two failed or was not evaluated
+                cells.append("–")
+                continue
+            cells.append(f"**{found.text()}**" if found.excludes_zero else found.text())
+        lines.append(f"| {first} − {second} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def training_logs(path: Path) -> dict[str, list[Log]]:
+    """Arm → logs of its seeds, from the recorded CSV."""
+    logs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            entry = {k: float(v) for k, v in row.items() if k not in ("arm", "seed") and v}
+            logs.setdefault((row["arm"], row["seed"]), []).append(entry)
+    arms: dict[str, list[Log]] = {}
+    for (arm, _), log in logs.items():
+        arms.setdefault(arm, []).append(log)
+    return arms
+
+
+def tail(logs: Sequence[Log], metric: str, share: float = 0.25) -> tuple[float, float] | None:
+    """Mean over seeds of a metric's last quarter, and its spread (standard deviation over seeds, 0 for one)."""
+    means = []
+    for log in logs:
+        values = [entry[metric] for entry in log if metric in entry]
+        if values:
+            means.append(np.mean(values[-max(1, round(share * len(values))) :]))
+    return (float(np.mean(means)), float(np.std(means, ddof=1)) if len(means) > 1 else 0.0) if means else None
+
+
+def training_table(arms: dict[str, list[Log]]) -> str:
+    """What the trainings logged in their last quarter."""
+    columns = (
+        ("kl/clip", "KL, nats per clip"), ("reward/diversity", "diversity (reward)"),
+        ("reward/diversity_variance", "Var(r) within prompts"), ("entropy/codebook_0", "entropy, codebook 0"),
+        ("grad_norm/distillation", "gradient of the KL (norm)"), ("grad_norm/policy_gradient", "of the policy term"),
+        ("step_time", "s per step"),
+    )  # fmt: skip
+    lines = [
+        "| arm | seeds | " + " | ".join(label for _, label in columns) + " |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+    for arm, logs in arms.items():
+        cells = []
+        for name, _ in columns:
+            found = tail(logs, name)
+            cells.append(
+                "–"
+                if found is None
+                else f"{found[0]:.3g} ± {found[1]:.1g}"
+                if len(logs) > 1
+                else f"{found[0]:.3g}"
+            )
+        lines.append(f"| {LABELS.get(arm, arm)} | {len(logs)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def alarms(runs: Sequence[dict[str, Any]]) -> str:
+    """The alarms of every judged run, in order."""
+    lines = []
+    for run in runs:
+        if run["arm"].startswith("overdone"):
+            lines.append(f"- **{run['arm']}**: " + ("; ".join(run["alarms"]) or "no alarm"))
+    return "\n".join(lines)
+
+
+def names_of(results: Results, *series: str) -> list[str]:
+    return [
+        row.system.name for row in results.systems if row.system.series in series or row.system.name in series
+    ]
+
+
+def at_equal_diversity(
+    results: Results, system: str, sweep: str, x: str = "diversity_heldout", y: str = "adherence"
+) -> Estimate | None:
+    """Quality of a system minus that of a sweep where it has the same diversity (linear between its points)."""
+    rows = [row for row in results.usable if row.system.series == sweep and not row.flags]
+    if len(rows) < 2 or system not in {row.system.name for row in results.usable}:
+        return None
+    order = np.argsort([np.nanmean(row.cells[x]) for row in rows])
+    places = [float(np.nanmean(rows[i].cells[x])) for i in order]
+    wanted = float(np.nanmean(results[system].cells[x]))
+    if not places[0] <= wanted <= places[-1]:
+        return None
+    shares = [np.interp(wanted, places, np.eye(len(rows))[k]) for k in range(len(rows))]
+    line = sum(
+        share * rows[i].cells[y].mean(1, keepdims=True) for share, i in zip(shares, order, strict=True)
+    )
+    return mean_estimate(results[system].cells[y] - line)
+
+
+def build(recorded: Path, page: Path) -> None:
+    """Write the figures into `recorded` and the page to `page`."""
+    found = {path.parent.name: Results.load(path.parent) for path in sorted(recorded.glob("*/metrics.json"))}
+    if "test" not in found:
+        raise FileNotFoundError(f"{recorded} has no test sweep: run experiment.py first")
+    runs = json.loads((recorded / "runs.json").read_text(encoding="utf-8"))
+    arms = training_logs(recorded / "training.csv")
+    settings = yaml.safe_load((HERE / "experiment.yaml").read_text(encoding="utf-8"))
+    main = {arm: logs for arm, logs in arms.items() if arm in LABELS}
+    draw_curves({LABELS[a]: logs for a, logs in main.items()}, recorded / "training", smooth=5)
+    for name in ("test", "trajectories", "hacking"):
+        if name in found:
+            draw(found[name], recorded / name)
+    test = found["test"]
+    parts = Arms(
+        **settings["sweeps"]["test"]["arms"] | {"sweeps": tuple(settings["sweeps"]["test"]["arms"]["sweeps"])}
+    )
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.globals |= {
+        "table": table, "differences": differences, "names_of": names_of, "at_equal_diversity": at_equal_diversity,
+        "training_table": training_table, "alarms": alarms, "tail": tail,
+    }  # fmt: skip
+    text = environment.get_template("RESULTS.md.j2").render(
+        found=found, test=test, runs=runs, arms=arms, parts=parts,
+        findings=to_markdown(signatures(test, parts)),
+        hours=sum(run["seconds"] for run in runs) / 3600,
+        commits=sorted({run["commit"] for run in runs}),
+        seeds={run["seed"] for run in runs if run["arm"] == "beta-40"},
+    )  # fmt: skip
+    write_text(page, text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--recorded", type=Path, default=RECORDED)
+    parser.add_argument("--page", type=Path, default=HERE / "RESULTS.md")
+    arguments = parser.parse_args(argv)
+    build(arguments.recorded, arguments.page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""The experiment of the nano base: its file, the order of its tasks, and the page that is built from its numbers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diverse_cfg.evaluation.protocol import SweepConfig
+from diverse_cfg.evaluation.results import Results, SystemResult, mean_estimate
+from diverse_cfg.evaluation.systems import System, expand_systems, single
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "nano"
+
+
+@pytest.fixture(autouse=True)
+def _recipe_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPE))
+    yield
+    for name in [
+        n for n, m in sys.modules.items() if str(getattr(m, "__file__", "")).startswith(str(RECIPE))
+    ]:
+        del sys.modules[name]
+
+
+def load(tmp_path, **changes):
+    from experiment import Experiment
+
+    loaded = Experiment.load(RECIPE / "experiment.yaml")
+    loaded.output = str(tmp_path / "runs")
+    for name, value in changes.items():
+        setattr(loaded, name, value)
+    return loaded
+
+
+def finish(experiment, arm, seed, steps=300, snapshots=()):
+    folder = experiment.folder(arm, seed)
+    for step in snapshots:
+        (folder / "snapshots" / str(step)).mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    done = {"arm": arm, "seed": seed, "steps": steps, "seconds": 60, "alarms": ["KL budget"], "commit": "abc"}
+    (folder / "done.json").write_text(json.dumps(done))
+    log = [{"step": step, "kl/clip": 10.0 / step, "reward/diversity": 0.3} for step in range(1, 9)]
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+
+
+def test_the_experiment_is_well_formed(tmp_path):
+    """Catches an arm that starts nowhere, a recipe's key that the trainer does not know, a name used twice."""
+    from diverse_cfg.cli.train import TrainArguments
+    from diverse_cfg.config import CFGDiversityConfig
+
+    experiment = load(tmp_path)
+    for arm, seed in experiment.runs():
+        finish(experiment, arm, seed, snapshots=experiment.snapshots[:2])
+        settings = experiment.settings_of(arm, seed)
+        known = {*TrainArguments.__dataclass_fields__, *CFGDiversityConfig.__dataclass_fields__}
+        assert set(settings) <= known
+        assert settings["seed"] == seed and Path(settings["diversity_embedder"]).is_dir()
+        assert ("eval-encoder" in settings["monitor_embedder"]) is True
+    for name in experiment.sweeps:
+        settings = experiment.sweep(name)
+        assert SweepConfig.from_dict(settings).output.endswith(name)
+        assert len(expand_systems(settings["systems"])) >= 6
+    [uniform] = [s for s in expand_systems(experiment.sweep("test")["systems"]) if s.name == "uniform"]
+    assert len(uniform.replicates) == 3 and [weight for _, weight in uniform.replicates[0]] == [0.25] * 4
+    assert [str(experiment.folder("beta-40", seed)) for seed in (0, 1, 2)] == [
+        m[3][0] for m in uniform.replicates
+    ]
+
+
+def test_all_students_continue_from_the_quality_student_of_their_seed(tmp_path):
+    """Catches arms of different length or start, which would be compared as if only β differed."""
+    experiment = load(tmp_path)
+    arms = [experiment.settings_of(f"beta-{beta}", 1) for beta in (0, 10, 20, 40)]
+    assert {arm["diversity_coef"] for arm in arms} == {0.0, 10.0, 20.0, 40.0}
+    for key in (
+        "model_name_or_path",
+        "max_steps",
+        "learning_rate",
+        "warmup_steps",
+        "num_generations",
+        "ema_decay",
+    ):
+        assert len({arm[key] for arm in arms}) == 1, key
+    assert arms[0]["model_name_or_path"] == str(experiment.folder("quality", 1))
+
+
+def test_snapshots_become_a_trajectory(tmp_path):
+    experiment = load(
+        tmp_path, sweeps={"t": {"systems": [{"name": "β=40", "model": "beta-40", "snapshots": True}]}}
+    )
+    finish(experiment, "beta-40", 0, steps=300, snapshots=(25, 50))
+    systems = experiment.sweep("t")["systems"]
+    assert [(s["name"], s["step"], s["series"]) for s in systems] == [
+        ("β=40 @25", 25, "β=40"), ("β=40 @50", 50, "β=40"), ("β=40 @300", 300, "β=40"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("output: x\nseeds: [0]\narms: {}\nsweeps: {}\nsteps: 3", "unknown steps; known: output"),
+        (
+            "output: x\nseeds: [0]\narms: {a: {recipe: r, start: b}}\nsweeps: {}",
+            "start='b' is neither nano nor an arm",
+        ),
+        (
+            "output: x\nseeds: [0]\narms: {a: {recipe: r, start: nano, beta: 3}}\nsweeps: {}",
+            "arm a: unknown beta",
+        ),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path, text, message):
+    from experiment import Experiment
+
+    (tmp_path / "e.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Experiment.load(tmp_path / "e.yaml")
+
+
+def test_tasks_wait_for_what_they_start_from_and_failures_stop_only_their_heirs(tmp_path, monkeypatch):
+    """Catches a student trained before its start exists, a lost failure, and work that is done twice."""
+    import experiment as module
+
+    monkeypatch.setattr(module, "RECORDED", tmp_path / "recorded")
+    arms = {"q": module.Arm("r", "nano"), "d": module.Arm("r", "q"), "e": module.Arm("r", "nano", seeds=[0])}
+    sweeps = {
+        "s": {"systems": [{"name": "d", "model": "d"}]},
+        "t": {"systems": [{"name": "e", "model": "e"}]},
+    }
+    experiment = load(tmp_path, arms=arms, sweeps=sweeps, seeds=[0, 1])
+    started = []
+
+    def fake(command, **_):
+        task = command[command.index("--task") + 1]
+        started.append(task)
+        if task == "q/1" and started.count(task) == 1:
+            return subprocess.CompletedProcess(command, 1)
+        if task.startswith("sweep:"):
+            folder = tmp_path / "runs" / "sweeps" / task[6:]
+            folder.mkdir(parents=True)
+            (folder / "done.json").write_text("{}")
+        else:
+            arm, _, seed = task.partition("/")
+            finish(experiment, arm, int(seed))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(
+        module.subprocess, "run", lambda command, **k: fake(command) if "--task" in command else None
+    )
+    assert module.run_all(experiment, tmp_path / "e.yaml", 2, None) == ["q/1", "d/1", "sweep:s"]
+    assert started.index("q/0") < started.index("d/0") and started.index("e/0") < started.index("sweep:t")
+    assert sorted(started) == ["d/0", "e/0", "q/0", "q/1", "sweep:t"]
+    started.clear()
+    started.append("q/1")  # this time it works
+    assert module.run_all(experiment, tmp_path / "e.yaml", 2, None) == []
+    assert started[1:] == ["q/1", "d/1", "sweep:s"]
+    assert module.run_all(experiment, tmp_path / "e.yaml", 2, None) == [] and len(started) == 4
+    runs = json.loads((tmp_path / "recorded" / "runs.json").read_text())
+    assert [(run["arm"], run["seed"]) for run in runs] == [("q", 0), ("d", 0), ("e", 0), ("q", 1), ("d", 1)]
+
+
+# ---- the page ----------------------------------------------------------------------------------------------------
+
+
+def recorded(tmp_path):
+    """A test sweep with numbers that are known, and logs of three seeds."""
+
+    def row(name, x, y, seeds=1, **kwargs):
+        cells = {"diversity_heldout": np.full((6, seeds), x), "adherence": np.full((6, seeds), y)}
+        cells = {k: v + 0.001 * np.arange(6)[:, None] for k, v in cells.items()}
+        system = System(name, single("x") * seeds, **kwargs)
+        return SystemResult(system, metrics={k: mean_estimate(v) for k, v in cells.items()}, cells=cells)
+
+    rows = [
+        row("base γ=1", 0.5, 0.6, role="base", series="guidance on the base"),
+        row("base γ=3", 0.1, 0.8, role="guided", series="guidance on the base", guidance_scale=3.0),
+        row("β=0", 0.1, 0.8, 3), row("β=40", 0.3, 0.75, 3),
+        *(row(f"LERP λ={w:g}", 0.1 + 0.2 * w, 0.8 - 0.05 * w**2, 3, series="merges", role="merge", merge_weight=w)
+          for w in (0.0, 0.5, 1.0)),
+    ]  # fmt: skip
+    settings = {"num_generations": 8, "machine": "a machine"}
+    Results([f"p{i}" for i in range(6)], rows, settings).save(tmp_path / "test")
+    lines = ["arm,seed,step,kl/clip,reward/diversity,step_time"]
+    lines += [f"beta-40,{seed},{step},{seed + 1.0},0.{step},1.5" for seed in range(3) for step in range(1, 9)]
+    (tmp_path / "training.csv").write_text("\n".join(lines) + "\n")
+    runs = [
+        {"arm": "beta-40", "seed": seed, "seconds": 3600, "commit": "abc", "alarms": []} for seed in range(3)
+    ]
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    return tmp_path
+
+
+def test_page_is_built_from_recorded_numbers_alone(tmp_path):
+    """Catches numbers that do not come from the files, and an arm that is missing without being said so."""
+    from report import build
+
+    build(recorded(tmp_path), tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert (
+        "took 3.0 hours" in page and "Training seeds: 0, 1, 2" in page and "6 test prompts × 8 clips" in page
+    )
+    assert "| β=40 | 0.75" in page
+    assert "| β=40 − β=0 | **-0.050" in page
+    assert "| offline − β=0 | – |" in page, "what was not evaluated is a dash"
+    assert "| β = 40 | 3 | 2 ± 1 |" in page, "mean over seeds of 1, 2 and 3 nats, ± their standard deviation"
+    assert "not measured" in page
+    for name in ("training", "test/front", "test/lerp-merges"):
+        assert (tmp_path / f"{name}.svg").is_file() and (tmp_path / f"{name}.csv").is_file()
+
+
+def test_quality_at_equal_diversity_is_read_between_the_sweep_s_points(tmp_path):
+    """By hand: at 0.3 the line from (0.1, 0.8) to (0.5, 0.6) has 0.7; a student with 0.75 lies 0.05 above it."""
+    from report import at_equal_diversity
+
+    results = Results.load(recorded(tmp_path) / "test")
+    assert at_equal_diversity(results, "β=40", "guidance on the base").estimate == pytest.approx(0.05)
+    assert at_equal_diversity(results, "β=0", "guidance on the base").estimate == pytest.approx(0.0)
+    assert at_equal_diversity(results, "β=99", "guidance on the base") is None
+
+
+def test_page_without_a_test_sweep_is_refused(tmp_path):
+    from report import build
+
+    with pytest.raises(FileNotFoundError, match=r"run experiment\.py first"):
+        build(tmp_path, tmp_path / "page.md")
