@@ -105,6 +105,11 @@ class Player:
         """Its processor."""
         return self._loaded[1]
 
+    @cached_property
+    def weights(self) -> RolloutWeights:
+        """What is sampled from, made once: the model does not change while it is evaluated."""
+        return RolloutWeights.from_model(self.model)
+
     @property
     def sampling_rate(self) -> int:
         """Of the audio, in Hz."""
@@ -169,7 +174,7 @@ def generations(
         return kept
     sampling = system.sampling
     per_batch = max(1, _BATCH // clips.num_generations)
-    weights = RolloutWeights.from_model(player.model)
+    weights = player.weights  # made here, lest the first batch's time contain it
     codes, seconds, batches = [], [], []
     for start in range(0, len(clips.prompts), per_batch):
         prompts = list(clips.prompts[start : start + per_batch])

@@ -71,9 +71,10 @@ class _Decoder:
         shape = self.weights.shape
         text = self.weights.project_text(condition)
         mask = condition.attention_mask.to(self.weights.device)
-        # The smallest number and not −inf: a row masked throughout must give 0 (as its values are), not NaN.
+        # Finite, not −inf: a row masked throughout must give 0 (as its values are), not NaN. And with room to
+        # spare, since kernels multiply it (by log2 e).
         bias = torch.zeros(mask.shape, dtype=self.cache_dtype, device=self.weights.device)
-        bias.masked_fill_(mask == 0, torch.finfo(self.cache_dtype).min)
+        bias.masked_fill_(mask == 0, torch.finfo(self.cache_dtype).min / 4)
         flat = text.flatten(0, 1)
         keys_values = []
         for layer in self.weights.layers:

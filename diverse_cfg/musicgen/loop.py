@@ -28,6 +28,11 @@ ALIGNMENT = 16
 _failed_captures: set[str] = set()
 
 
+def default_mode(device: torch.device) -> str:
+    """How a device is used best: "graph" on a GPU, "eager" elsewhere."""
+    return "graph" if device.type == "cuda" else "eager"
+
+
 class DecodeLoop:
     """Samples one batch of clips; may be started again for another batch of the same shape.
 
@@ -55,10 +60,11 @@ class DecodeLoop:
         shape, device = weights.shape, weights.device
         self.settings = settings
         self.num_frames = num_frames
+        self.num_tokens = condition.attention_mask.shape[1]
         self.delays = shape.delays
         self.num_steps = num_frames + max(self.delays)
         self.pad = shape.vocab_size
-        self.mode = mode or ("graph" if device.type == "cuda" else "eager")
+        self.mode = mode or default_mode(device)
         # Attention kernels of GPUs want masks of aligned length.
         self.context = self.num_steps if self.mode == "eager" else _round_up(self.num_steps, ALIGNMENT)
         decoder = EagerDecoder if self.mode == "eager" else StaticDecoder
@@ -68,7 +74,7 @@ class DecodeLoop:
         self.steps = torch.arange(self.context, device=device)
         self.ids = torch.empty(cells[1:], dtype=torch.long, device=device)
         frame = torch.arange(self.num_steps)[:, None] - torch.tensor(self.delays)
-        self.has_code = ((frame >= 0) & (frame < num_frames))[:, None].to(device)
+        self.no_code = ((frame < 0) | (frame >= num_frames))[:, None].to(device)
         self.uniforms = torch.zeros(cells, device=device)
         self.codes = torch.zeros(cells, dtype=torch.long, device=device)
         self.logps = torch.zeros(cells, device=device)
@@ -105,7 +111,7 @@ class DecodeLoop:
         logits = sampling_logits(self.decoder.step(self.ids, step), self.settings)
         codes, logps, totals = draw(logits, self.uniforms[step], self.settings.greedy)
         self.codes[step], self.logps[step], self.totals[step] = codes, logps, totals
-        self.ids = torch.where(self.has_code[step], codes, self.pad)
+        self.ids = codes.masked_fill(self.no_code[step], self.pad)
 
     def _advance(self, length: int) -> None:
         """One step by tensors alone: their addresses stay, so that a graph can repeat it."""
@@ -118,7 +124,7 @@ class DecodeLoop:
         self.codes.index_copy_(0, self.position, codes[None])
         self.logps.index_copy_(0, self.position, logps[None])
         self.totals.index_copy_(0, self.position, totals[None])
-        self.ids.copy_(torch.where(self.has_code.index_select(0, self.position)[0], codes, self.pad))
+        self.ids.copy_(codes.masked_fill(self.no_code.index_select(0, self.position)[0], self.pad))
         self.position.add_(1)
 
     def _rewind(self) -> None:
@@ -130,26 +136,30 @@ class DecodeLoop:
 
     def _capture(self) -> None:
         """Record the static body for every bucket; where that fails, say why once and do without."""
+        graphs = {}
         try:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            pool = torch.cuda.graph_pool_handle()
-            for length in sorted({self._bucket(step) for step in range(self.num_steps)}):
-                # Libraries allocate their workspaces on first use, which a capture must not see.
-                with torch.cuda.stream(stream):
-                    for _ in range(2):
-                        self._rewind()
+            with torch.cuda.device(self.position.device):
+                stream = torch.cuda.Stream()
+                pool = torch.cuda.graph_pool_handle()
+                for length in sorted({self._bucket(step) for step in range(self.num_steps)}):
+                    # Libraries allocate their workspaces on first use, which a capture must not see.
+                    stream.wait_stream(torch.cuda.current_stream())
+                    with torch.cuda.stream(stream):
+                        for _ in range(2):
+                            self._rewind()
+                            self._advance(length)
+                    torch.cuda.current_stream().wait_stream(stream)
+                    self._rewind()
+                    graph = torch.cuda.CUDAGraph()
+                    # Other threads (a loader that pins memory, a watchdog) go on calling the driver meanwhile.
+                    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                         self._advance(length)
-                torch.cuda.current_stream().wait_stream(stream)
-                self._rewind()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool):
-                    self._advance(length)
-                self._graphs[length] = graph
+                    graphs[length] = graph
+            self._graphs = graphs
         except torch.OutOfMemoryError:
             raise  # a smaller batch is the remedy, not another mode
         except RuntimeError as error:
-            self._graphs, self.mode = {}, "static"
+            self.mode = "static"
             if str(error) not in _failed_captures:
                 _failed_captures.add(str(error))
                 logger.warning(

@@ -6,16 +6,15 @@ on its prompt, the settings, the seed and its sample id only: not on the batch i
 processes. Stock `generate` is the reference backend (`reference`), driven by the same random numbers.
 """
 
-import gc
-import logging
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diverse_cfg.functional.codebooks import num_decoder_steps, revert_delay_pattern
-from diverse_cfg.musicgen.loop import DecodeLoop
+from diverse_cfg.musicgen.batches import automatic_batch, in_batches
+from diverse_cfg.musicgen.loop import DecodeLoop, default_mode
 from diverse_cfg.musicgen.policy import encode_text, frame_rate, require_prompts, unwrap
 from diverse_cfg.musicgen.reference import generate_codes
 from diverse_cfg.musicgen.sampling import SamplingSettings, keyed_uniforms, not_finite
@@ -32,22 +31,12 @@ __all__ = [
     "sample_codes",
 ]
 
-logger = logging.getLogger(__name__)
-
 MAX_SECONDS = 30
 """What MusicGen was trained on; longer music needs a sliding window, which is out of scope for now."""
 
 ROLLOUT_BACKENDS = ("fast", "transformers")
 
-_LARGEST_BATCH = 64
-_LARGEST_GPU_BATCH = 256
-# What the caches of a batch may take where nobody chose a batch size: a CPU that runs out of memory does not
-# raise, it is killed.
-_CPU_CACHE_BYTES = 2 << 30
-_GPU_CACHE_SHARE = 0.5
 _TEXT_BUCKET = 32
-
-T = TypeVar("T")
 
 
 def fast_generate(
@@ -102,6 +91,7 @@ def fast_generate(
     Raises:
         ValueError: a prompt, number, length or backend that cannot work; nothing has been computed then.
         FloatingPointError: logits that are not finite; names prompt and step.
+        torch.OutOfMemoryError: not even one clip fits.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     settings = SamplingSettings(guidance_scale, temperature, top_k, top_p, min_p)
@@ -135,11 +125,9 @@ def fast_generate(
             return generate_codes(model, text, num_frames, settings, uniforms[rows], avoided, names)
         return _sample(weights, text, num_frames, settings, uniforms[rows], avoided, names)
 
-    batches = _in_batches(num_clips, batch_size or _automatic_batch(model, num_frames, settings), sample)
-    codes = torch.cat([codes for codes, _ in batches])
-    logps = torch.cat([logps for _, logps in batches]) if return_logps else None
+    codes, logps = _batched(model, weights, num_clips, num_frames, settings, batch_size, sample)
     waveforms = decode_codes(model, codes) if decode else None
-    return Rollout(codes, logps, waveforms, _sampling_rate(model))
+    return Rollout(codes, logps if return_logps else None, waveforms, _sampling_rate(model))
 
 
 def sample_codes(
@@ -156,10 +144,12 @@ def sample_codes(
     sample_ids: Sequence[int] | None = None,
     return_logps: bool = False,
     negative_condition: TextCondition | None = None,
+    batch_size: int | None = None,
+    names: Sequence[str] | None = None,
     weights: RolloutWeights | None = None,
     dtype: torch.dtype | None = None,
 ) -> Rollout:
-    """Sample one clip of codes per row of `condition`, all in one batch.
+    """Sample one clip of codes per row of `condition`.
 
     The model is only read; its mode, gradients and the global random state stay as they were.
 
@@ -177,6 +167,8 @@ def sample_codes(
             steps and processes. Rows with the same seed and id share their random numbers.
         return_logps: record the log-probability of every code under the distribution it was drawn from.
         negative_condition: N rows in the place of the null prompt.
+        batch_size: see `fast_generate`.
+        names: what an error calls each row [N], such as its prompt.
         weights: a snapshot to sample from; refresh it when the model has changed.
         dtype: of a snapshot taken now.
 
@@ -186,6 +178,7 @@ def sample_codes(
     Raises:
         ValueError: no rows, settings out of range, or more frames than the model can play.
         FloatingPointError: logits that are not finite; names row and step.
+        torch.OutOfMemoryError: not even one clip fits.
     """
     settings = SamplingSettings(guidance_scale, temperature, top_k, top_p, min_p)
     _check_length(model, num_frames)
@@ -193,10 +186,18 @@ def sample_codes(
         raise ValueError("the condition has no rows: there is nothing to sample")
     if negative_condition is not None and len(negative_condition) != len(condition):
         raise ValueError(f"{len(negative_condition)} negative conditions for {len(condition)} clips")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
     uniforms = _uniforms(model, seed, _checked_ids(sample_ids, len(condition)), num_frames)
-    weights = weights or RolloutWeights.from_model(model, dtype)
-    names = [f"row {row} of the condition" for row in range(len(condition))]
-    codes, logps = _sample(weights, condition, num_frames, settings, uniforms, negative_condition, names)
+    snapshot = weights or RolloutWeights.from_model(model, dtype)
+    names = names or [f"row {row} of the condition" for row in range(len(condition))]
+
+    def sample(rows: slice) -> tuple[Tensor, Tensor]:
+        avoided = None if negative_condition is None else negative_condition.select(rows)
+        text = condition.select(rows)
+        return _sample(snapshot, text, num_frames, settings, uniforms[rows], avoided, names[rows])
+
+    codes, logps = _batched(model, snapshot, len(condition), num_frames, settings, batch_size, sample)
     return Rollout(codes, logps if return_logps else None, None, _sampling_rate(model))
 
 
@@ -235,7 +236,7 @@ def decode_codes(model: nn.Module, codes: Tensor, *, batch_size: int = 16) -> Te
         audio = [codec.decode(channel[None], [None]).audio_values for channel in channels]
         return torch.cat(audio, dim=1) if stereo else audio[0][:, 0]
 
-    return torch.cat(_in_batches(len(codes), batch_size, decode))
+    return torch.cat(in_batches(len(codes), batch_size, decode))
 
 
 def check_request(
@@ -265,6 +266,29 @@ def check_request(
             )
 
 
+def _batched(
+    model: nn.Module,
+    weights: RolloutWeights | None,
+    num_clips: int,
+    num_frames: int,
+    settings: SamplingSettings,
+    batch_size: int | None,
+    sample: Callable[[slice], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """All clips, in batches of the size that was asked for, or that fits and has fitted before."""
+    sizes = {} if weights is None else weights.batch_sizes
+    key = (num_frames, settings.guided, batch_size)
+    if key not in sizes:
+        dtype = unwrap(model).decoder.dtype if weights is None else weights.dtype
+        sizes[key] = batch_size or automatic_batch(model, num_frames, settings.guided, dtype)
+
+    def remember(size: int) -> None:
+        sizes[key] = size
+
+    codes, logps = zip(*in_batches(num_clips, sizes[key], sample, remember), strict=True)
+    return torch.cat(codes), torch.cat(logps)
+
+
 @torch.no_grad()
 def _sample(
     weights: RolloutWeights,
@@ -281,8 +305,12 @@ def _sample(
         condition = _stacked(condition, negative)
     # The caller's autocast must not reach in: the dtype of the rollout is that of its weights.
     with torch.autocast(weights.device.type, enabled=False):
-        loop = _loop_for(weights, condition, num_clips, num_frames, settings)
-        loop.run(uniforms)
+        try:
+            loop = _loop_for(weights, condition, num_clips, num_frames, settings)
+            loop.run(uniforms)
+        except BaseException:
+            weights.loops.clear()  # of no use half-captured, and a smaller batch needs the memory
+            raise
     unusable = ~torch.isfinite(loop.totals)
     if unusable.any():
         step, clip, _ = unusable.nonzero()[0].tolist()
@@ -299,59 +327,21 @@ def _loop_for(
     num_frames: int,
     settings: SamplingSettings,
 ) -> DecodeLoop:
-    """A loop for this batch; a GPU keeps the last one with its graphs, for any text of similar length."""
-    if weights.device.type != "cuda":
-        return DecodeLoop(weights, condition, num_clips, num_frames, settings)
-    missing = -condition.attention_mask.shape[1] % _TEXT_BUCKET
-    condition = _padded(condition, condition.attention_mask.shape[1] + missing)
-    key = (condition.attention_mask.shape, num_clips, num_frames, settings)
-    if key in weights.loops:
-        weights.loops[key].reset(condition)
-    else:
-        weights.loops.clear()  # two sets of caches would not fit where one just does
-        weights.loops[key] = DecodeLoop(weights, condition, num_clips, num_frames, settings)
+    """A loop for this batch; a GPU keeps the last one with its graphs, for any text that is not longer."""
+    mode = default_mode(weights.device)
+    if mode == "eager":
+        return DecodeLoop(weights, condition, num_clips, num_frames, settings, mode)
+    num_tokens = condition.attention_mask.shape[1]
+    key = (len(condition), num_clips, num_frames, settings)
+    loop = weights.loops.get(key)
+    if loop is not None and num_tokens <= loop.num_tokens:
+        loop.reset(_padded(condition, loop.num_tokens))
+        return loop
+    del loop
+    weights.loops.clear()  # two sets of caches would not fit where one just does
+    condition = _padded(condition, num_tokens + -num_tokens % _TEXT_BUCKET)
+    weights.loops[key] = DecodeLoop(weights, condition, num_clips, num_frames, settings, mode)
     return weights.loops[key]
-
-
-def _automatic_batch(model: nn.Module, num_frames: int, settings: SamplingSettings) -> int:
-    """As many clips as have room for their keys and values."""
-    policy = unwrap(model)
-    config = policy.decoder.config
-    steps = num_decoder_steps(num_frames, config.num_codebooks, config.audio_channels)
-    clip_bytes = 2 * config.num_hidden_layers * config.hidden_size * steps * policy.decoder.dtype.itemsize
-    clip_bytes *= 2 if settings.guided else 1
-    if policy.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(policy.device)
-        return max(1, min(_LARGEST_GPU_BATCH, int(_GPU_CACHE_SHARE * free) // clip_bytes))
-    return max(1, min(_LARGEST_BATCH, _CPU_CACHE_BYTES // clip_bytes))
-
-
-def _in_batches(total: int, batch_size: int, run: Callable[[slice], T]) -> list[T]:
-    """Call `run` on consecutive slices of `total` rows; when memory runs out, go on with half the rows."""
-    results: list[T] = []
-    start = 0
-    while start < total:
-        batch_size = min(batch_size, total - start)
-        try:
-            results.append(run(slice(start, start + batch_size)))
-        except (RuntimeError, MemoryError) as error:
-            if batch_size == 1 or not _out_of_memory(error):
-                raise
-            message = str(error)
-        else:
-            start += batch_size
-            continue
-        # Outside of the handler: inside, the traceback would keep the failed batch's tensors alive.
-        batch_size = (batch_size + 1) // 2
-        logger.warning("out of memory, going on with %d clips at once: %s", batch_size, message)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    return results
-
-
-def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _check_length(model: nn.Module, num_frames: int) -> None:

@@ -83,6 +83,8 @@ class RolloutWeights:
         self.compiled = compiled
         self.loops: dict[Any, Any] = {}
         """Loops kept by `rollout` for their CUDA graphs, which stay valid as long as these tensors do."""
+        self.batch_sizes: dict[Any, int] = {}
+        """Clips at once that `rollout` found to fit, so that memory does not run out in every call."""
         num_layers = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers."))
         self.layers = [
             LayerWeights(

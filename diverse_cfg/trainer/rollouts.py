@@ -63,7 +63,10 @@ class Rollouts(RLOOTrainer):
         for is_teacher in (False, True):
             chosen = rows[from_teacher == is_teacher]
             if len(chosen):
-                codes[chosen] = self._sample(condition.select(chosen), sample_ids[chosen], seed, is_teacher)
+                names = [f"the clip of prompt {prompts[row]!r}" for row in chosen.tolist()]
+                codes[chosen] = self._sample(
+                    condition.select(chosen), sample_ids[chosen], seed, is_teacher, names=names
+                )
         rate = unwrap(self.model).config.audio_encoder.sampling_rate
         self._rollout = Rollout(codes, None, None, rate)
         self._pending = {"condition": condition, "from_teacher": from_teacher}
@@ -80,32 +83,29 @@ class Rollouts(RLOOTrainer):
         seed: int,
         is_teacher: bool,
         guidance_scale: float | None = None,
+        names: list[str] | None = None,
     ) -> Tensor:
         """Codes [N, K, T] from the student without guidance, or from the teacher with its own."""
         if guidance_scale is None:
             guidance_scale = self.args.guidance_scale if is_teacher else 1.0
-        batch = self.args.rollout_batch_size or len(condition)
         negative = (
             self._teacher.unconditional(condition) if guidance_scale > 1 and self._teacher.negative else None
         )
         student = contextlib.nullcontext(unwrap(self.model))
         with self._teacher.policy() if is_teacher else student as policy:
-            weights = self._rollout_weights(policy, is_teacher)
-            codes = [
-                sample_codes(
-                    policy,
-                    condition.select(rows),
-                    self._num_frames,
-                    guidance_scale=guidance_scale,
-                    temperature=self.args.temperature,
-                    seed=seed,
-                    sample_ids=sample_ids[rows].tolist(),
-                    negative_condition=None if negative is None else negative.select(rows),
-                    weights=weights,
-                ).codes
-                for rows in torch.arange(len(condition), device=sample_ids.device).split(batch)
-            ]
-        return torch.cat(codes)
+            return sample_codes(
+                policy,
+                condition,
+                self._num_frames,
+                guidance_scale=guidance_scale,
+                temperature=self.args.temperature,
+                seed=seed,
+                sample_ids=sample_ids.tolist(),
+                negative_condition=negative,
+                batch_size=self.args.rollout_batch_size,
+                names=names,
+                weights=self._rollout_weights(policy, is_teacher),
+            ).codes
 
     def _rollout_weights(self, policy: nn.Module, is_teacher: bool) -> RolloutWeights:
         """The fused copy to sample from, kept for its CUDA graphs; the teacher's never changes."""

@@ -12,7 +12,7 @@ from diverse_cfg.evaluation.generations import ClipSet, Player
 from diverse_cfg.evaluation.sweep import Sweep
 from diverse_cfg.evaluation.systems import System, expand_systems, single
 from diverse_cfg.musicgen.loading import load_policy, load_processor
-from diverse_cfg.musicgen.rollout import fast_generate
+from diverse_cfg.musicgen.rollout import RolloutWeights, fast_generate
 from tests.evaluation.worlds import CountingJudge, broken_audio, encoder_folder, save_sibling, small_sweep
 from tests.tiny import PROMPTS, save_tiny
 
@@ -63,6 +63,17 @@ def test_every_system_plays_the_same_prompts_with_the_same_noise(folders, tmp_pa
         decode=False,
     ).codes
     np.testing.assert_array_equal(codes.reshape(12, 4, 12), direct.numpy())
+
+
+def test_weights_are_fused_once_for_all_seeds(folders, tmp_path, monkeypatch):
+    """Fault: a copy of the decoder for every seed. Another system must not play with this one's weights."""
+    fuse, fused = RolloutWeights.from_model, []
+    monkeypatch.setattr(RolloutWeights, "from_model", lambda *args: fused.append(args) or fuse(*args))
+    sweep = small_sweep(tmp_path, seeds=(0, 1))
+    systems = expand_systems([{"name": "a", "model": folders[0]}, {"name": "b", "model": folders[1]}])
+    codes = [sweep._replicate(system, system.replicates[0], None).codes for system in systems]
+    assert len(fused) == 2
+    assert not np.array_equal(*codes)
 
 
 def test_batches_do_not_matter(folders, tmp_path, monkeypatch):

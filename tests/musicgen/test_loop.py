@@ -1,13 +1,17 @@
 """The loop's static body, which CUDA graphs replay: held against the eager one, on a CPU."""
 
 import math
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from diverse_cfg.musicgen.loop import DecodeLoop
 from diverse_cfg.musicgen.policy import encode_text, load_policy
-from diverse_cfg.musicgen.rollout import RolloutWeights, sample_codes
+from diverse_cfg.musicgen.rollout import RolloutWeights, fast_generate, sample_codes
 from diverse_cfg.musicgen.sampling import SamplingSettings, keyed_uniforms
 from diverse_cfg.types import TextCondition
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
@@ -52,6 +56,128 @@ def test_the_static_body_of_gpus_plays_the_same_clips(
     torch.testing.assert_close(static.logps, eager.logps, atol=1e-5, rtol=0)
 
 
+class OnOneDevice(TorchDispatchMode):
+    """Fails at an operation that touches a tensor of another device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        assert all(tensor.device.type == "meta" for tensor in tensors), func
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_never_touches_the_host(dtype):
+    """A capture forbids copies from and to the host. On the meta device, reading a value raises, too."""
+    weights = RolloutWeights.from_model(load_policy(tiny_musicgen()), dtype)
+    weights = RolloutWeights(weights.shape, {name: t.to("meta") for name, t in weights.tensors.items()})
+    condition = TextCondition(
+        torch.empty(4, 32, 12, device="meta"), torch.empty(4, 32, dtype=torch.long, device="meta")
+    )
+    every_filter = SamplingSettings(3.0, temperature=0.9, top_k=9, top_p=0.9, min_p=0.01)
+    for settings in (every_filter, SamplingSettings(1.0, temperature=0.0)):
+        loop = DecodeLoop(weights, condition, 4, FRAMES, settings, mode="static")
+        with OnOneDevice(), torch.no_grad():
+            loop._advance(16)
+    host = torch.zeros(3)
+    with OnOneDevice(), pytest.raises(AssertionError, match="_to_copy"):
+        host.to("meta")
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """CUDA graphs played on a CPU: a replay runs what was captured. Returns the captured graphs."""
+    captured, last, advance = [], [], DecodeLoop._advance
+
+    def advancing(loop, length):
+        last[:] = [loop, length]
+        advance(loop, length)
+
+    class Graph:
+        def replay(self):
+            advance(*self.body)
+
+    @contextmanager
+    def capture(graph, pool, capture_error_mode):
+        assert pool == "pool"
+        yield
+        graph.body = tuple(last)
+        captured.append(graph)
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(DecodeLoop, "_advance", advancing)
+    for name, value in {
+        "device": nullcontext,
+        "Stream": lambda: stream,
+        "stream": nullcontext,
+        "current_stream": lambda: stream,
+        "graph_pool_handle": lambda: "pool",
+        "CUDAGraph": Graph,
+        "graph": capture,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr("diverse_cfg.musicgen.loop.BUCKET", 8)
+    monkeypatch.setattr("diverse_cfg.musicgen.rollout.default_mode", lambda device: "graph")
+    monkeypatch.setattr("diverse_cfg.musicgen.rollout._TEXT_BUCKET", 4)
+    return captured
+
+
+def graph_codes(model, prompts, weights=None, backend="fast"):
+    return fast_generate(
+        model,
+        prompts,
+        processor=tiny_processor(),
+        num_frames=FRAMES,
+        seed=1,
+        decode=False,
+        weights=weights,
+        rollout_backend=backend,
+    ).codes
+
+
+def test_graphs_are_kept_for_texts_that_fit_and_weights_that_change(graphs):
+    """Faults: a capture for every batch; text, context or weights of the last batch still inside a graph."""
+    model = load_policy(tiny_musicgen())
+    weights = RolloutWeights.from_model(model)
+    for prompts, captures in ((PROMPTS[:2], 3), (["sad cello"] * 2, 3), (PROMPTS[2:], 6), (PROMPTS[:2], 6)):
+        expected = graph_codes(model, prompts, backend="transformers")
+        assert torch.equal(graph_codes(model, prompts, weights), expected)
+        assert len(graphs) == captures
+    assert [graph.body[1] for graph in graphs] == [8, 16, 24] * 2
+    with torch.no_grad():
+        model.decoder.lm_heads[0].weight.mul_(-1)
+    assert torch.equal(graph_codes(model, prompts, weights), expected)  # a snapshot shares nothing
+    weights.refresh(model)
+    expected = graph_codes(model, prompts, backend="transformers")
+    assert torch.equal(graph_codes(model, prompts, weights), expected)
+    assert len(graphs) == 6
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), KeyboardInterrupt()])
+def test_a_capture_that_is_cut_short_leaves_nothing_behind(graphs, error, monkeypatch):
+    """Fault: the next batch replays the graphs that there are, and finds one missing."""
+    model = load_policy(tiny_musicgen())
+    weights = RolloutWeights.from_model(model)
+    capture = torch.cuda.graph
+
+    @contextmanager
+    def failing(graph, pool, capture_error_mode):
+        with capture(graph, pool, capture_error_mode):
+            yield
+        if len(graphs) == 2:
+            raise error
+
+    monkeypatch.setattr(torch.cuda, "graph", failing)
+    expected = graph_codes(model, PROMPTS, backend="transformers")
+    if isinstance(error, KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            graph_codes(model, PROMPTS, weights)
+        assert not weights.loops
+    assert torch.equal(graph_codes(model, PROMPTS, weights), expected)
+    sizes = {graph.body[0].decoder.num_clips for graph in graphs[2:]}
+    assert sizes == ({4} if isinstance(error, KeyboardInterrupt) else {2})
+
+
 def test_a_graph_that_cannot_be_captured_is_reported_once(monkeypatch, caplog):
     """Never a silent fallback, and the clips are the same."""
     model = load_policy(tiny_musicgen())
@@ -61,6 +187,7 @@ def test_a_graph_that_cannot_be_captured_is_reported_once(monkeypatch, caplog):
     def fail():
         raise RuntimeError("no stream here")
 
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(torch.cuda, "Stream", fail)
     uniforms = keyed_uniforms(0, range(4), 4, FRAMES)
     weights = RolloutWeights.from_model(model)

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from scipy import stats
 
 from diverse_cfg.functional.guidance import guided_logits
-from diverse_cfg.musicgen import rollout as rollouts
+from diverse_cfg.musicgen import batches
 from diverse_cfg.musicgen.loop import DecodeLoop
 from diverse_cfg.musicgen.policy import (
     LORA_TARGET_MODULES,
@@ -160,13 +160,18 @@ def test_a_clip_does_not_depend_on_its_batch():
 def test_the_automatic_batch_keeps_the_caches_small(monkeypatch):
     """64 guided clips of 10 s at musicgen-small's shape would take 12 GB of caches, and a CPU is killed."""
     model, sizes = policy_of(), []
+    condition = encode_text(model, tiny_processor(), PROMPTS)
     run = DecodeLoop.run
     monkeypatch.setattr(DecodeLoop, "run", lambda loop, noise: sizes.append(len(noise)) or run(loop, noise))
     # 2 layers × keys and values × 16 wide × 21 steps × 4 bytes, twice with guidance
-    monkeypatch.setattr(rollouts, "_CPU_CACHE_BYTES", 3 * 2 * 2 * 16 * 21 * 4)
+    monkeypatch.setattr(batches, "_CPU_CACHE_BYTES", 3 * 2 * 2 * 16 * 21 * 4)
     for guidance_scale in (1.0, 3.0):
         generate(model, guidance_scale=guidance_scale, decode=False)
-    assert sizes == [3, 1, 1, 1, 1, 1]
+        sample_codes(model, condition, FRAMES, guidance_scale=guidance_scale, dtype=torch.bfloat16)
+    # Four clips in two batches of equal size, and one by one with guidance.
+    assert sizes == [2, 2, 2, 2, *[1] * 8]
+    with pytest.raises(ValueError, match="batch_size=0"):
+        sample_codes(model, condition, FRAMES, batch_size=0)
 
 
 @pytest.mark.parametrize("backend", ["fast", "transformers"])
@@ -177,6 +182,15 @@ def test_batch_size_changes_nothing(backend):
     )
     assert torch.equal(whole.codes, split.codes)
     torch.testing.assert_close(whole.waveforms, split.waveforms)
+    if backend == "fast":
+        condition = encode_text(model, tiny_processor(), PROMPTS).repeat_interleave(2)
+        negative = encode_text(model, tiny_processor(), PROMPTS[::-1]).repeat_interleave(2)
+        settings = {"guidance_scale": 2.0, "negative_condition": negative, "return_logps": True}
+        whole_rows, split_rows = (
+            sample_codes(model, condition, FRAMES, batch_size=size, **settings) for size in (None, 3)
+        )
+        assert torch.equal(whole_rows.codes, split_rows.codes)
+        torch.testing.assert_close(whole_rows.logps, split_rows.logps)
     # Grouped: the clips of a prompt are adjacent.
     again = generate(model, PROMPTS[1:2], num_generations=2, sample_ids=[2, 3], rollout_backend=backend)
     assert torch.equal(again.codes, whole.codes[2:4])

@@ -9,7 +9,7 @@ import torch
 from diverse_cfg.musicgen.decoders import EagerDecoder
 from diverse_cfg.musicgen.loop import DecodeLoop
 from diverse_cfg.musicgen.policy import encode_text, load_policy
-from diverse_cfg.musicgen.rollout import fast_generate, sample_codes
+from diverse_cfg.musicgen.rollout import RolloutWeights, fast_generate, sample_codes
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
 
 FRAMES = 18
@@ -58,29 +58,68 @@ def test_an_exception_leaves_everything_as_it_was(backend, monkeypatch):
     assert torch.equal(generate(model, rollout_backend=backend).codes, generate(policy_of()).codes)
 
 
-def test_out_of_memory_halves_the_batch(monkeypatch, caplog):
-    model = policy_of()
-    expected = generate(model, num_generations=2)
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    MemoryError("Unable to allocate 2 GiB"),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+]
+
+
+@pytest.fixture
+def limited(monkeypatch):
+    """Memory for three clips at once; the list of what was tried."""
     run, sizes = DecodeLoop.run, []
 
-    def limited(loop, uniforms):
+    def running(loop, uniforms):
         sizes.append(len(uniforms))
         if len(uniforms) > 3:
-            raise torch.OutOfMemoryError("out of memory")
+            run(loop, uniforms)  # the failure comes late, when everything has been written to
+            raise sizes.error
         run(loop, uniforms)
 
-    monkeypatch.setattr(DecodeLoop, "run", limited)
-    ours = generate(model, num_generations=2)
-    assert sizes == [8, 4, 2, 2, 2, 2]
-    assert torch.equal(ours.codes, expected.codes)
-    assert "going on with 4 clips" in caplog.text
+    class Sizes(list):
+        error = ERRORS[0]
 
+    sizes = Sizes()
+    monkeypatch.setattr(DecodeLoop, "run", running)
+    return sizes
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_out_of_memory_halves_the_batch(error, limited, caplog, monkeypatch):
+    """Faults: a failure that could be helped, noise that moves with the batch, a weight that was touched."""
+    model = policy_of()
+    expected = generate(model, num_generations=2, batch_size=2)
+    limited.clear()
+    limited.error = error
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    weights = RolloutWeights.from_model(model)
+    ours = generate(model, num_generations=2, weights=weights)
+    assert limited == [8, 4, 2, 2, 2, 2]
+    assert torch.equal(ours.codes, expected.codes)
+    torch.testing.assert_close(ours.waveforms, expected.waveforms)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    fresh = RolloutWeights.from_model(model)
+    assert all(torch.equal(value, fresh.tensors[name]) for name, value in weights.tensors.items())
+    messages = [record.getMessage().split(":")[0] for record in caplog.records if "memory" in record.message]
+    assert messages == [f"out of memory, going on with {size} clips at once" for size in (4, 2)]
+    # What fits is known from then on.
+    limited.clear()
+    condition = encode_text(model, tiny_processor(), PROMPTS).repeat_interleave(2)
+    again = sample_codes(model, condition, FRAMES, weights=weights)
+    assert limited == [2, 2, 2, 2]
+    assert torch.equal(again.codes, expected.codes)
+
+
+def test_one_clip_that_does_not_fit_is_an_error_with_a_remedy(monkeypatch):
     def never(loop, uniforms):
-        raise torch.OutOfMemoryError("out of memory")
+        raise ERRORS[2]
 
     monkeypatch.setattr(DecodeLoop, "run", never)
-    with pytest.raises(torch.OutOfMemoryError):
-        generate(model)
+    with pytest.raises(torch.OutOfMemoryError, match=r"one clip at once: DefaultCPUAllocator.*shorter clips"):
+        generate(policy_of())
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch):
@@ -119,6 +158,9 @@ def test_broken_row_of_a_condition_is_named():
     condition.hidden_states[2, 0, 0] = math.nan
     with pytest.raises(FloatingPointError, match="row 2 of the condition are not finite at step 0"):
         sample_codes(model, condition, FRAMES)
+    # Named by its caller, and found in its own batch.
+    with pytest.raises(FloatingPointError, match="of sad cello are not finite at step 0"):
+        sample_codes(model, condition, FRAMES, names=PROMPTS, batch_size=1)
 
 
 @pytest.mark.parametrize(
