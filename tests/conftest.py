@@ -12,6 +12,15 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """Converted AudioCraft checkpoints go where the session's files go, not into the developer's home."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("DIVERSE_CFG_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
 @pytest.fixture(autouse=True)
 def _offline(request, monkeypatch):
     """A test that reaches for another machine fails at once, also where a network happens to be."""

@@ -5,12 +5,8 @@ The policy that is trained is always transformers' class; AudioCraft is a format
 """
 
 from diverse_cfg.musicgen.audiocraft.folders import is_audiocraft, load_audiocraft, transformers_folder
-from diverse_cfg.musicgen.audiocraft.live import (
-    from_audiocraft,
-    import_audiocraft,
-    is_live_audiocraft,
-    to_audiocraft,
-)
+from diverse_cfg.musicgen.audiocraft.importing import import_audiocraft
+from diverse_cfg.musicgen.audiocraft.live import from_audiocraft, is_live_audiocraft, to_audiocraft
 from diverse_cfg.musicgen.audiocraft.writing import export_audiocraft
 
 __all__ = [

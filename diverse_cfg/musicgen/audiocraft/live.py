@@ -1,21 +1,14 @@
 """Live AudioCraft objects: taken in for training, and made from a trained model.
 
-`audiocraft` 1.3.0 pins an old stack, so it is installed without its dependencies, and what it imports without
-needing it for MusicGen (readers of audio files, spaCy, xformers) may be absent: `import_audiocraft` puts
-placeholders in their place. Only `to_audiocraft` needs the package; taking an object in works on the object.
+Only `to_audiocraft` needs the package; taking an object in works on the object.
 """
 
 import contextlib
 import copy
 import importlib
-import importlib.util
-import sys
 from collections.abc import Iterator
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import nn
 from torch.nn import functional
@@ -25,28 +18,21 @@ from transformers import (
     GenerationConfig,
     MusicgenForConditionalGeneration,
     MusicgenProcessor,
-    RobertaTokenizer,
-    T5Tokenizer,
 )
 
-from diverse_cfg.musicgen.audiocraft import configuration, names
+from diverse_cfg.musicgen.audiocraft import configuration, names, settings
 from diverse_cfg.musicgen.audiocraft.folders import transformers_folder
+from diverse_cfg.musicgen.audiocraft.importing import import_audiocraft
 from diverse_cfg.musicgen.audiocraft.reading import (
     Parts,
     assemble,
     build_model,
     check_codec,
 )
+from diverse_cfg.musicgen.audiocraft.stored_config import StoredConfig
 from diverse_cfg.musicgen.audiocraft.writing import codec_state, known_text_encoder, language_model_state
 from diverse_cfg.musicgen.layout import num_frames_to_tokens
 
-INSTALL = 'pip install "diverse-cfg[audiocraft]" && pip install --no-deps audiocraft==1.3.0'
-
-# What audiocraft imports at its own import, and MusicGen with text does not call.
-_UNNEEDED = ("torchaudio", "av", "spacy", "num2words", "librosa", "torchmetrics", "xformers")
-_SUBMODULES = ("torchaudio.transforms",)
-# Asked for again whenever an attention runs, so that it stays.
-_STAYS = "xformers"
 _CONDITIONERS = {
     "T5Conditioner": "t5",
     "ChromaStemConditioner": "chroma_stem",
@@ -54,42 +40,6 @@ _CONDITIONERS = {
     "StyleConditioner": "style",
     "LUTConditioner": "lut",
 }
-
-
-def import_audiocraft() -> ModuleType:
-    """The audiocraft package, with placeholders for what it imports and text-conditioned MusicGen never calls.
-
-    The placeholders vanish again after the import, so that no other library believes in them; only that for
-    xformers stays, which audiocraft asks for whenever it attends.
-
-    Raises:
-        ImportError: it is not installed, or not completely; the message says what to run.
-    """
-    if "audiocraft.models" in sys.modules:
-        return sys.modules["audiocraft"]
-    if importlib.util.find_spec("audiocraft") is None:
-        raise ImportError(f"audiocraft is not installed; run: {INSTALL}", name="audiocraft")
-    assert T5Tokenizer and RobertaTokenizer  # imported before any placeholder could mislead transformers
-    before = set(sys.modules)
-    placed = [name for name in _UNNEEDED if not _importable(name)]
-    for name in placed:
-        _place(name)
-    try:
-        audiocraft = importlib.import_module("audiocraft")
-    except BaseException as error:
-        for name in set(sys.modules) - before:
-            if name.split(".")[0] in ("audiocraft", *placed):
-                del sys.modules[name]
-        if isinstance(error, ImportError | OSError):
-            raise ImportError(
-                f"audiocraft is installed, but cannot be imported ({error}); run: {INSTALL}",
-                name="audiocraft",
-            ) from error
-        raise
-    for name in placed:
-        for loaded in [module for module in sys.modules if module.split(".")[0] == name != _STAYS]:
-            del sys.modules[loaded]
-    return audiocraft
 
 
 def is_live_audiocraft(model: Any) -> bool:
@@ -131,7 +81,7 @@ def from_audiocraft(model: Any) -> tuple[MusicgenForConditionalGeneration, Music
     values = _language_model_settings(language_model, seconds)
     values["interleave_stereo_codebooks"] = {"use": stereo, "per_timestep": stereo and codec.per_timestep}
     values["compression_model_n_q"] = (codec.model if stereo else codec).num_codebooks
-    cfg = configuration.StoredConfig(values, f"the live {type(model).__name__}")
+    cfg = StoredConfig(values, f"the live {type(model).__name__}")
     configuration.check_language_model(cfg)
     codec_parts = _codec_parts(codec.model if stereo else codec)
     check_codec(cfg, codec_parts.config, "of the live model")
@@ -174,7 +124,7 @@ def to_audiocraft(model: nn.Module, processor: Any = None) -> Any:
     generation = model.generation_config or GenerationConfig()
     tokenizer = _tokenizer(model, processor)
     name = known_text_encoder(model.config) or "text_encoder"
-    configs = configuration.audiocraft_configs(model.config, generation, name, finetuned_text_encoder=False)
+    configs = settings.audiocraft_configs(model.config, generation, name, finetuned_text_encoder=False)
     cfg = omegaconf.OmegaConf.create(configs.language_model)
     cfg.device = model.device.type
     codec_cfg = omegaconf.OmegaConf.create(configs.codec | {"device": model.device.type})
@@ -187,10 +137,10 @@ def to_audiocraft(model: nn.Module, processor: Any = None) -> Any:
     musicgen = importlib.import_module("audiocraft.models").MusicGen(
         model.config._name_or_path or "diverse-cfg", codec.eval(), language_model.eval()
     )
-    frames = configuration.num_frames(model.config, generation)
+    frames = settings.num_frames(model.config, generation)
     musicgen.set_generation_params(
         use_sampling=bool(generation.do_sample),
-        top_k=configuration.top_k(generation),
+        top_k=settings.top_k(generation),
         top_p=0.0 if generation.top_p in (None, 1.0) else generation.top_p,
         temperature=generation.temperature or 1.0,
         duration=_seconds(frames, musicgen.frame_rate) if frames else musicgen.max_duration,
@@ -312,7 +262,7 @@ def _codec_parts(codec: Any) -> Parts:
             f"the live model decodes with a {type(codec).__name__}, and transformers' MusicGen with an EnCodec: it "
             "cannot be converted"
         )
-    cfg = configuration.StoredConfig(_codec_settings(codec), "the live codec")
+    cfg = StoredConfig(_codec_settings(codec), "the live codec")
     return Parts(configuration.codec_config(cfg), names.codec_to_transformers(codec.state_dict()))
 
 
@@ -370,84 +320,18 @@ def _codec_settings(codec: Any) -> dict[str, Any]:
 
 def _generation(musicgen: Any, model: MusicgenForConditionalGeneration) -> GenerationConfig:
     """How the live object is set to play."""
-    settings, special = musicgen.generation_params, model.config.decoder.vocab_size
+    params, special = musicgen.generation_params, model.config.decoder.vocab_size
     frames = int(musicgen.duration * musicgen.frame_rate)
-    nucleus = settings.get("top_p") or 0.0
+    nucleus = params.get("top_p") or 0.0
     return GenerationConfig(
-        do_sample=bool(settings.get("use_sampling", True)),
-        guidance_scale=float(settings.get("cfg_coef") or configuration.GUIDANCE_SCALE),
-        temperature=float(settings.get("temp") or 1.0),
+        do_sample=bool(params.get("use_sampling", True)),
+        guidance_scale=float(params.get("cfg_coef") or configuration.GUIDANCE_SCALE),
+        temperature=float(params.get("temp") or 1.0),
         # AudioCraft leaves top-k out where it has a top-p.
-        top_k=0 if nucleus else int(settings.get("top_k", configuration.TOP_K)),
+        top_k=0 if nucleus else int(params.get("top_k", configuration.TOP_K)),
         top_p=nucleus or 1.0,
         max_new_tokens=num_frames_to_tokens(frames, model.config),
         pad_token_id=special,
         bos_token_id=special,
         decoder_start_token_id=special,
-    )
-
-
-# ---- placeholders -------------------------------------------------------------------------------------------
-
-
-class _Missing:
-    """Stands for a class or function of a package that is not there; using it says which."""
-
-    name = "it"
-
-    def __init__(self, *_: Any, **__: Any):
-        raise ImportError(
-            f"audiocraft needs {self.name} for this, which is not installed (MusicGen with text does not)"
-        )
-
-
-class _Placeholder(ModuleType):
-    def __getattr__(self, attribute: str) -> Any:
-        if attribute.startswith("__"):
-            raise AttributeError(attribute)
-        return type(attribute, (_Missing,), {"name": f"{self.__name__}.{attribute}"})
-
-
-def _importable(name: str) -> bool:
-    """Whether a real package is there and works; a build for another torch raises OSError."""
-    if name in sys.modules:
-        return True
-    if importlib.util.find_spec(name) is None:
-        return False
-    try:
-        importlib.import_module(name)
-        if name == _STAYS:
-            importlib.import_module("xformers.ops")
-    except (ImportError, OSError, RuntimeError):
-        for loaded in [module for module in sys.modules if module.split(".")[0] == name]:
-            del sys.modules[loaded]
-        return False
-    return True
-
-
-def _place(name: str) -> None:
-    module = _Placeholder(name)
-    module.__spec__ = ModuleSpec(name, None)
-    module.__path__ = []  # type: ignore[attr-defined]
-    sys.modules[name] = module
-    for submodule in _SUBMODULES:
-        if submodule.startswith(f"{name}."):
-            sys.modules[submodule] = _Placeholder(submodule)
-    if name == _STAYS:
-        operations = ModuleType("xformers.ops")
-        operations.unbind = torch.unbind  # type: ignore[attr-defined]
-        operations.memory_efficient_attention = _unsupported_attention  # type: ignore[attr-defined]
-        operations.LowerTriangularMask = _LowerTriangularMask  # type: ignore[attr-defined]
-        module.ops = operations  # type: ignore[attr-defined]
-        sys.modules["xformers.ops"] = operations
-
-
-class _LowerTriangularMask:
-    """Its presence is what makes audiocraft's attention causal; None in its place would not."""
-
-
-def _unsupported_attention(*_: Any, **__: Any) -> Any:
-    raise ImportError(
-        "audiocraft was told to attend with xformers, which is not installed; call "
-        "audiocraft.modules.transformer.set_efficient_attention_backend('torch')"
     )

@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from diverse_cfg.musicgen.audiocraft import configuration, names
+from diverse_cfg.musicgen.audiocraft.stored_config import StoredConfig
 from diverse_cfg.musicgen.layout import canonical_name, expected_tensors
 
 LANGUAGE_MODEL_FILE = "state_dict.bin"
@@ -85,7 +86,7 @@ def read_checkpoint(
         ValueError: what it is, and what to do, when it is no complete MusicGen that transformers can hold.
     """
     package = read_package(language_model)
-    cfg = configuration.StoredConfig(package["xp.cfg"], str(language_model))
+    cfg = StoredConfig(package["xp.cfg"], str(language_model))
     configuration.check_language_model(cfg)
     codec_parts = read_codec(codec)
     check_codec(cfg, codec_parts.config, str(codec))
@@ -114,7 +115,7 @@ def assemble(
     decoder: Any,
     state: Mapping[str, Tensor],
     tokenizer: Any,
-    cfg: configuration.StoredConfig,
+    cfg: StoredConfig,
     generation: GenerationConfig | None = None,
 ) -> Stored:
     """The parts as one model, after checking that every tensor is there and has its shape.
@@ -192,9 +193,9 @@ def read_package(path: Path) -> dict[str, Any]:
     ):
         raise ValueError(f"{path} is a raw training checkpoint: {_EXPORT}")
     if not isinstance(package.get("best_state"), dict) or not isinstance(package.get("xp.cfg"), str):
+        found = ", ".join(map(str, list(package)[:_REPORTED])) or "nothing"
         raise ValueError(
-            f"{path} lacks 'best_state' or 'xp.cfg' (it has {', '.join(map(str, list(package)[:_REPORTED])) or 'nothing'}"
-            f"): it is no AudioCraft export; {_EXPORT}"
+            f"{path} lacks 'best_state' or 'xp.cfg' (it has {found}): it is no AudioCraft export; {_EXPORT}"
         )
     return package
 
@@ -215,7 +216,7 @@ def read_codec(path: Path) -> Parts:
     package = read_package(path)
     if "pretrained" in package:
         return _pretrained_codec(str(package["pretrained"]), path)
-    cfg = configuration.StoredConfig(package["xp.cfg"], str(path))
+    cfg = StoredConfig(package["xp.cfg"], str(path))
     return Parts(configuration.codec_config(cfg), names.codec_to_transformers(package["best_state"]))
 
 
@@ -249,7 +250,7 @@ def _pretrained_codec(name: str, pointer: Path) -> Parts:
     return Parts(model.config, dict(model.state_dict()))
 
 
-def check_codec(cfg: configuration.StoredConfig, codec: EncodecConfig, name: str) -> None:
+def check_codec(cfg: StoredConfig, codec: EncodecConfig, name: str) -> None:
     """Whether the codec speaks the codes of the language model; its bandwidth is set to theirs, in place.
 
     Raises:
@@ -286,7 +287,7 @@ def check_codec(cfg: configuration.StoredConfig, codec: EncodecConfig, name: str
 
 
 def read_text_encoder(
-    cfg: configuration.StoredConfig,
+    cfg: StoredConfig,
     state: Mapping[str, Tensor],
     folder: Path,
     given: str | os.PathLike | None,

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.models.encodec.modeling_encodec import EncodecConvTranspose1d
 
-from diverse_cfg.musicgen.audiocraft import configuration, names
+from diverse_cfg.musicgen.audiocraft import names, settings
 from diverse_cfg.musicgen.audiocraft.reading import CODEC_FILE, LANGUAGE_MODEL_FILE, TEXT_ENCODER_FOLDER
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def export_audiocraft(
         if (folder / name).exists():
             raise FileExistsError(f"{folder} holds {name} already: choose another folder")
     _require_merged(model)
-    configuration.require_convertible(model.config)
+    settings.require_convertible(model.config)
     generation = model.generation_config or GenerationConfig()
     name = text_encoder or known_text_encoder(model.config)
     beside = name is None
@@ -80,7 +80,7 @@ def export_audiocraft(
             "it can be written beside the checkpoint, or text_encoder=… to name the T5 to load"
         )
     travels = not beside and not _is_same(model.text_encoder, name)
-    configs = configuration.audiocraft_configs(
+    configs = settings.audiocraft_configs(
         model.config, generation, name or TEXT_ENCODER_FOLDER, finetuned_text_encoder=travels
     )
     folder.mkdir(parents=True, exist_ok=True)
