@@ -221,6 +221,19 @@ def test_quality_at_equal_diversity_is_read_between_the_sweep_s_points(tmp_path)
     assert at_equal_diversity(results, "β=99", "guidance on the base") is None
 
 
+def test_the_chosen_student_keeps_half_of_the_gain(tmp_path):
+    """Guidance lifts .6 to .8: β=40 with .75 keeps enough and is more diverse than β=0; one with .69 would not."""
+    from report import chosen_on
+
+    results = Results.load(recorded(tmp_path) / "test")
+    students = {name: results[name] for name in ("β=0", "β=40")}
+    for row in students.values():
+        object.__setattr__(row.system, "series", "β")
+    assert chosen_on(results) == "β=40"
+    students["β=40"].cells["adherence"] -= 0.06
+    assert chosen_on(results) == "β=0"
+
+
 def test_page_without_a_test_sweep_is_refused(tmp_path):
     from report import build
 

@@ -121,6 +121,14 @@ def alarms(runs: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def chosen_on(validation: Results, x: str = "diversity_heldout", y: str = "adherence") -> str | None:
+    """The most diverse student that keeps at least half of what guidance gains in quality; None if none does."""
+    base, guided = (np.nanmean(validation[f"base γ={scale}"].cells[y]) for scale in (1, 3))
+    students = [row for row in validation.usable if row.system.series == "β" and not row.flags]
+    kept = [row for row in students if np.nanmean(row.cells[y]) >= (base + guided) / 2]
+    return max(kept, key=lambda row: np.nanmean(row.cells[x])).system.name if kept else None
+
+
 def names_of(results: Results, *series: str) -> list[str]:
     return [
         row.system.name for row in results.systems if row.system.series in series or row.system.name in series
@@ -169,7 +177,7 @@ def build(recorded: Path, page: Path) -> None:
     )  # fmt: skip
     environment.globals |= {
         "table": table, "differences": differences, "names_of": names_of, "at_equal_diversity": at_equal_diversity,
-        "training_table": training_table, "alarms": alarms, "tail": tail,
+        "training_table": training_table, "alarms": alarms, "chosen_on": chosen_on,
     }  # fmt: skip
     text = environment.get_template("RESULTS.md.j2").render(
         found=found, test=test, runs=runs, arms=arms, parts=parts,
