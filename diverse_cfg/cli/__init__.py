@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from diverse_cfg import __version__
-from diverse_cfg.cli import demo, evaluate, generate, inspect, listen, merge, publish, train
+from diverse_cfg.cli import demo, evaluate, generate, inspect, listen, merge, publish, train, train_embedder
 from diverse_cfg.cli.command import Command
 
 COMMANDS: tuple[Command, ...] = (
@@ -26,6 +26,7 @@ COMMANDS: tuple[Command, ...] = (
     listen.COMMAND,
     inspect.COMMAND,
     publish.COMMAND,
+    train_embedder.COMMAND,
 )
 
 # What a person can put right: one line, no traceback. Everything else is our bug and keeps its traceback.

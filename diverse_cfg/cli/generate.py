@@ -101,7 +101,7 @@ def run_generate(args: argparse.Namespace) -> None:
     name = " + ".join([args.model, *args.adapter])
     if args.merge_weight:
         name += f" at {' '.join(f'{weight:g}' for weight in args.merge_weight)}"
-    seconds = _first(args.seconds, min(_own_seconds(model), LONGEST_DEFAULT_SECONDS))
+    seconds = _first(args.seconds, min(own_seconds(model), LONGEST_DEFAULT_SECONDS))
     clips = generate_files(
         model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu")),
         list(prompts["prompt"]),
@@ -149,7 +149,7 @@ def _first(*values):
     return next(value for value in values if value is not None)
 
 
-def _own_seconds(model) -> float:
+def own_seconds(model) -> float:
     """Length of the clips that the model's own generation settings ask for."""
     from diverse_cfg.musicgen.policy import delays, frame_rate
 

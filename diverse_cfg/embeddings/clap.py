@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,7 +36,7 @@ class ClapEmbedder:
         OSError: neither a folder, nor cached, nor reachable.
     """
 
-    reads = "waveforms"
+    reads: Literal["waveforms", "codes"] = "waveforms"
 
     def __init__(self, model: str = "laion/larger_clap_music", *, device: str | None = None):
         from transformers import AutoTokenizer, ClapFeatureExtractor, ClapModel

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -38,7 +38,7 @@ class ContrastiveConfig:
         patch: frames that form one token.
     """
 
-    reads: str = "waveforms"
+    reads: Literal["waveforms", "codes"] = "waveforms"
     sampling_rate: int = 16_000
     num_codebooks: int = 4
     codebook_size: int = 512
@@ -153,7 +153,8 @@ class ContrastiveEmbedder:
         self.encoder = encoder.eval().requires_grad_(False)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.encoder.to(self.device)
-        self.name, self.reads, self.sampling_rate = name, encoder.config.reads, encoder.config.sampling_rate
+        self.reads: Literal["waveforms", "codes"] = encoder.config.reads
+        self.name, self.sampling_rate = name, encoder.config.sampling_rate
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str | None = None) -> ContrastiveEmbedder:
@@ -189,7 +190,9 @@ class ContrastiveEmbedder:
         return self.encoder({"clips": clips})["sentence_embedding"].float()
 
 
-def semi_hard_triplet_loss(first: Tensor, second: Tensor, margin: float = 0.2) -> Tensor:
+def semi_hard_triplet_loss(
+    first: Tensor, second: Tensor, margin: float = 0.2, groups: Tensor | None = None
+) -> Tensor:
     """Semi-hard triplet loss (Schroff et al., arXiv 1503.03832) over a batch of positive pairs, on cosine distances.
 
     For each anchor the negative is the closest one that is farther than the positive; where there is none, the
@@ -197,6 +200,11 @@ def semi_hard_triplet_loss(first: Tensor, second: Tensor, margin: float = 0.2) -
 
     Args:
         first, second: [B, D]; row i of both comes from one recording, all other rows are negatives.
+        groups: [B]; only rows of one group are negatives of each other. What a group has in common is then of no
+            use, and in the way of keeping its members apart.
+
+    Raises:
+        ValueError: a group of one, which has no negatives.
     """
     vectors = F.normalize(torch.cat([first, second]), dim=1)
     distance = 1 - vectors @ vectors.T
@@ -205,6 +213,11 @@ def semi_hard_triplet_loss(first: Tensor, second: Tensor, margin: float = 0.2) -
     positive = distance.gather(1, partner[:, None])
     excluded = torch.eye(2 * count, dtype=torch.bool, device=first.device)
     excluded = excluded | excluded[partner]
+    if groups is not None:
+        both = torch.cat([groups, groups])
+        excluded = excluded | (both[:, None] != both)
+    if bool(excluded.all(1).any()):
+        raise ValueError("a recording has no negatives: a batch needs at least two of every group")
     harder = distance.masked_fill(excluded | (distance <= positive), torch.inf).min(1, keepdim=True).values
     farthest = distance.masked_fill(excluded, -torch.inf).max(1, keepdim=True).values
     negative = torch.where(harder.isinf(), farthest, harder)
@@ -213,40 +226,51 @@ def semi_hard_triplet_loss(first: Tensor, second: Tensor, margin: float = 0.2) -
 
 def train_contrastive(
     config: ContrastiveConfig,
-    draw_pairs: Callable[[int, torch.Generator], tuple[Tensor, Tensor]],
+    draw_pairs: Callable[[int, torch.Generator], tuple[Tensor, ...]],
     *,
     steps: int,
     batch: int = 64,
     learning_rate: float = 1e-3,
     seed: int = 0,
     progress: str = "encoder",
+    device: str | None = None,
 ) -> ContrastiveEmbedder:
     """Train an encoder on pairs of chunks.
 
     Args:
         draw_pairs: `(batch, generator)` → two stacks of clips; row i of both are disjoint chunks of one recording.
+            A third value gives the group of each row, see `semi_hard_triplet_loss`.
+        device: torch device; default: the GPU when there is one.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
     """
     from tqdm import tqdm
 
     torch.manual_seed(seed)
-    encoder = ContrastiveEncoder(config).train()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = ContrastiveEncoder(config).train().to(device)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, learning_rate, total_steps=steps, pct_start=0.05
     )
     generator = torch.Generator().manual_seed(seed)
     bar = tqdm(range(steps), desc=progress, unit="step")
-    for _ in bar:
-        first, second = draw_pairs(batch, generator)
+    for step in bar:
+        first, second, *groups = (part.to(device) for part in draw_pairs(batch, generator))
         embeddings = [encoder({"clips": clips})["sentence_embedding"] for clips in (first, second)]
-        loss = semi_hard_triplet_loss(*embeddings)
+        loss = semi_hard_triplet_loss(*embeddings, groups=groups[0] if groups else None)
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {step}: lower learning_rate={learning_rate}"
+            )
         loss.backward()
         nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    return ContrastiveEmbedder(encoder, progress)
+    return ContrastiveEmbedder(encoder, progress, device=device)
 
 
 def retrieval_at_1(embedder: ContrastiveEmbedder, first: Tensor, second: Tensor) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ class SentenceTransformerEmbedder:
         sampling_rate: rate in Hz to resample to; default: that of the model's feature extractor.
     """
 
-    reads = "waveforms"
+    reads: Literal["waveforms", "codes"] = "waveforms"
 
     def __init__(self, model, *, sampling_rate: int | None = None, device: str | None = None):
         from sentence_transformers import SentenceTransformer

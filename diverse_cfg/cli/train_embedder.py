@@ -1,0 +1,214 @@
+"""`diverse-cfg train-embedder`: the space in which diversity is measured, learned from recordings or clips."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diverse_cfg.cli.command import Command, model_source, prompt_source
+
+if TYPE_CHECKING:
+    from diverse_cfg.embeddings.recordings import Recordings
+
+_CLIPS_AT_ONCE = 64
+
+
+def add_train_embedder_arguments(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--audio", metavar="FOLDER", help="audio files, or what `diverse-cfg generate` wrote")
+    source.add_argument(
+        "--codes", metavar="FOLDER", help="an evaluation's output folder: the codes of --model's clips there"
+    )
+    source.add_argument(
+        "--prompts",
+        metavar="SOURCE",
+        help="sample clips of --model now, for these prompts (`nano`: the shipped ones)",
+    )
+    parser.add_argument("--output", "-o", required=True, help="folder to create, for `diversity_embedder`")
+    parser.add_argument("--model", help="folder or Hub id of the model whose codes are read, or `nano`")
+    parser.add_argument("--prompts-split", default="train", help="of --prompts (default: train)")
+    parser.add_argument(
+        "--num-generations",
+        type=int,
+        default=4,
+        metavar="G",
+        help="clips per prompt of --prompts (default: 4)",
+    )
+    parser.add_argument("--seconds", type=float, help="length of --prompts' clips (default: the model's own)")
+    parser.add_argument(
+        "--guidance-scale", type=float, metavar="γ", help="of --prompts' clips (default: the model's own)"
+    )
+    parser.add_argument(
+        "--negatives",
+        choices=["any", "same-prompt"],
+        default="any",
+        help="what a clip is told apart from: any other, as in the paper (default), or those of its own prompt, "
+        "so that what the prompt fixes does not count",
+    )
+    parser.add_argument(
+        "--chunk-seconds",
+        type=float,
+        help="half of a pair (default: half of the shortest recording, at most 5)",
+    )
+    parser.add_argument("--sampling-rate", type=int, help="of audio, in Hz (default: that of most files)")
+    parser.add_argument(
+        "--size", choices=["small", "paper"], default="small", help="of the encoder (default: small)"
+    )
+    parser.add_argument("--steps", type=int, default=1500, help="default: 1500")
+    parser.add_argument("--batch-size", type=int, default=64, help="recordings of a step (default: 64)")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="default: 0.001")
+    parser.add_argument("--held-out", type=float, default=0.1, help="share to measure on (default: 0.1)")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same encoder (default: 0)")
+    parser.add_argument("--device", help="torch device (default: a GPU if there is one)")
+
+
+def run_train_embedder(args: argparse.Namespace) -> None:
+    import json
+
+    from diverse_cfg.merging.output import new_folder, require_new
+    from diverse_cfg.provenance import library_versions, write_text
+
+    require_new(args.output)
+    if args.audio is None and args.model is None:
+        raise ValueError("--codes and --prompts need --model: codes mean something to their own codec only")
+
+    from diverse_cfg.embeddings.training import encoder_config, train_embedder
+
+    recordings = _recordings(args)
+    trained = train_embedder(
+        recordings,
+        encoder_config(recordings, args.size),
+        negatives=args.negatives,
+        steps=args.steps,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        held_out=args.held_out,
+        seed=args.seed,
+        device=args.device,
+    )
+    facts = {
+        "negatives": args.negatives,
+        "recordings": len(recordings),
+        "chunk_seconds": recordings.chunk_seconds,
+        "held_out": {
+            "recordings": trained.num_held_out,
+            "retrieval_at_1": trained.retrieval,
+            "chance": trained.chance,
+        },
+        "steps": args.steps,
+        "batch_size": args.batch_size,
+        "learning_rate": args.learning_rate,
+        "seed": args.seed,
+        "versions": library_versions(),
+    }
+    with new_folder(args.output) as folder:
+        trained.embedder.save_pretrained(folder)
+        write_text(folder / "training.json", json.dumps(facts, indent=2) + "\n")
+    print(
+        f"retrieval@1 of {trained.num_held_out} held-out recordings: {trained.retrieval:.3f} (chance "
+        f"{trained.chance:.3f}); reads {recordings.reads}; use it with diversity_embedder: {args.output}"
+    )
+
+
+def _recordings(args: argparse.Namespace) -> "Recordings":
+    from diverse_cfg.embeddings.recordings import AudioRecordings
+
+    if args.audio is not None:
+        return AudioRecordings.from_folder(args.audio, args.sampling_rate, args.chunk_seconds)
+    if args.sampling_rate is not None:
+        raise ValueError(f"--sampling-rate {args.sampling_rate} is of audio; codes have that of their codec")
+    return _sampled(args) if args.codes is None else _stored(args)
+
+
+def _stored(args: argparse.Namespace) -> "Recordings":
+    """The clips that an evaluation has kept, of every system that --model's codec belongs to."""
+    import json
+
+    import torch
+    from safetensors import safe_open
+    from transformers import AutoConfig
+
+    folder = Path(args.codes)
+    files = sorted(path for path in folder.rglob("*.safetensors") if path.parent.name == "generations")
+    if not files:
+        raise ValueError(f"{folder} holds no generations: name the output folder of diverse-cfg evaluate")
+    clips, prompts = [], []
+    for path in files:
+        with safe_open(path, framework="numpy") as file:
+            description = json.loads((file.metadata() or {}).get("description", "{}"))
+            codes = torch.from_numpy(file.get_tensor("codes"))
+        clips += codes.unbind()
+        prompts += [
+            prompt for prompt in description["prompts"] for _ in range(description["num_generations"])
+        ]
+    return _code_recordings(args, AutoConfig.from_pretrained(model_source(args.model)), clips, prompts)
+
+
+def _sampled(args: argparse.Namespace) -> "Recordings":
+    """Clips that --model plays now."""
+    import torch
+    from tqdm import tqdm
+
+    from diverse_cfg.cli.generate import LONGEST_DEFAULT_SECONDS, own_seconds
+    from diverse_cfg.musicgen.loading import load_policy, load_processor
+    from diverse_cfg.musicgen.policy import frame_rate
+    from diverse_cfg.musicgen.rollout import RolloutWeights, fast_generate
+    from diverse_cfg.prompts import load_prompts
+
+    texts = list(load_prompts(prompt_source(args.prompts), split=args.prompts_split)["prompt"])
+    source = model_source(args.model)
+    model = load_policy(source)
+    processor = load_processor(source)
+    model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    seconds = args.seconds or min(own_seconds(model), LONGEST_DEFAULT_SECONDS)
+    own = model.generation_config.guidance_scale or 1.0
+    weights = RolloutWeights.from_model(model)
+    per_call = max(1, _CLIPS_AT_ONCE // max(1, args.num_generations))
+    clips, prompts = [], []
+    with tqdm(total=len(texts) * args.num_generations, desc="sample", unit="clip") as bar:
+        for start in range(0, len(texts), per_call):
+            some = texts[start : start + per_call]
+            first, count = start * args.num_generations, len(some) * args.num_generations
+            rollout = fast_generate(
+                model,
+                some,
+                processor=processor,
+                num_frames=max(1, round(seconds * frame_rate(model))),
+                guidance_scale=own if args.guidance_scale is None else args.guidance_scale,
+                seed=args.seed,
+                num_generations=args.num_generations,
+                sample_ids=range(first, first + count),
+                decode=False,
+                weights=weights,
+            )
+            clips += rollout.codes.cpu().unbind()
+            prompts += [prompt for prompt in some for _ in range(args.num_generations)]
+            bar.update(count)
+    return _code_recordings(args, model.config, clips, prompts)
+
+
+def _code_recordings(args: argparse.Namespace, config, clips: list, prompts: list[str]) -> "Recordings":
+    from diverse_cfg.embeddings.recordings import CodeRecordings
+
+    codec = config.audio_encoder
+    if len(clips[0]) != config.decoder.num_codebooks:
+        raise ValueError(
+            f"the clips have {len(clips[0])} codebooks, {args.model} has {config.decoder.num_codebooks}: name "
+            "the model that played them"
+        )
+    return CodeRecordings(
+        clips,
+        sampling_rate=codec.sampling_rate,
+        frame_rate=codec.frame_rate,
+        codebook_size=config.decoder.vocab_size,
+        chunk_seconds=args.chunk_seconds,
+        prompts=prompts,
+    )
+
+
+COMMAND = Command(
+    name="train-embedder",
+    summary="train the encoder in which diversity is a distance, on audio or on clips of a model",
+    add_arguments=add_train_embedder_arguments,
+    run=run_train_embedder,
+    resume="nothing was written; run it again to start over",
+)
