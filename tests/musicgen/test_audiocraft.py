@@ -265,7 +265,8 @@ def test_which_folders_are_audiocrafts(tmp_path, tiny_folder):
 
 
 def test_references_in_a_configuration():
-    text = "a: {b: 3, c: '${a.b}', text: 'x${a.b}y${d}'}\nd: '${a.c}'\ne: '${a}'\nenv: '${oc.env:HOME}'\nloop: '${loop}'"
+    text = "a: {b: 3, c: '${a.b}', text: 'x${a.b}y${d}'}\nd: '${a.c}'\ne: '${a}'"
+    text += "\nenv: '${oc.env:HOME}'\nloop: '${loop}'"
     cfg = StoredConfig(text, "run")
     assert (cfg.get("a.c"), cfg.get("d"), cfg.get("e.b"), cfg.get("a.text")) == (3, 3, 3, "x3y3")
     assert cfg.get("e") == {"b": 3, "c": 3, "text": "x3y3"}

@@ -176,11 +176,11 @@ def read_package(path: Path) -> dict[str, Any]:
             ) from error
         raise ValueError(
             f"{path} is no AudioCraft export, which holds tensors and strings only, or it is damaged "
-            f"({str(error).splitlines()[0]}): copy it again, or {_EXPORT}"
+            f"({_first_line(error)}): copy it again, or {_EXPORT}"
         ) from error
     except (EOFError, OSError, RuntimeError, zipfile.BadZipFile) as error:
         raise ValueError(
-            f"{path} is truncated or damaged ({str(error).splitlines()[0]}): copy or download it again"
+            f"{path} is truncated or damaged ({_first_line(error)}): copy or download it again"
         ) from error
     if not isinstance(package, dict):
         raise ValueError(f"{path} holds a {type(package).__name__}, not an AudioCraft export: {_EXPORT}")
@@ -198,6 +198,10 @@ def read_package(path: Path) -> dict[str, Any]:
             f"{path} lacks 'best_state' or 'xp.cfg' (it has {found}): it is no AudioCraft export; {_EXPORT}"
         )
     return package
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _mentions(path: Path, word: bytes) -> bool:
