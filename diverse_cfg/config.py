@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
+from transformers.trainer_utils import HubStrategy
 from trl import RLOOConfig
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "generalized_jsd")
@@ -115,10 +116,15 @@ class CFGDiversityConfig(RLOOConfig):
         term_norm_steps: every so many steps, log the gradient norms of both terms; costs two more
             backward passes then. 0 is off.
         loss_chunk_size: decoder steps whose distributions are held at once.
-        rollout_batch_size: clips sampled at once. None: all of a generation batch.
+        rollout_batch_size: clips sampled at once. None: up to 64 on a CPU and 256 on a GPU, fewer when their
+            caches would take too much memory.
         audio_samples: clips written to disk and to the trackers at every evaluation.
         alarms: warn at evaluation when the reward is being hacked (see `callbacks.RewardHackingAlarm`).
         guards: nested group, see `GuardConfig`.
+
+    With `push_to_hub=True` the repository is created private (transformers' own default is the account's,
+    mostly public) and receives the finished student, not every checkpoint: set `hub_private_repo` and
+    `hub_strategy` to change it.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*RLOOConfig._VALID_DICT_FIELDS, "guards"]
@@ -136,6 +142,15 @@ class CFGDiversityConfig(RLOOConfig):
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second momentum."})
     max_completion_length: int | None = field(
         default=None, metadata={"help": "Not used: set clip_seconds. Must stay unset."}
+    )
+
+    hub_private_repo: bool | None = field(
+        default=True,
+        metadata={"help": "Create the repository private. An existing one stays as it is."},
+    )
+    hub_strategy: HubStrategy | str = field(
+        default="end",
+        metadata={"help": "What is pushed and when; at the end, the finished student with its card."},
     )
 
     guidance_scale: float = field(default=3.0, metadata={"help": "γ of the guided teacher."})
@@ -190,7 +205,7 @@ class CFGDiversityConfig(RLOOConfig):
         default=256, metadata={"help": "Decoder steps whose distributions are held at once."}
     )
     rollout_batch_size: int | None = field(
-        default=None, metadata={"help": "Clips sampled at once. Default: the whole generation batch."}
+        default=None, metadata={"help": "Clips sampled at once. Default: as many as memory allows."}
     )
     audio_samples: int = field(default=4, metadata={"help": "Clips kept at every evaluation; 0 is off."})
     alarms: bool = field(

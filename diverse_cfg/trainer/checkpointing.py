@@ -14,7 +14,7 @@ from trl import RLOOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from diverse_cfg.callbacks import AdaptiveClipCallback
-from diverse_cfg.cards import plot_training_curves, write_card
+from diverse_cfg.cards import plot_training_curves, public_name, write_card
 from diverse_cfg.functional.codebooks import num_decoder_steps
 from diverse_cfg.musicgen.policy import frame_rate, unwrap
 from diverse_cfg.provenance import Provenance, read_provenance, write_provenance
@@ -57,6 +57,8 @@ class Checkpointing(RLOOTrainer):
 
     def _prepare_checkpointing(self) -> None:
         self._average: WeightAverage | None = None
+        self._has_average = False
+        self._pushing = False
         self._resume_from: str | None = None
         self._adaptive_clip: AdaptiveClipCallback | None = None
         if self.args.adaptive_clip is not None:
@@ -113,8 +115,17 @@ class Checkpointing(RLOOTrainer):
         with torch.random.fork_rng(devices=[]), self._averaged_weights():
             return super().evaluate(*args, **kwargs)
 
-    def _averaged_weights(self):
-        return contextlib.nullcontext() if self._average is None else self._average.applied()
+    @contextlib.contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        if self._average is None or self._has_average:  # saving may push, and pushing saves
+            yield
+            return
+        self._has_average = True
+        try:
+            with self._average.applied():
+                yield
+        finally:
+            self._has_average = False
 
     def _begin(self) -> None:
         """First thing of a training run, the model being where it will be trained."""
@@ -167,8 +178,21 @@ class Checkpointing(RLOOTrainer):
         # A pickle has no place in a model folder; resuming does not read it.
         (Path(output_dir) / "training_args.bin").unlink(missing_ok=True)
 
+    def push_to_hub(self, *args, blocking: bool = True, **kwargs):
+        """As `Trainer.push_to_hub`: the averaged weights, if any, and no folders of this machine in what is
+        sent."""
+        self._pushing = True
+        try:
+            with self._averaged_weights():
+                return super().push_to_hub(*args, blocking=blocking, **kwargs)
+        finally:
+            self._pushing = False
+            if blocking and self.args.should_save:  # else the upload is still reading it
+                write_provenance(self.args.output_dir, self._provenance())
+
     def _provenance(self) -> Provenance:
         args = self.args
+        named_here = public_name if self._pushing else str
         named = (
             "learning_rate",
             "num_generations",
@@ -182,13 +206,14 @@ class Checkpointing(RLOOTrainer):
             "seed",
         )
         training: dict[str, Any] = {
-            "initial_model": self._base_model,
+            "initial_model": self._base_model and named_here(self._base_model),
             "steps": self.state.global_step,
             "clip_seconds": self._num_frames / frame_rate(unwrap(self.model)),
         }
+        base_model = args.teacher_model or self._base_model
         return Provenance(
             kind="student",
-            base_model=args.teacher_model or self._base_model,
+            base_model=base_model and named_here(base_model),
             guidance_scale=args.guidance_scale,
             diversity_coef=args.diversity_coef,
             sampling=self._sampling,

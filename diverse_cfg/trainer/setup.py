@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from diverse_cfg.assets import nano_path
+from diverse_cfg.cards import is_hub_id
 from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.embeddings.clap import ClapEmbedder
 from diverse_cfg.functional.codebooks import num_decoder_steps
@@ -135,6 +136,19 @@ def lora_config(peft_config: PeftConfig | None) -> PeftConfig | None:
             "trained; set 0"
         )
     return peft_config
+
+
+def check_pushing(args: CFGDiversityConfig, peft_config: PeftConfig | None, base_model: str | None) -> None:
+    """Refuse to push an adapter that nobody else could load.
+
+    Raises:
+        ValueError: its base is a folder of this machine.
+    """
+    if args.push_to_hub and peft_config is not None and not is_hub_id(base_model):
+        raise ValueError(
+            f"push_to_hub=True with a LoRA adapter of {base_model!r}, which others cannot load: train without "
+            "it, and publish the full model afterwards (diverse-cfg publish --merged)"
+        )
 
 
 def clip_frames(policy: MusicgenForConditionalGeneration, clip_seconds: float | None) -> int:

@@ -98,6 +98,7 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
         if not isinstance(args, CFGDiversityConfig):
             raise ValueError(f"args is a {type(args).__name__}; pass a CFGDiversityConfig")
         peft_config = setup.lora_config(peft_config)
+        setup.check_pushing(args, peft_config, self._base_model)
         policy = setup.prepare_policy(model, args)
         self._num_frames = setup.clip_frames(policy, args.clip_seconds)
         self._num_codebooks = policy.config.decoder.num_codebooks
