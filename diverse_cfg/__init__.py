@@ -17,8 +17,12 @@ _PUBLIC = {
     "CFGDiversityConfig": "diverse_cfg.config",
     "CFGDiversityTrainer": "diverse_cfg.trainer",
     "DiversityReward": "diverse_cfg.rewards",
+    "export_audiocraft": "diverse_cfg.musicgen.audiocraft",
     "fast_generate": "diverse_cfg.musicgen.rollout",
+    "from_audiocraft": "diverse_cfg.musicgen.audiocraft",
+    "import_audiocraft": "diverse_cfg.musicgen.audiocraft",
     "inspect_checkpoint": "diverse_cfg.merging",
+    "load_audiocraft": "diverse_cfg.musicgen.audiocraft",
     "load_embedder": "diverse_cfg.embeddings",
     "load_policy": "diverse_cfg.musicgen.loading",
     "load_processor": "diverse_cfg.musicgen.loading",
@@ -26,6 +30,7 @@ _PUBLIC = {
     "load_slider": "diverse_cfg.merging",
     "merge_checkpoints": "diverse_cfg.merging",
     "nano_path": "diverse_cfg.assets",
+    "to_audiocraft": "diverse_cfg.musicgen.audiocraft",
 }
 
 __all__ = [
@@ -33,8 +38,12 @@ __all__ = [
     "CFGDiversityTrainer",
     "DiversityReward",
     "__version__",
+    "export_audiocraft",
     "fast_generate",
+    "from_audiocraft",
+    "import_audiocraft",
     "inspect_checkpoint",
+    "load_audiocraft",
     "load_embedder",
     "load_policy",
     "load_processor",
@@ -42,6 +51,7 @@ __all__ = [
     "load_slider",
     "merge_checkpoints",
     "nano_path",
+    "to_audiocraft",
 ]
 
 if TYPE_CHECKING:  # the same names, for type checkers and editors
@@ -49,6 +59,13 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from diverse_cfg.config import CFGDiversityConfig
     from diverse_cfg.embeddings import load_embedder
     from diverse_cfg.merging import inspect_checkpoint, load_slider, merge_checkpoints
+    from diverse_cfg.musicgen.audiocraft import (
+        export_audiocraft,
+        from_audiocraft,
+        import_audiocraft,
+        load_audiocraft,
+        to_audiocraft,
+    )
     from diverse_cfg.musicgen.loading import load_policy, load_processor
     from diverse_cfg.musicgen.rollout import fast_generate
     from diverse_cfg.prompts import load_prompts

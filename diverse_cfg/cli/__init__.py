@@ -14,7 +14,18 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from diverse_cfg import __version__
-from diverse_cfg.cli import demo, evaluate, generate, inspect, listen, merge, publish, train, train_embedder
+from diverse_cfg.cli import (
+    convert,
+    demo,
+    evaluate,
+    generate,
+    inspect,
+    listen,
+    merge,
+    publish,
+    train,
+    train_embedder,
+)
 from diverse_cfg.cli.command import Command
 
 COMMANDS: tuple[Command, ...] = (
@@ -25,6 +36,7 @@ COMMANDS: tuple[Command, ...] = (
     evaluate.COMMAND,
     listen.COMMAND,
     inspect.COMMAND,
+    convert.COMMAND,
     publish.COMMAND,
     train_embedder.COMMAND,
 )

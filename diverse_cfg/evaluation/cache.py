@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 _MODEL_FILES = (
     "*.safetensors",
     "pytorch_model*.bin",
+    "state_dict.bin",  # AudioCraft's
+    "compression_state_dict.bin",
     "config.json",
     "encoder.json",
     "judge.json",
@@ -158,7 +160,7 @@ def _file_digest(path: Path, size: int, modified: int) -> str:
 
 
 def _hub_digest(source: str) -> str:
-    for name in ("config.json", "adapter_config.json", "modules.json"):
+    for name in ("config.json", "adapter_config.json", "modules.json", "state_dict.bin"):
         path = cached_file(
             source,
             name,

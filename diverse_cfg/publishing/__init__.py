@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from diverse_cfg.cards import CURVES_FILE, METRICS_FILE, SAMPLES_FILE
 from diverse_cfg.merging import merge_checkpoints
+from diverse_cfg.musicgen.audiocraft.folders import is_audiocraft, read_audiocraft, write_transformers
 from diverse_cfg.publishing.plan import PlannedFile, UploadPlan, check_loads, plan_upload
 from diverse_cfg.publishing.results import add_results
 from diverse_cfg.publishing.samples import add_samples
@@ -53,7 +54,7 @@ def publish(
     """Check a student, adapter or merge, and upload it.
 
     Args:
-        folder: the model folder.
+        folder: the model folder; AudioCraft's is converted.
         repo_id: "user/name" on the Hub.
         private: whether the repository is private. An existing one must be what is asked for.
         dry_run: only say what would be uploaded; nothing is sent, no token is needed.
@@ -79,6 +80,28 @@ def publish(
         PermissionError, ConnectionError, OSError: the Hub said no, or could not be reached; run it again to
         go on.
     """
+    if is_audiocraft(folder):
+        # What is published, and played by everybody, is the transformers folder that it makes.
+        with tempfile.TemporaryDirectory(prefix="diverse-cfg-publish-") as temporary:
+            converted = Path(temporary) / Path(folder).resolve().name
+            write_transformers(read_audiocraft(folder), converted, like=Path(folder))
+            return publish(
+                converted,
+                repo_id,
+                private=private,
+                dry_run=dry_run,
+                merged=merged,
+                base_model=base_model,
+                license=license,
+                tags=tags,
+                samples=samples,
+                results=results,
+                update=update,
+                card=card,
+                check=check,
+                token=token,
+                endpoint=endpoint,
+            )
     if results is not None:
         add_results(folder, *results)
     if samples:
@@ -110,4 +133,5 @@ def _take_along(folder: Path, full: Path) -> None:
 def _finish(plan: UploadPlan, dry_run: bool, check: bool, **options: Any) -> UploadPlan | Published:
     if check:
         check_loads(plan.folder)
+    _ = plan.num_bytes  # sizes are looked up while temporary folders are there
     return plan if dry_run else upload(plan, **options)

@@ -88,11 +88,9 @@ def export_audiocraft(
         model.text_encoder.save_pretrained(folder / TEXT_ENCODER_FOLDER)
         getattr(processor, "tokenizer", processor).save_pretrained(folder / TEXT_ENCODER_FOLDER)
         logger.warning(
-            "AudioCraft by itself loads only T5s that it knows, and this model has its own, written to %s: open the "
-            "folder with to_audiocraft(load_policy(%r), load_processor(%r))",
-            folder / TEXT_ENCODER_FOLDER,
-            str(folder),
-            str(folder),
+            "AudioCraft by itself loads only T5s that it knows, and this model has its own, written beside it as %s/: "
+            "this package reads the folder, and gives a live MusicGen with to_audiocraft(load_policy(folder))",
+            TEXT_ENCODER_FOLDER,
         )
     generation.save_pretrained(folder)
     _save(codec_state(model.audio_encoder), configs.codec, folder / CODEC_FILE)

@@ -1,0 +1,86 @@
+"""`diverse-cfg convert`: a MusicGen from AudioCraft's format into transformers', or back."""
+
+import argparse
+
+from diverse_cfg.cli.command import Command, model_source
+
+FORMATS = ("transformers", "audiocraft")
+
+
+def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        help="folder or Hub id of a model, adapter or AudioCraft checkpoint, or `nano` for the shipped base",
+    )
+    parser.add_argument("--to", choices=FORMATS, required=True, help="the format to write")
+    parser.add_argument("-o", "--output", required=True, help="folder to create")
+    parser.add_argument(
+        "--text-encoder",
+        metavar="T5",
+        help="reading AudioCraft's: folder or Hub id of the T5, where it is not found by its name; writing it: "
+        "the name of the T5 that AudioCraft shall load",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        help="of the language model in AudioCraft's format (default: float32; its releases are float16)",
+    )
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    from diverse_cfg.merging.output import new_folder, require_new
+    from diverse_cfg.musicgen.audiocraft.folders import is_audiocraft
+
+    source = model_source(args.model)
+    require_new(args.output)
+    stored_as = "audiocraft" if is_audiocraft(source) else "transformers"
+    if stored_as == args.to:
+        remedy = "; `diverse-cfg merge` makes a full model of an adapter" if args.to == "transformers" else ""
+        raise ValueError(f"{args.model} is in the format of {args.to} already{remedy}")
+    if args.to == "transformers":
+        if args.dtype:
+            raise ValueError("--dtype goes with --to audiocraft: tensors are kept as they are stored here")
+        _to_transformers(source, args.output, args.text_encoder)
+    else:
+        with new_folder(args.output) as folder:
+            _to_audiocraft(source, folder, args.text_encoder, args.dtype)
+    print(args.output)
+
+
+def _to_transformers(source: str, output: str, text_encoder: str | None) -> None:
+    from diverse_cfg.musicgen.audiocraft.folders import checkpoint_files, read_audiocraft, write_transformers
+
+    stored = read_audiocraft(source, text_encoder=text_encoder)
+    write_transformers(stored, output, like=checkpoint_files(source)[0].parent)
+
+
+def _to_audiocraft(source: str, folder, text_encoder: str | None, dtype: str | None) -> None:
+    import shutil
+    from pathlib import Path
+
+    import torch
+
+    from diverse_cfg.musicgen.audiocraft import export_audiocraft
+    from diverse_cfg.musicgen.audiocraft.folders import find_file
+    from diverse_cfg.musicgen.loading import load_policy, load_processor
+    from diverse_cfg.provenance import PROVENANCE_FILE
+
+    export_audiocraft(
+        load_policy(source),
+        folder,
+        processor=load_processor(source),
+        text_encoder=text_encoder,
+        dtype=getattr(torch, dtype) if dtype else None,
+    )
+    for name in (PROVENANCE_FILE, "README.md"):  # what it is, and under which licence
+        if path := find_file(source, name):
+            shutil.copyfile(path, Path(folder) / name)
+
+
+COMMAND = Command(
+    name="convert",
+    summary="convert a MusicGen between transformers' format and AudioCraft's",
+    add_arguments=add_convert_arguments,
+    run=run_convert,
+    resume="nothing half-written is left; run it again",
+)
