@@ -14,7 +14,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 OFFLINE = HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick lint format hooks build clean
+.PHONY: help setup demo test test-quick test-lowest lint format hooks build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +41,19 @@ test: $(STAMP)  ## every test that needs neither accelerator nor network
 test-quick: $(STAMP)  ## the same without the slow ones
 	$(OFFLINE) $(BIN)/python -m pytest $(ARGS)
 
+# The lowest versions that pyproject.toml allows, e.g. trl==1.7.*, in an environment of their own.
+LOWEST_BIN = $(VENV)-lowest/bin
+LOWEST_OF = trl peft accelerate
+test-lowest: $(STAMP)  ## the trainer's tests with the lowest supported TRL, peft and accelerate
+	$(BIN)/python -m venv --clear $(VENV)-lowest
+	for name in $(LOWEST_OF); do grep -oE "\"$$name>=[0-9.]+" pyproject.toml; done | tr -d '"' | sed 's/>=/==/; s/$$/.*/' \
+		> $(VENV)-lowest/lowest.txt
+	grep -vE "^($$(echo $(LOWEST_OF) | tr ' ' '|'))==" constraints.txt > $(VENV)-lowest/constraints.txt
+	$(LOWEST_BIN)/python -m pip install -c $(VENV)-lowest/constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(LOWEST_BIN)/python -m pip install -c $(VENV)-lowest/constraints.txt hatchling editables pytest
+	$(LOWEST_BIN)/python -m pip install -c $(VENV)-lowest/constraints.txt --no-build-isolation 		-r $(VENV)-lowest/lowest.txt -e .
+	$(OFFLINE) $(LOWEST_BIN)/python -m pytest -m "not gpu and not network" tests/test_trainer*.py tests/test_cli_train.py $(ARGS)
+
 lint: $(STAMP)  ## ruff (rules and format) and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -57,5 +70,5 @@ build: $(STAMP)  ## sdist and wheel in dist/
 	$(BIN)/python -m build --no-isolation --outdir dist .
 
 clean:  ## remove .venv, caches and dist/
-	rm -rf $(VENV) dist build .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest dist build .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
