@@ -22,14 +22,16 @@ help:  ## list the targets
 setup: $(STAMP)  ## make .venv with the exact versions of constraints.txt (every other target does this by itself)
 
 # torch comes first and by plain pip: a CPU wheel where pip's configuration offers one, the default build elsewhere.
+# audiocraft comes last and without its dependencies, whose pins cannot be installed any more; the tests compare with it.
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 with venv and pip was found; install one (Debian and Ubuntu: \
 	apt-get install python3 python3-venv; macOS: brew install python@3.12) or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) $(USABLE) || { echo "error: PYTHON=$(PYTHON) is older than 3.11 or lacks venv and ensurepip" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install -c constraints.txt hatchling editables
-	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e ".[dev,recipes]"
+	$(BIN)/python -m pip install -c constraints.txt hatchling editables setuptools
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e ".[dev,recipes,audiocraft]"
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation --no-deps audiocraft
 	@touch $@
 
 demo: $(STAMP)  ## the whole method on the shipped nano base: train, merge, evaluate, listen (ARGS=--quick: a smoke run)

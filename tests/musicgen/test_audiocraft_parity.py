@@ -138,7 +138,9 @@ def test_live_models_out(world):
         torch.equal(a, b)
         for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True)
     )
-    model.generation_config.update(guidance_scale=1.0, top_k=0, max_new_tokens=23)
+    model.generation_config.update(top_k=500, max_new_tokens=23)
+    assert to_audiocraft(model, processor).generate(PROMPTS[:1]).isfinite().all(), "more than there are codes"
+    model.generation_config.update(guidance_scale=1.0, top_k=0)
     live = to_audiocraft(model, processor)
     assert live.generation_params["cfg_coef"] == 1.0, (
         "AudioCraft's default would guide a distilled model again"

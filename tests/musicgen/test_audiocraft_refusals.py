@@ -4,6 +4,7 @@ built."""
 import re
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,12 @@ import torch
 
 from diverse_cfg.merging import inspect_checkpoint
 from diverse_cfg.musicgen.audiocraft import export_audiocraft, from_audiocraft, load_audiocraft
-from diverse_cfg.musicgen.audiocraft.importing import import_audiocraft
+from diverse_cfg.musicgen.audiocraft.importing import INSTALL, import_audiocraft
 from diverse_cfg.musicgen.loading import load_policy, load_processor
 from tests.tiny import tiny_config, tiny_musicgen, tiny_processor
 
 DATA = Path(__file__).parent / "data" / "audiocraft"
+ROOT = Path(__file__).parents[2]
 LM, CODEC = "state_dict.bin", "compression_state_dict.bin"
 
 
@@ -259,8 +261,8 @@ def test_without_audiocraft_the_error_says_what_to_run(monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "audiocraft"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        ImportError,
-        match=r'pip install "diverse-cfg\[audiocraft\]" && pip install --no-deps audiocraft==1\.3\.0',
-    ):
+    with pytest.raises(ImportError, match=re.escape(INSTALL)):
         import_audiocraft()
+    assert INSTALL.endswith(" && pip install --no-deps audiocraft==1.3.0")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert re.findall(r'"([^"]+)"', INSTALL) == project["optional-dependencies"]["audiocraft"]

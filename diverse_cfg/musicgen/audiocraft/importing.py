@@ -15,7 +15,11 @@ from typing import Any
 import torch
 from transformers import RobertaTokenizer, T5Tokenizer
 
-INSTALL = 'pip install "diverse-cfg[audiocraft]" && pip install --no-deps audiocraft==1.3.0'
+INSTALL = (
+    'pip install "einops>=0.7" "flashy>=0.0.2" "julius>=0.2.7" "omegaconf>=2.3" && '
+    "pip install --no-deps audiocraft==1.3.0"
+)
+"""What to run: the extra `audiocraft`, and the package itself without the versions that it pins."""
 
 # What audiocraft imports at its own import, and MusicGen with text does not call.
 _UNNEEDED = ("torchaudio", "av", "spacy", "num2words", "librosa", "torchmetrics", "xformers")

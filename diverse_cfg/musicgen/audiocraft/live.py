@@ -140,7 +140,7 @@ def to_audiocraft(model: nn.Module, processor: Any = None) -> Any:
     frames = settings.num_frames(model.config, generation)
     musicgen.set_generation_params(
         use_sampling=bool(generation.do_sample),
-        top_k=settings.top_k(generation),
+        top_k=min(settings.top_k(generation), language_model.card),
         top_p=0.0 if generation.top_p in (None, 1.0) else generation.top_p,
         temperature=generation.temperature or 1.0,
         duration=_seconds(frames, musicgen.frame_rate) if frames else musicgen.max_duration,
