@@ -57,7 +57,7 @@ def expected_gradient(trainer, num_frames, probability):
     trainer.model.train()
     total = 0
     for group, weight in enumeration.groups(probability, trainer.num_generations):
-        trainer._sample = lambda *_, rows=group: sequences[rows]
+        trainer._sample = lambda *_, rows=group, **__: sequences[rows]
         batch = trainer._generate_and_score_completions([{"prompt": enumeration.PROMPT}] * len(group))
         loss = trainer._compute_loss(trainer.model, batch)
         total = total + weight * enumeration.gradient(loss, parameters)

@@ -5,12 +5,13 @@ it stopped: a clip depends on its seed and sample id alone, so what is generated
 been.
 """
 
+import functools
 import json
 import logging
 import os
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -115,25 +116,21 @@ def generate_files(
     _open_folder(folder, manifest, resume)
     pending = [clip for clip in manifest["clips"] if not (folder / clip["file"]).is_file()]
     weights = RolloutWeights.from_model(model, dtype) if pending and rollout_backend == "fast" else None
-    loud = 0
+    play = functools.partial(
+        fast_generate,
+        model,
+        processor=processor,
+        num_frames=num_frames,
+        **asdict(settings),
+        seed=seed,
+        batch_size=batch_size,
+        rollout_backend=rollout_backend,
+        negative_prompt=negative_prompt,
+        weights=weights,
+    )
     done = len(manifest["clips"]) - len(pending)
     with tqdm(total=len(manifest["clips"]), initial=done, unit="clip", disable=not progress) as bar:
-        for start in range(0, len(pending), batch_size):
-            batch = pending[start : start + batch_size]
-            rollout = fast_generate(
-                model,
-                [clip["prompt"] for clip in batch],
-                processor=processor,
-                num_frames=num_frames,
-                **asdict(settings),
-                seed=seed,
-                batch_size=batch_size,
-                rollout_backend=rollout_backend,
-                negative_prompt=negative_prompt,
-                sample_ids=[clip["sample_id"] for clip in batch],
-                weights=weights,
-            )
-            loud += _write_clips(folder, batch, rollout, sample_format, bar)
+        loud = _play_clips(folder, pending, play, batch_size, sample_format, bar)
     if loud and sample_format == "int16":
         logger.warning(
             "%d of %d clips exceed full scale and were clipped; sample_format='float32' keeps them",
@@ -141,6 +138,23 @@ def generate_files(
             len(pending),
         )
     return manifest["clips"]
+
+
+def _play_clips(
+    folder: Path,
+    clips: list[dict[str, Any]],
+    play: Callable[..., Rollout],
+    batch_size: int,
+    sample_format: str,
+    bar: tqdm,
+) -> int:
+    """Generate and write clips, batch after batch; return how many exceed full scale."""
+    loud = 0
+    for start in range(0, len(clips), batch_size):
+        batch = clips[start : start + batch_size]
+        prompts, sample_ids = [clip["prompt"] for clip in batch], [clip["sample_id"] for clip in batch]
+        loud += _write_clips(folder, batch, play(prompts, sample_ids=sample_ids), sample_format, bar)
+    return loud
 
 
 def _write_clips(

@@ -58,7 +58,8 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
         reward_funcs: callables with TRL's reward interface (see `diverse_cfg.rewards`), sync or async. None
             takes `DiversityReward` with the shipped encoder (nano base) or CLAP.
         args: a `CFGDiversityConfig`.
-        train_dataset: prompts: a dataset with a `prompt` column, a list of texts, a file, or a Hub id.
+        train_dataset: prompts: a dataset with a `prompt` column (a streaming one needs TRL 1.9), a list of
+            texts, a file, or a Hub id.
         eval_dataset: the same, or a dict of them.
         processing_class: the model's `MusicgenProcessor` or its tokenizer; needed when `model` is a live
             model that does not remember its folder.
