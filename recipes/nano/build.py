@@ -95,14 +95,24 @@ def training_stage(stage: str, config: BuildConfig, work: Path) -> None:
 
 def judges_stage(config: BuildConfig, work: Path) -> None:
     import numpy as np
+    import torch
+    from codec import build_codec, decode_clips
     from data import Clips
     from judges import ENCODERS, retrieval, train_encoder, train_judge
     from tqdm import tqdm
 
     clips, held_out = Clips(work / "audio" / "train"), Clips(work / "audio" / "validation")
-    if not (work / "judge").is_dir():
-        train_judge(clips, held_out, config.seed, config.judge_steps).save_pretrained(work / "judge")
     codes, held_codes = (np.load(work / f"codes_{split}.npy") for split in ("train", "validation"))
+    if not (work / "judge").is_dir():
+        if not (work / "vocoder.pt").is_file():
+            raise FileNotFoundError(f"no {work / 'vocoder.pt'}: run the stage `vocoder` first")
+        codec = build_codec(torch.load(work / "quantizer.pt", weights_only=True)).eval()
+        codec.decoder.load_state_dict(torch.load(work / "vocoder.pt", weights_only=True)["average"])
+        chosen = np.random.default_rng([config.seed, 11]).choice(
+            len(clips), min(3000, len(clips)), replace=False
+        )
+        decoded = decode_clips(codec, codes, chosen)
+        train_judge(clips, held_out, decoded, config.seed, config.judge_steps).save_pretrained(work / "judge")
     for name in ENCODERS:
         if not (work / name).is_dir():
             embedder = train_encoder(name, clips, codes, config.seed, config.embedder_steps)

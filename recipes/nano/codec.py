@@ -164,6 +164,17 @@ def write_codes(clips: Clips, quantizer: dict[str, torch.Tensor], path: Path) ->
     return out
 
 
+@torch.inference_mode()
+def decode_clips(codec: EncodecModel, codes: np.ndarray, indices: np.ndarray) -> dict[int, np.ndarray]:
+    """Clip → its samples [L] when played from its codes, int16."""
+    played = {}
+    for part in tqdm(np.array_split(indices, max(1, len(indices) // 32)), desc="play codes", unit="batch"):
+        audio = codec.decode(torch.from_numpy(codes[part].astype(np.int64))[None], [None])[0][:, 0]
+        samples = (audio.clamp(-1, 1) * 32767).round().short().numpy()
+        played.update(zip(part.tolist(), samples, strict=True))
+    return played
+
+
 @torch.no_grad()
 def initialise_by_data(decoder: nn.Module, latent: torch.Tensor) -> None:
     """Rescale each convolution so that its output has a set spread on `latent`; biases zero.

@@ -1,6 +1,6 @@
 """Judge and embedders of the nano world, trained on rendered clips only.
 
-* judge: log-mel CNN + semitone spectrum → instrument, tempo, register, key (evaluation);
+* judge: log-mel CNN + semitone spectrum → instrument, tempo, register, key; hears real and coded clips (evaluation);
 * reward encoder: contrastive, reads codes, so that training needs no decoding (reward);
 * within encoder: as the reward encoder, but it only learnt to tell clips of the same attributes apart (experiment);
 * evaluation encoder: contrastive, reads audio, other seed, features and shape (evaluation).
@@ -48,17 +48,33 @@ def augmented(waveforms: torch.Tensor, rng: np.random.Generator) -> torch.Tensor
 
 
 def train_judge(
-    clips: Clips, held_out: Clips, seed: int, steps: int = 3000, batch: int = 32
+    clips: Clips,
+    held_out: Clips,
+    decoded: dict[int, np.ndarray],
+    seed: int,
+    steps: int = 3000,
+    batch: int = 32,
 ) -> AttributeJudge:
+    """A judge of real clips, half of a batch, and of clips that went through the codec, the other half.
+
+    Whatever a model plays has gone through the codec: a judge that never heard one mistakes its texture for notes.
+
+    Args:
+        decoded: clip → its samples [L] after the codec, int16.
+    """
     torch.manual_seed(seed + 10)
+    known = np.array(sorted(decoded))
     judge = AttributeJudge().train()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     rng = np.random.default_rng([seed, 10])
     bar = tqdm(range(steps), desc="judge", unit="step")
     for _ in bar:
-        index = rng.integers(len(clips), size=batch)
-        logits = judge(augmented(clips.waveforms(index), rng))
+        real = rng.integers(len(clips), size=batch // 2)
+        other = known[rng.integers(len(known), size=batch - batch // 2)]
+        played = torch.from_numpy(np.stack([decoded[i] for i in other]).astype(np.float32) / 32767)
+        index = np.concatenate([real, other])
+        logits = judge(augmented(torch.cat([clips.waveforms(real), played]), rng))
         targets = targets_of(clips, index)
         loss = sum(nn.functional.cross_entropy(logits[k], targets[k], ignore_index=IGNORE) for k in targets)
         loss.backward()
