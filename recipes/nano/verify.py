@@ -119,8 +119,8 @@ def gates_table(report: dict) -> str:
 
     mel, validity = codec["mel_error_db"], codec["validity"]
     lines = [
-        f"Codec, `encode → decode` on {codec['clips']} clips of test songs; the judge learnt from training songs, half of",
-        "the clips real and half through the codec, none of them from a model; the rules use no network:",
+        f"Codec, `encode → decode` on {codec['clips']} clips of test songs; the judge learnt from training songs, half",
+        "of the clips real and half through the codec, none of them from a model; the rules use no network:",
         "",
         "| | wanted | measured |",
         "|---|---|---|",
