@@ -305,9 +305,12 @@ def read_text_encoder(
         ValueError: it is nowhere to be found; the message says how to get it.
     """
     name = str(cfg.require("conditioners.description.t5.name"))
-    candidates = [os.fspath(given)] if given is not None else [name, f"google-t5/{name}"]
-    if given is None and (folder / TEXT_ENCODER_FOLDER).is_dir():
+    if given is not None:
+        candidates = [os.fspath(given)]
+    elif (folder / TEXT_ENCODER_FOLDER).is_dir():
         candidates = [str(folder / TEXT_ENCODER_FOLDER)]
+    else:  # the names without an owner have moved to one
+        candidates = [name] if "/" in name else [name, f"google-t5/{name}"]
     own = {
         key.removeprefix(names.TEXT_ENCODER): tensor
         for key, tensor in state.items()
@@ -315,8 +318,6 @@ def read_text_encoder(
     }
     error: Exception | None = None
     for candidate in candidates:
-        if "/" in candidate and candidate.startswith("google-t5/") and "/" in name:
-            continue  # the old names without an owner moved there, the others did not
         try:
             tokenizer = AutoTokenizer.from_pretrained(candidate)
             if own:
@@ -325,11 +326,12 @@ def read_text_encoder(
             return Parts(encoder.config, dict(encoder.state_dict())), tokenizer
         except (OSError, ValueError) as caught:
             error = error or caught
+    assert error is not None
     raise ValueError(
         f"{cfg.name} reads its text with the T5 {candidates[0]!r}, which AudioCraft does not store with the "
-        f"checkpoint and which is neither in the Hub's cache nor within reach: run `hf download {name}` where there is "
-        f"a network, put its folder at {folder / TEXT_ENCODER_FOLDER}, or name it (text_encoder=…, convert "
-        "--text-encoder …)"
+        f"checkpoint and which is neither in the Hub's cache nor within reach ({_first_line(error)}): run "
+        f"`hf download {name}` where there is a network, put its folder at {folder / TEXT_ENCODER_FOLDER}, or "
+        "name it (text_encoder=…, convert --text-encoder …)"
     ) from error
 
 
