@@ -35,6 +35,7 @@ def fail(error):
         (FileExistsError("out exists; choose another --output"), "out exists; choose another --output"),
         (ImportError("needs pip install gradio"), "needs pip install gradio"),
         (ValueError(), "ValueError"),
+        (type("OutOfMemoryError", (RuntimeError,), {})("ask for shorter clips"), "ask for shorter clips"),
     ],
 )
 def test_wrong_input_is_one_line(capsys, monkeypatch, error, line):
@@ -55,6 +56,8 @@ def test_debug_shows_the_traceback(monkeypatch):
 
 
 def test_a_bug_is_not_dressed_up_as_wrong_input():
+    with pytest.raises(RuntimeError, match="shapes"):
+        main(["act"], [command_that(fail(RuntimeError("shapes do not fit")))])
     with pytest.raises(ZeroDivisionError):
         main(["act"], [command_that(lambda args: 1 // 0)])
     with pytest.raises(ImportError):

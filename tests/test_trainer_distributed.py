@@ -29,6 +29,9 @@ logs = [entry for entry in trainer.state.log_history if "loss" in entry]
 result = {"checksum": checksum, "logs": logs, "processes": trainer.accelerator.num_processes}
 with open(f"{folder}/result-{trainer.accelerator.process_index}.json", "w") as file:
     json.dump(result, file)
+# Left to the interpreter's exit, or while the other process still talks, gloo's threads now and then abort.
+trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()
 """
 
 

@@ -85,8 +85,11 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
     try:
         with _speaking_plainly():
             command.run(args)
-    except USER_ERRORS as error:
-        if debug or str(getattr(error, "name", "")).startswith("diverse_cfg"):  # our own module is missing
+    except (*USER_ERRORS, RuntimeError) as error:
+        # By its name: torch's class, whose import takes a second, and nothing else that is a RuntimeError.
+        ours = isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError"
+        ours |= str(getattr(error, "name", "")).startswith("diverse_cfg")  # a module of ours is missing
+        if debug or ours:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"diverse-cfg: error: {message}", file=sys.stderr)

@@ -97,6 +97,9 @@ def train(args: TrainArguments, config) -> None:
     trainer.create_model_card(dataset_name=args.dataset_name)
     if trainer.is_world_process_zero():
         print(config.output_dir)
+    # Left to the interpreter's exit, or while another process still talks, gloo's threads now and then abort.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 def _check_reward_names(names: list[str]) -> None:
