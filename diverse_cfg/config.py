@@ -105,6 +105,9 @@ class CFGDiversityConfig(RLOOConfig):
         diversity_embedder: id or folder of the encoder E of the default diversity reward. None: the
             encoder that is shipped for the nano base, else CLAP.
         monitor_embedder: second encoder, never rewarded: its distance is logged and feeds the alarms.
+        diversity_codebooks: how many leading codebooks the diversity's policy gradient reaches; the others
+            follow the teacher alone. None: all, as in the paper. The first codebooks decide the music, the
+            later ones add mostly noise to the gradient (of both channels of a stereo model alike).
         prefix_baseline: subtract what the clip's first 13/27/40/60/80 % already tell about its reward. A
             variance reducer that is not in the paper.
         prefix_lambda: λ of its segment-wise generalised advantage estimate; 1 is unbiased, less is calmer.
@@ -182,6 +185,10 @@ class CFGDiversityConfig(RLOOConfig):
     )
     monitor_embedder: str | None = field(
         default=None, metadata={"help": "Second encoder: logged and watched, never rewarded."}
+    )
+    diversity_codebooks: int | None = field(
+        default=None,
+        metadata={"help": "Leading codebooks that the diversity's policy gradient reaches. Default: all."},
     )
     prefix_baseline: bool = field(
         default=False,
@@ -352,6 +359,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rollout_source": (ROLLOUT_SOURCES.__contains__, f"one of {', '.join(ROLLOUT_SOURCES)}"),
     "teacher_fraction": (lambda value: 0 < value < 1, "strictly between 0 and 1"),
     "clip_seconds": (_unset_or_positive, "a positive number of seconds"),
+    "diversity_codebooks": (lambda value: value is None or value >= 1, "at least 1, or unset (all)"),
     "prefix_lambda": (lambda value: 0 <= value <= 1, "between 0 and 1"),
     "ema_decay": (lambda value: 0 <= value < 1, "at least 0 (off) and below 1"),
     "adaptive_clip": (_unset_or_positive, "positive"),

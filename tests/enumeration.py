@@ -75,7 +75,8 @@ def step_logps(model, text: Tensor, mask: Tensor, num_frames: int) -> Tensor:
 
 
 def exact(student, teacher, tokenizer, num_frames: int, guidance_scale: float = 3.0) -> dict[str, Tensor]:
-    """p(y) [Y] (differentiable), Q with the sampling stopped, Q in full, and D, as scalars with a graph."""
+    """p(y) [Y] (differentiable), and scalars with a graph: Q with the sampling stopped, Q in full, D, and D with
+    the second codebook held fixed."""
     tokens = tokenizer([PROMPT], return_tensors="pt")
     with torch.no_grad():
         text = student.text_encoder(**tokens).last_hidden_state
@@ -85,7 +86,9 @@ def exact(student, teacher, tokenizer, num_frames: int, guidance_scale: float = 
         teacher_logps = (null + guidance_scale * (cond - null)).log_softmax(dim=-1)
     logps = step_logps(student, text, tokens.attention_mask, num_frames).log_softmax(dim=-1)
     sequences = all_sequences(num_frames)
-    probability = logps.gather(-1, sequences[..., None]).sum(dim=(1, 2, 3)).exp()
+    chosen = logps.gather(-1, sequences[..., None])[..., 0].sum(dim=2)
+    probability = chosen.sum(dim=1).exp()
+    leading = (chosen[:, 0] + chosen[:, 1].detach()).exp()
     divergence = (logps.exp() * (logps - teacher_logps)).sum(dim=(1, 2, 3))
     unit = torch.nn.functional.normalize(sequence_embeddings(num_frames), dim=1)
     distances = 1 - unit @ unit.T
@@ -94,6 +97,7 @@ def exact(student, teacher, tokenizer, num_frames: int, guidance_scale: float = 
         "Q": -(probability.detach() * divergence).sum(),
         "Q_full": -(probability * divergence).sum(),
         "D": probability @ distances @ probability,
+        "D_leading": leading @ distances @ leading,
     }
 
 

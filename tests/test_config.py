@@ -32,6 +32,7 @@ OUT_OF_RANGE = {
     "rollout_source": ["both"],
     "teacher_fraction": [0.0, 1.0],
     "clip_seconds": [0.0, -3.0, math.nan, math.inf],
+    "diversity_codebooks": [0, -1],
     "prefix_lambda": [-0.1, 1.1, math.nan],
     "ema_decay": [1.0, -0.1, math.nan],
     "adaptive_clip": [0.0, math.nan],

@@ -159,7 +159,7 @@ def test_tasks_wait_for_what_they_start_from_and_failures_stop_only_their_heirs(
     assert started[1:] == ["q/1", "d/1", "sweep:s"]
     assert module.run_all(experiment, tmp_path / "e.yaml", 2, None) == [] and len(started) == 4
     runs = json.loads((tmp_path / "recorded" / "runs.json").read_text())
-    assert [(run["arm"], run["seed"]) for run in runs] == [("q", 0), ("d", 0), ("e", 0), ("q", 1), ("d", 1)]
+    assert [(run["arm"], run["seed"]) for run in runs] == [("q", 0), ("d", 0), ("q", 1), ("d", 1), ("e", 0)]
 
 
 # ---- the page ----------------------------------------------------------------------------------------------------

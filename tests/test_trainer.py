@@ -15,6 +15,7 @@ from diverse_cfg.musicgen.policy import code_logits, encode_text, load_policy
 from diverse_cfg.provenance import read_provenance
 from diverse_cfg.rewards import DiversityReward
 from diverse_cfg.trainer import CFGDiversityTrainer
+from diverse_cfg.trainer.advantages import Advantages
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
 from tests.training import CodeEmbedder, WaveEmbedder, losses, tiny_args, tiny_trainer
 
@@ -142,6 +143,24 @@ def test_own_rewards_use_the_ordinary_baseline(tmp_path):
     found, _ = trainer._advantages(rewards, codes, 4, torch.zeros(4, dtype=torch.bool), None)
     wanted = torch.tensor([1 - 11 / 3, 2 - 10 / 3, 3 - 3.0, 6 - 2.0])
     torch.testing.assert_close(found, wanted[:, None, None].expand_as(found))
+
+
+def test_leading_codebooks_of_both_channels(tmp_path):
+    """Fault: a stereo model whose left channel alone is reached; or another reward that is cut as well."""
+    args = tiny_args(tmp_path, diversity_codebooks=2, diversity_coef=3.0)
+    rewards = torch.tensor([[0.0, 1.0], [0.0, 2.0], [0.0, 3.0], [6.0, 6.0]])
+    codes = torch.zeros(4, 8, 7, dtype=torch.long)
+    functions, weights = [DiversityReward(CodeEmbedder()), reward_of_length], torch.ones(2)
+    found, _ = Advantages(args, functions, weights, audio_channels=2)(
+        rewards, codes, 4, torch.zeros(4, dtype=torch.bool), None
+    )
+    other, diverse = 6 - 2.0, 3 * 2 * 4 / 2 * (6 - 1.5)
+    assert found[3, :, 0].tolist() == pytest.approx([other + diverse] * 4 + [other] * 4)
+
+
+def test_more_codebooks_than_there_are(tmp_path):
+    with pytest.raises(ValueError, match="diversity_codebooks=5, but the model has 4 codebooks per channel"):
+        tiny_trainer(tmp_path, diversity_codebooks=5)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -102,6 +102,14 @@ def test_diversity_alone(tmp_path):
     assert compare(tmp_path, 1, 3, lambda exact: BETA * exact["D"], distillation_coef=0.0) < 1e-6
 
 
+def test_diversity_of_the_first_codebook(tmp_path):
+    """Fault: the wrong codebook is left out, or its distillation with it."""
+    found = compare(
+        tmp_path, 1, 3, lambda exact: exact["Q"] + BETA * exact["D_leading"], diversity_codebooks=1
+    )
+    assert found < 1e-6 < 1e-2 < compare(tmp_path, 1, 3, diversity_codebooks=1)
+
+
 @pytest.mark.slow
 def test_sequence_score_adds_the_gradient_through_the_sampling(tmp_path):
     """Fault: a return that counts the code's own step, or the other sign; then Q in full is not reached."""

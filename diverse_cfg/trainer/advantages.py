@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diverse_cfg.config import CFGDiversityConfig
+from diverse_cfg.functional.codebooks import codebook_delays
 from diverse_cfg.functional.diversity import diversity_advantages
 from diverse_cfg.functional.policy_gradient import leave_one_out_advantages
 from diverse_cfg.functional.prefix_baseline import (
@@ -103,6 +104,7 @@ class Advantages:
         reward_funcs: in the order of the rewards' columns.
         reward_weights: one per function; the pairwise ones are 1 (their weight is `args.diversity_coef`).
         prefix: variance reducer of the pairwise rewards, or None.
+        audio_channels: of the model.
     """
 
     def __init__(
@@ -111,9 +113,12 @@ class Advantages:
         reward_funcs: list[Callable],
         reward_weights: Tensor,
         prefix: PrefixBaseline | None = None,
+        audio_channels: int = 1,
     ):
         self.reward_funcs = reward_funcs
         self.prefix = prefix
+        self.audio_channels = audio_channels
+        self.diversity_codebooks = args.diversity_codebooks
         self.pairwise = [is_pairwise(reward_func) for reward_func in reward_funcs]
         self.coefs = [
             args.diversity_coef if pairwise else float(weight)
@@ -151,6 +156,11 @@ class Advantages:
                 per_code, metrics = self.prefix(estimate, embeddings, codes, embed)
             else:
                 per_code = estimate.flatten()[:, None, None]
+            if pairwise and self.diversity_codebooks is not None:
+                # The n-th codebook of a channel is delayed by n steps.
+                level = torch.tensor(codebook_delays(codes.shape[1], self.audio_channels))
+                reached = (level < self.diversity_codebooks).to(advantages)
+                per_code = per_code * reached[:, None]
             advantages += coef * per_code
         advantages[from_teacher] = 0
         return advantages / self.student_share, metrics

@@ -181,6 +181,17 @@ def clip_frames(policy: MusicgenForConditionalGeneration, clip_seconds: float | 
     return frames
 
 
+def check_codebooks(policy: MusicgenForConditionalGeneration, diversity_codebooks: int | None) -> None:
+    """Raise `ValueError` for more codebooks than a channel of the model has."""
+    decoder = policy.config.decoder
+    there = decoder.num_codebooks // decoder.audio_channels
+    if diversity_codebooks is not None and diversity_codebooks > there:
+        raise ValueError(
+            f"diversity_codebooks={diversity_codebooks}, but the model has {there} codebooks per channel: leave "
+            "it unset to reach all of them"
+        )
+
+
 def prompt_dataset(data: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> Any:
     """A dataset with a checked `prompt` column, from a dataset, a list of texts, a file or a Hub id.
 

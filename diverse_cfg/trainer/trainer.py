@@ -102,6 +102,7 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
         setup.check_pushing(args, peft_config, self._base_model)
         policy = setup.prepare_policy(model, args)
         self._num_frames = setup.clip_frames(policy, args.clip_seconds)
+        setup.check_codebooks(policy, args.diversity_codebooks)
         self._num_codebooks = policy.config.decoder.num_codebooks
         args.max_completion_length = self._num_frames * self._num_codebooks
         self._processor = (
@@ -158,21 +159,21 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
     def _prepare_run(self, policy) -> None:
         args = self.args
         check_sharding(self.accelerator, args)
+        channels = policy.config.decoder.audio_channels
         self._loss_settings = LossSettings(
             divergence=args.divergence,
             alpha=args.jsd_alpha,
             temperature=args.temperature,
             epsilon=args.epsilon,
             epsilon_high=args.epsilon_high,
-            audio_channels=policy.config.decoder.audio_channels,
+            audio_channels=channels,
             chunk_size=args.loss_chunk_size,
         )
         prefix = None
         if args.prefix_baseline and args.diversity_coef > 0:
-            channels = policy.config.decoder.audio_channels
             prefix = PrefixBaseline(self._num_frames, args.prefix_lambda, channels, self.accelerator.reduce)
         self._cross_guards = CrossGuards(args.guards, self.reward_func_names, self.reward_funcs)
-        self._advantages = Advantages(args, self.reward_funcs, self.reward_weights, prefix)
+        self._advantages = Advantages(args, self.reward_funcs, self.reward_weights, prefix, channels)
         self._fused_weights: dict[bool, RolloutWeights] = {}
         self._rollout: Rollout | None = None
         self._pending: dict[str, Any] = {}

@@ -78,9 +78,10 @@ class Experiment:
         return self.arms[arm].seeds or self.seeds
 
     def runs(self) -> list[tuple[str, int]]:
-        """Every (arm, seed); seed by seed, so that the first seed's picture is there first."""
+        """Every (arm, seed): seed by seed, then the arms that have seeds of their own."""
         seeds = sorted({seed for arm in self.arms for seed in self.seeds_of(arm)})
-        return [(arm, seed) for seed in seeds for arm in self.arms if seed in self.seeds_of(arm)]
+        every = [(arm, seed) for seed in seeds for arm in self.arms if seed in self.seeds_of(arm)]
+        return sorted(every, key=lambda run: self.arms[run[0]].seeds is not None)
 
     def settings_of(self, arm_name: str, seed: int) -> dict[str, Any]:
         """The settings of one training: recipe, then those of all arms, then the arm's."""
