@@ -43,18 +43,18 @@ test: $(STAMP)  ## every test that needs neither accelerator nor network
 test-quick: $(STAMP)  ## the same without the slow ones
 	$(OFFLINE) $(BIN)/python -m pytest $(ARGS)
 
-# The lowest versions that pyproject.toml allows, e.g. trl==1.7.*, in an environment of their own; those of TRL
-# import `requests` without asking for it.
+# The lowest versions that pyproject.toml allows, e.g. trl==1.7.*, in an environment of their own.
 LOWEST_BIN = $(VENV)-lowest/bin
-LOWEST_OF = trl peft accelerate
-test-lowest: $(STAMP)  ## the trainer's tests with the lowest supported TRL, peft and accelerate
+LOWEST_OF = trl peft accelerate transformers
+test-lowest: $(STAMP)  ## the trainer's tests with the lowest supported TRL, transformers, peft and accelerate
 	$(BIN)/python -m venv --clear $(VENV)-lowest
 	for name in $(LOWEST_OF); do grep -oE "\"$$name>=[0-9.]+" pyproject.toml; done | tr -d '"' | sed 's/>=/==/; s/$$/.*/' \
 		> $(VENV)-lowest/lowest.txt
 	grep -vE "^($$(echo $(LOWEST_OF) | tr ' ' '|'))==" constraints.txt > $(VENV)-lowest/constraints.txt
 	$(LOWEST_BIN)/python -m pip install -c $(VENV)-lowest/constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(LOWEST_BIN)/python -m pip install -c $(VENV)-lowest/constraints.txt hatchling editables pytest requests
-	$(LOWEST_BIN)/python -m pip install -c $(VENV)-lowest/constraints.txt --no-build-isolation 		-r $(VENV)-lowest/lowest.txt -e .
+	$(LOWEST_BIN)/python -m pip install -c $(VENV)-lowest/constraints.txt hatchling editables pytest
+	$(LOWEST_BIN)/python -m pip install -c $(VENV)-lowest/constraints.txt --no-build-isolation \
+		-r $(VENV)-lowest/lowest.txt -e .
 	$(OFFLINE) $(LOWEST_BIN)/python -m pytest -m "not gpu and not network" tests/test_trainer*.py tests/test_cli_train.py $(ARGS)
 
 lint: $(STAMP)  ## ruff (rules and format) and pyright

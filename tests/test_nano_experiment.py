@@ -65,7 +65,7 @@ def test_the_experiment_is_well_formed(tmp_path):
         assert len(expand_systems(settings["systems"])) >= 6
     [uniform] = [s for s in expand_systems(experiment.sweep("test")["systems"]) if s.name == "uniform"]
     assert len(uniform.replicates) == 3 and [weight for _, weight in uniform.replicates[0]] == [0.25] * 4
-    assert [str(experiment.folder("beta-40", seed)) for seed in (0, 1, 2)] == [
+    assert [str(experiment.folder("beta-80", seed)) for seed in (0, 1, 2)] == [
         m[3][0] for m in uniform.replicates
     ]
 
@@ -73,8 +73,8 @@ def test_the_experiment_is_well_formed(tmp_path):
 def test_all_students_continue_from_the_quality_student_of_their_seed(tmp_path):
     """Catches arms of different length or start, which would be compared as if only β differed."""
     experiment = load(tmp_path)
-    arms = [experiment.settings_of(f"beta-{beta}", 1) for beta in (0, 10, 20, 40)]
-    assert {arm["diversity_coef"] for arm in arms} == {0.0, 10.0, 20.0, 40.0}
+    arms = [experiment.settings_of(f"beta-{beta}", 1) for beta in (0, 20, 40, 80)]
+    assert {arm["diversity_coef"] for arm in arms} == {0.0, 20.0, 40.0, 80.0}
     for key in (
         "model_name_or_path",
         "max_steps",
@@ -177,35 +177,50 @@ def recorded(tmp_path):
     rows = [
         row("base γ=1", 0.5, 0.6, role="base", series="guidance on the base"),
         row("base γ=3", 0.1, 0.8, role="guided", series="guidance on the base", guidance_scale=3.0),
-        row("β=0", 0.1, 0.8, 3), row("β=40", 0.3, 0.75, 3),
+        row("β=0", 0.1, 0.8, 3), row("β=80", 0.3, 0.75, 3),
         *(row(f"LERP λ={w:g}", 0.1 + 0.2 * w, 0.8 - 0.05 * w**2, 3, series="merges", role="merge", merge_weight=w)
           for w in (0.0, 0.5, 1.0)),
     ]  # fmt: skip
     settings = {"num_generations": 8, "machine": "a machine"}
     Results([f"p{i}" for i in range(6)], rows, settings).save(tmp_path / "test")
     lines = ["arm,seed,step,kl/clip,reward/diversity,step_time"]
-    lines += [f"beta-40,{seed},{step},{seed + 1.0},0.{step},1.5" for seed in range(3) for step in range(1, 9)]
+    lines += [f"beta-80,{seed},{step},{seed + 1.0},0.{step},1.5" for seed in range(3) for step in range(1, 9)]
     (tmp_path / "training.csv").write_text("\n".join(lines) + "\n")
     runs = [
-        {"arm": "beta-40", "seed": seed, "seconds": 3600, "commit": "abc", "alarms": []} for seed in range(3)
+        {"arm": "beta-80", "seed": seed, "seconds": 3600, "commit": "abc", "alarms": []} for seed in range(3)
     ]
     (tmp_path / "runs.json").write_text(json.dumps(runs))
+    (tmp_path / "recipes.md").write_text("before\n<!-- training -->\nold\n<!-- end training -->\nafter\n")
     return tmp_path
+
+
+def build(folder):
+    import report
+
+    report.build(folder, folder / "page.md", folder / "recipes.md")
 
 
 def test_page_is_built_from_recorded_numbers_alone(tmp_path):
     """Catches numbers that do not come from the files, and an arm that is missing without being said so."""
-    from report import build
-
-    build(recorded(tmp_path), tmp_path / "page.md")
+    build(recorded(tmp_path))
     page = (tmp_path / "page.md").read_text()
     assert (
         "took 3.0 hours" in page and "Training seeds: 0, 1, 2" in page and "6 test prompts × 8 clips" in page
     )
-    assert "| β=40 | 0.75" in page
-    assert "| β=40 − β=0 | **-0.050" in page
+    assert "| β=80 | 0.75" in page
+    assert "| β=80 − β=0 | **-0.050" in page
     assert "| offline − β=0 | – |" in page, "what was not evaluated is a dash"
-    assert "| β = 40 | 3 | 2 ± 1 |" in page, "mean over seeds of 1, 2 and 3 nats, ± their standard deviation"
+    row = "| β = 80 | 3 | 2 ± 1 | 2 ± 1 | 0.75 ± 0 |"
+    assert row in page, (
+        "mean over seeds of 1, 2 and 3 nats, ± their standard deviation, then the last quarter"
+    )
+    recipes = (tmp_path / "recipes.md").read_text()
+    assert (
+        row in recipes
+        and recipes.startswith("before\n")
+        and recipes.endswith("after\n")
+        and "old" not in recipes
+    )
     assert "not measured" in page
     for name in ("training", "test/front", "test/lerp-merges"):
         assert (tmp_path / f"{name}.svg").is_file() and (tmp_path / f"{name}.csv").is_file()
@@ -216,26 +231,28 @@ def test_quality_at_equal_diversity_is_read_between_the_sweep_s_points(tmp_path)
     from report import at_equal_diversity
 
     results = Results.load(recorded(tmp_path) / "test")
-    assert at_equal_diversity(results, "β=40", "guidance on the base").estimate == pytest.approx(0.05)
+    assert at_equal_diversity(results, "β=80", "guidance on the base").estimate == pytest.approx(0.05)
     assert at_equal_diversity(results, "β=0", "guidance on the base").estimate == pytest.approx(0.0)
     assert at_equal_diversity(results, "β=99", "guidance on the base") is None
 
 
 def test_the_chosen_student_keeps_half_of_the_gain(tmp_path):
-    """Guidance lifts .6 to .8: β=40 with .75 keeps enough and is more diverse than β=0; one with .69 would not."""
+    """Guidance lifts .6 to .8: β=80 with .75 keeps enough and is more diverse than β=0; one with .69 would not."""
     from report import chosen_on
 
     results = Results.load(recorded(tmp_path) / "test")
-    students = {name: results[name] for name in ("β=0", "β=40")}
+    students = {name: results[name] for name in ("β=0", "β=80")}
     for row in students.values():
         object.__setattr__(row.system, "series", "β")
-    assert chosen_on(results) == "β=40"
-    students["β=40"].cells["adherence"] -= 0.06
+    assert chosen_on(results) == "β=80"
+    students["β=80"].cells["adherence"] -= 0.06
     assert chosen_on(results) == "β=0"
 
 
 def test_page_without_a_test_sweep_is_refused(tmp_path):
-    from report import build
-
+    """The curves of the trainings are there before the sweeps are."""
+    folder = recorded(tmp_path)
+    (folder / "test" / "metrics.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"run experiment\.py first"):
-        build(tmp_path, tmp_path / "page.md")
+        build(folder)
+    assert (folder / "training.svg").is_file() and not (folder / "page.md").exists()

@@ -28,6 +28,12 @@ from tqdm import tqdm
 HERE = Path(__file__).parent
 RECORDED = HERE / "results" / "experiment"
 DONE = "done.json"
+# A thread per process; and glibc keeps large blocks that are freed, which the kernel would clear again for every batch.
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**33),
+}
 LOGGED = (
     "kl/clip", "kl/codebook_0", "kl/codebook_1", "kl/codebook_2", "kl/codebook_3", "entropy/codebook_0",
     "reward/diversity", "reward/diversity_variance", "grad_norm", "grad_norm/distillation",
@@ -312,7 +318,7 @@ def run_all(experiment: Experiment, config: Path, jobs: int, only: str | None) -
                 "--task",
                 task,
             ]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+            environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(sys.path)}
             return subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
 
     running: dict[Future, str] = {}

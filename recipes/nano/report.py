@@ -18,6 +18,7 @@ from typing import Any
 import jinja2
 import numpy as np
 import yaml
+from pages import write_section
 
 from diverse_cfg.evaluation.curves import Log, draw_curves
 from diverse_cfg.evaluation.metrics import METRICS
@@ -32,7 +33,7 @@ COLUMNS = (
     "adherence", "rules", "diversity_heldout", "diversity_reward", "vendi_heldout", "kl_teacher", "policy_entropy",
     "validity", "decoder_rows",
 )  # fmt: skip
-LABELS = {"quality": "β = 0 from the base", **{f"beta-{b}": f"β = {b}" for b in (0, 10, 20, 40)}}
+LABELS = {"quality": "β = 0 from the base", **{f"beta-{b}": f"β = {b}" for b in (0, 20, 40, 80)}}
 
 
 def table(results: Results, names: Iterable[str], columns: Sequence[str] = COLUMNS) -> str:
@@ -75,18 +76,21 @@ def training_logs(path: Path) -> dict[str, list[Log]]:
     return arms
 
 
-def tail(logs: Sequence[Log], metric: str, share: float = 0.25) -> tuple[float, float] | None:
-    """Mean over seeds of a metric's last quarter, and its spread (standard deviation over seeds, 0 for one)."""
+def tail(logs: Sequence[Log], metric: str, share: float = 0.25) -> str:
+    """Mean over seeds of a metric's last quarter ± the standard deviation over seeds; a negative share is its first."""
     means = []
     for log in logs:
         values = [entry[metric] for entry in log if metric in entry]
+        count = max(1, round(abs(share) * len(values)))
         if values:
-            means.append(np.mean(values[-max(1, round(share * len(values))) :]))
-    return (float(np.mean(means)), float(np.std(means, ddof=1)) if len(means) > 1 else 0.0) if means else None
+            means.append(np.mean(values[-count:] if share > 0 else values[:count]))
+    if not means:
+        return "–"
+    return f"{np.mean(means):.3g}" + (f" ± {np.std(means, ddof=1):.1g}" if len(means) > 1 else "")
 
 
 def training_table(arms: dict[str, list[Log]]) -> str:
-    """What the trainings logged in their last quarter."""
+    """What the trainings logged in their last quarter, and the divergence of their first steps."""
     columns = (
         ("kl/clip", "KL, nats per clip"), ("reward/diversity", "diversity (reward)"),
         ("reward/diversity_variance", "Var(r) within prompts"), ("entropy/codebook_0", "entropy, codebook 0"),
@@ -94,20 +98,11 @@ def training_table(arms: dict[str, list[Log]]) -> str:
         ("step_time", "s per step"),
     )  # fmt: skip
     lines = [
-        "| arm | seeds | " + " | ".join(label for _, label in columns) + " |",
-        "|---" * (len(columns) + 2) + "|",
+        "| arm | seeds | KL at first | " + " | ".join(label for _, label in columns) + " |",
+        "|---" * (len(columns) + 3) + "|",
     ]
     for arm, logs in arms.items():
-        cells = []
-        for name, _ in columns:
-            found = tail(logs, name)
-            cells.append(
-                "–"
-                if found is None
-                else f"{found[0]:.3g} ± {found[1]:.1g}"
-                if len(logs) > 1
-                else f"{found[0]:.3g}"
-            )
+        cells = [tail(logs, "kl/clip", -0.01), *(tail(logs, name) for name, _ in columns)]
         lines.append(f"| {LABELS.get(arm, arm)} | {len(logs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -154,16 +149,23 @@ def at_equal_diversity(
     return mean_estimate(results[system].cells[y] - line)
 
 
-def build(recorded: Path, page: Path) -> None:
-    """Write the figures into `recorded` and the page to `page`."""
+def draw_training(recorded: Path, page: Path) -> dict[str, list[Log]]:
+    """Draw the curves of the main arms, write their table into the section `training` of `page`; returns all logs."""
+    arms = training_logs(recorded / "training.csv")
+    main = {arm: logs for arm, logs in arms.items() if arm in LABELS}
+    draw_curves({LABELS[a]: logs for a, logs in main.items()}, recorded / "training", smooth=5)
+    write_section(page, "training", training_table(main))
+    return arms
+
+
+def build(recorded: Path, page: Path, recipes: Path) -> None:
+    """Write the figures into `recorded`, the page to `page` and the trainings' table into `recipes`."""
+    arms = draw_training(recorded, recipes)
     found = {path.parent.name: Results.load(path.parent) for path in sorted(recorded.glob("*/metrics.json"))}
     if "test" not in found:
         raise FileNotFoundError(f"{recorded} has no test sweep: run experiment.py first")
     runs = json.loads((recorded / "runs.json").read_text(encoding="utf-8"))
-    arms = training_logs(recorded / "training.csv")
     settings = yaml.safe_load((HERE / "experiment.yaml").read_text(encoding="utf-8"))
-    main = {arm: logs for arm, logs in arms.items() if arm in LABELS}
-    draw_curves({LABELS[a]: logs for a, logs in main.items()}, recorded / "training", smooth=5)
     for name in ("test", "trajectories", "hacking"):
         if name in found:
             draw(found[name], recorded / name)
@@ -184,7 +186,7 @@ def build(recorded: Path, page: Path) -> None:
         findings=to_markdown(signatures(test, parts)),
         hours=sum(run["seconds"] for run in runs) / 3600,
         commits=sorted({run["commit"] for run in runs}),
-        seeds={run["seed"] for run in runs if run["arm"] == "beta-40"},
+        seeds={run["seed"] for run in runs if run["arm"] == "beta-80"},
     )  # fmt: skip
     write_text(page, text)
 
@@ -195,8 +197,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--recorded", type=Path, default=RECORDED)
     parser.add_argument("--page", type=Path, default=HERE / "RESULTS.md")
+    parser.add_argument("--recipes", type=Path, default=HERE.parent / "README.md")
     arguments = parser.parse_args(argv)
-    build(arguments.recorded, arguments.page)
+    build(arguments.recorded, arguments.page, arguments.recipes)
     return 0
 
 

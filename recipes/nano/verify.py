@@ -22,6 +22,7 @@ import torch
 from codec import LogMel, mel_error_db
 from data import Clips
 from judges import IGNORE, targets_of
+from pages import write_section
 from render import SAMPLE_RATE
 
 matplotlib.use("Agg")
@@ -173,16 +174,6 @@ def curves_table(results: Path) -> str:
             f"| {step} | " + " | ".join(f"{c[step]:.3f}" if step in c else "" for c in curves) + " |"
         )
     return "\n".join(lines)
-
-
-def write_section(page: Path, name: str, text: str) -> None:
-    """Replace what stands between `<!-- name -->` and `<!-- end name -->`."""
-    first, last = f"<!-- {name} -->\n", f"<!-- end {name} -->"
-    before, found, rest = page.read_text(encoding="utf-8").partition(first)
-    _, closed, after = rest.partition(last)
-    if not found or not closed:
-        raise ValueError(f"{page} has no section between {first.strip()} and {last}")
-    page.write_text(before + first + text + "\n" + last + after, encoding="utf-8")
 
 
 def draw_spectrograms(rows: dict[str, torch.Tensor], path: Path) -> None:
