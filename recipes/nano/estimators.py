@@ -1,6 +1,6 @@
 """Signal and noise of the diversity's policy gradient, estimator by estimator, on one student.
 
-    python recipes/nano/estimators.py --student runs/nano/quality      # → results/estimators.csv
+    python recipes/nano/estimators.py --student runs/nano/quality      # → results/estimators.csv and README.md
 
 Every estimator sees the same clips. With g the gradient of one batch, in the metric of Adam (every parameter divided by
 the root of its own root mean square), and g₀ that of the unbiased estimator with a prefix baseline:
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pages import write_section
 from torch import Tensor
 from tqdm import trange
 
@@ -39,6 +40,7 @@ from diverse_cfg.musicgen.rollout import RolloutWeights, sample_codes
 from diverse_cfg.prompts import load_prompts
 from diverse_cfg.trainer.objective import LossBatch, LossSettings, student_terms
 
+HERE = Path(__file__).parent
 FRAMES, PREFIXES = 75, (10, 20, 30, 45, 60)
 PROMPTS, GENERATIONS = 8, 8
 LEARNING = 8  # first batches only teach the prefix baseline
@@ -130,6 +132,17 @@ def _estimates(products, own, squares, chosen) -> tuple[float, float, float]:
     return signal, noise, signal / noise
 
 
+def to_markdown(rows: list[dict[str, str | float]]) -> str:
+    """Signal and noise in units of the reference's signal."""
+    [unit] = [float(row["signal"]) for row in rows if row["estimator"] == REFERENCE]
+    lines = ["| estimator | signal | noise | batches until as much signal as noise |", "|---|---|---|---|"]
+    for row in rows:
+        signal, error, noise = (float(row[key]) / unit for key in ("signal", "signal_se", "noise"))
+        batches = f"{row['batches']:.0f}" if signal > 2 * error else "–"
+        lines.append(f"| {row['estimator']} | {signal:.2f} ± {error:.2f} | {noise:.1f} | {batches} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -137,7 +150,8 @@ def main() -> None:
     parser.add_argument("--student", required=True, help="folder of a student with β = 0")
     parser.add_argument("--batches", type=int, default=64, help=f"of {PROMPTS} prompts × {GENERATIONS} clips")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "estimators.csv")
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "estimators.csv")
+    parser.add_argument("--page", type=Path, default=HERE / "README.md", help="has the section `estimators`")
     arguments = parser.parse_args()
     rows = compare(gradients(arguments.student, arguments.batches, arguments.seed))
     temporary = arguments.output.with_name(f".{arguments.output.name}")
@@ -147,11 +161,8 @@ def main() -> None:
         for row in rows:
             writer.writerow({k: v if isinstance(v, str) else f"{v:.4g}" for k, v in row.items()})
     os.replace(temporary, arguments.output)
-    for row in rows:
-        print(
-            f"{row['estimator']:32} signal {row['signal']:.3f} ± {row['signal_se']:.3f}  noise {row['noise']:.2f}  "
-            f"ratio {row['signal_to_noise']:.4f} ± {row['signal_to_noise_se']:.4f}  batches {row['batches']:.0f}"
-        )
+    write_section(arguments.page, "estimators", to_markdown(rows))
+    print(to_markdown(rows))
 
 
 if __name__ == "__main__":
