@@ -202,6 +202,8 @@ class Checkpointing(RLOOTrainer):
             "negative_prompt",
             "rollout_source",
             "prefix_baseline",
+            "prefix_lambda",
+            "diversity_codebooks",
             "ema_decay",
             "seed",
         )
