@@ -22,6 +22,7 @@ from diverse_cfg.evaluation.acoustics import rule_adherence, validity
 from diverse_cfg.evaluation.cache import Cache, content_digest, file_digest
 from diverse_cfg.evaluation.generations import Player, Progress
 from diverse_cfg.evaluation.systems import System
+from diverse_cfg.functional.guidance import guided_logits
 from diverse_cfg.musicgen.policy import code_logits, encode_text, null_condition
 from diverse_cfg.musicgen.sampling import SamplingSettings, sampling_logits
 from diverse_cfg.types import TextCondition
@@ -227,7 +228,8 @@ def _distribution(model: Any, codes: Tensor, condition: TextCondition, sampling:
     """Log-probabilities [B, K, T, V] under which the codes are drawn."""
     logits = code_logits(model, codes, condition)
     if sampling.guided:
-        logits = torch.cat([logits, code_logits(model, codes, null_condition(condition))])
+        null = code_logits(model, codes, null_condition(condition))
+        logits = guided_logits(logits, null, sampling.guidance_scale)
     logits = sampling_logits(logits, sampling)
     if sampling.greedy:
         logits = logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True), -torch.inf)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.activations import ACT2FN
 
+from diverse_cfg.functional.guidance import guided_logits
 from diverse_cfg.musicgen.weights import LayerWeights, RolloutWeights
 from diverse_cfg.types import TextCondition
 
@@ -30,18 +31,24 @@ class _Decoder:
         num_steps: S, the length of the caches.
         condition: cross-attended rows: N (prompts), or 2·N when the second half has text too (a negative
             prompt).
-        guided: decode N further rows beside the prompts'.
+        guidance_scale: γ; when it is not 1, N further rows are decoded beside the prompts'.
     """
 
     cache_dtype: torch.dtype
 
     def __init__(
-        self, weights: RolloutWeights, num_clips: int, num_steps: int, condition: TextCondition, guided: bool
+        self,
+        weights: RolloutWeights,
+        num_clips: int,
+        num_steps: int,
+        condition: TextCondition,
+        guidance_scale: float,
     ) -> None:
         shape = weights.shape
         self.weights = weights
         self.num_clips = num_clips
-        self.num_rows = 2 * num_clips if guided else num_clips
+        self.guidance_scale = guidance_scale
+        self.num_rows = num_clips if guidance_scale == 1 else 2 * num_clips
         self.num_texts = len(condition)
         self.activation = ACT2FN[shape.activation]
         self.offsets = torch.arange(shape.num_codebooks, device=weights.device) * (shape.vocab_size + 1)
@@ -66,6 +73,14 @@ class _Decoder:
             return x.addmm_(update, matrix)
         return x.add_(torch.mm(update.to(matrix.dtype), matrix))
 
+    def _logits(self, x: Tensor) -> Tensor:
+        """Logits [N, K, V] from the last layer. The heads are linear, so guidance comes before them: half the work."""
+        tensors, shape = self.weights.tensors, self.weights.shape
+        h = self._norm(x, tensors["norm"], tensors["norm_bias"])
+        if self.num_rows > self.num_clips:
+            h = guided_logits(*h.chunk(2), self.guidance_scale)
+        return self._product(h, tensors["heads"]).view(self.num_clips, shape.num_codebooks, shape.vocab_size)
+
     def _text(self, condition: TextCondition) -> tuple[Tensor, list[Tensor]]:
         """Bias over the text [B, 1, 1, Lt], and for each layer its keys and values [2, B, H, Lt, D / H]."""
         shape = self.weights.shape
@@ -88,11 +103,16 @@ class EagerDecoder(_Decoder):
     """The decoder on a CPU. One batch, then a new object; see `_Decoder`."""
 
     def __init__(
-        self, weights: RolloutWeights, num_clips: int, num_steps: int, condition: TextCondition, guided: bool
+        self,
+        weights: RolloutWeights,
+        num_clips: int,
+        num_steps: int,
+        condition: TextCondition,
+        guidance_scale: float,
     ) -> None:
         # A CPU has no fast half-precision attention; its matrix products are what bfloat16 speeds up.
         wide = self.cache_dtype = weights.tensors["norm"].dtype
-        super().__init__(weights, num_clips, num_steps, condition, guided)
+        super().__init__(weights, num_clips, num_steps, condition, guidance_scale)
         rows, texts, shape = self.num_rows, self.num_texts, weights.shape
         heads, width, size = shape.num_heads, shape.head_dim, shape.hidden_size
 
@@ -128,9 +148,9 @@ class EagerDecoder(_Decoder):
             step: index of this step.
 
         Returns:
-            Logits [N or 2·N, K, V] in the matrices' dtype.
+            Guided logits [N, K, V] in the matrices' dtype.
         """
-        tensors, shape = self.weights.tensors, self.weights.shape
+        tensors = self.weights.tensors
         x = F.embedding_bag(ids + self.offsets, tensors["embedding"], mode="sum").add_(self.positions[step])
         if self.num_rows > self.num_clips:
             x = x.repeat(2, 1)
@@ -152,19 +172,23 @@ class EagerDecoder(_Decoder):
 
             h = self._norm(x, layer.final_norm, layer.final_norm_bias)
             self._add(x, self.activation(self._product(h, layer.fc1)), layer.fc2)
-        h = self._norm(x, tensors["norm"], tensors["norm_bias"])
-        return self._product(h, tensors["heads"]).view(self.num_rows, shape.num_codebooks, shape.vocab_size)
+        return self._logits(x)
 
 
 class StaticDecoder(_Decoder):
     """The decoder on a GPU; see `_Decoder`. May be reset for another batch of the same shape."""
 
     def __init__(
-        self, weights: RolloutWeights, num_clips: int, num_steps: int, condition: TextCondition, guided: bool
+        self,
+        weights: RolloutWeights,
+        num_clips: int,
+        num_steps: int,
+        condition: TextCondition,
+        guidance_scale: float,
     ) -> None:
         # Attention kernels want the matrices' half precision, where there is one.
         self.cache_dtype = weights.dtype
-        super().__init__(weights, num_clips, num_steps, condition, guided)
+        super().__init__(weights, num_clips, num_steps, condition, guidance_scale)
         self.text_bias, self.text_keys_values = self._text(condition)
         self._layer = self._decoder_layer
         if weights.compiled:
@@ -193,9 +217,9 @@ class StaticDecoder(_Decoder):
             bias: added to the attention scores [length]: 0, and −inf for positions still to come.
 
         Returns:
-            Logits [N or 2·N, K, V] in the matrices' dtype.
+            Guided logits [N, K, V] in the matrices' dtype.
         """
-        tensors, shape = self.weights.tensors, self.weights.shape
+        tensors = self.weights.tensors
         x = F.embedding(ids + self.offsets, tensors["embedding"]).sum(1)
         x = x + tensors["positions"].index_select(0, position)
         if self.num_rows > self.num_clips:
@@ -203,8 +227,7 @@ class StaticDecoder(_Decoder):
         layers = zip(self.weights.layers, self.cache, self.text_keys_values, strict=True)
         for layer, cache, text in layers:
             x = self._layer(x, layer, cache, text, position, length, bias)
-        h = self._norm(x, tensors["norm"], tensors["norm_bias"])
-        return self._product(h, tensors["heads"]).view(self.num_rows, shape.num_codebooks, shape.vocab_size)
+        return self._logits(x)
 
     def _decoder_layer(
         self,

@@ -68,7 +68,7 @@ class DecodeLoop:
         # Attention kernels of GPUs want masks of aligned length.
         self.context = self.num_steps if self.mode == "eager" else _round_up(self.num_steps, ALIGNMENT)
         decoder = EagerDecoder if self.mode == "eager" else StaticDecoder
-        self.decoder = decoder(weights, num_clips, self.context, condition, settings.guided)
+        self.decoder = decoder(weights, num_clips, self.context, condition, settings.guidance_scale)
         cells = (self.num_steps, num_clips, shape.num_codebooks)
         self.position = torch.zeros(1, dtype=torch.long, device=device)
         self.steps = torch.arange(self.context, device=device)

@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diverse_cfg.functional.guidance import guided_logits
-
 # Largest uniform handed out: u · total must stay below total after rounding, or a draw falls off the end.
 _LARGEST_UNIFORM = 1 - 2**-22
 
@@ -97,19 +95,15 @@ def require_64_bits(name: str, value: int) -> None:
 
 
 def sampling_logits(logits: Tensor, settings: SamplingSettings) -> Tensor:
-    """Guided, tempered and filtered logits: their softmax is what a code is drawn from.
+    """Tempered and filtered logits: their softmax is what a code is drawn from.
 
     Args:
-        logits: [N, ..., V], or [2·N, ..., V] when guided: rows under the prompt, then as many under the null
-            prompt.
+        logits: [N, ..., V], already guided.
         settings: of the draw; with temperature 0 nothing is filtered.
 
     Returns:
         float32 [N, ..., V]; dropped codes are −inf.
     """
-    if settings.guided:
-        cond, uncond = logits.chunk(2)
-        logits = guided_logits(cond, uncond, settings.guidance_scale)
     logits = logits.float()
     if settings.greedy:
         return logits

@@ -133,20 +133,13 @@ def test_filters_are_those_of_transformers(settings, on_numpy, monkeypatch):
     torch.testing.assert_close(ours, warpers(torch.zeros(64, 1, dtype=torch.long), logits.clone()))
 
 
-def test_guidance_comes_first_and_takes_the_second_half_as_null():
-    logits = random_logits(6, 4, 20)
-    ours = sampling_logits(logits, SamplingSettings(guidance_scale=3.0, temperature=0.5))
-    expected = (logits[3:] + 3 * (logits[:3] - logits[3:])) / 0.5
-    torch.testing.assert_close(ours, expected)
-
-
 @pytest.mark.parametrize(
-    "settings", [{}, {"temperature": 0.8, "top_k": 6}, {"guidance_scale": 2.0, "top_p": 0.9}]
+    "settings", [{}, {"temperature": 0.8, "top_k": 6}, {"temperature": 1.2, "top_p": 0.9}]
 )
 def test_draws_follow_the_distribution(settings):
     """χ² of 20,000 draws against exact probabilities: catches a shifted or truncated inversion."""
     settings = SamplingSettings(**settings)
-    logits = random_logits(2 if settings.guided else 1, 12)
+    logits = random_logits(1, 12)
     uniforms = keyed_uniforms(0, range(100), 4, 50).flatten()
     kept = sampling_logits(logits, settings).expand(len(uniforms), -1)
     codes, _, _ = draw(kept, uniforms)
