@@ -273,6 +273,8 @@ def main(arguments: list[str] | None = None) -> None:
     if args.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {args.rounds}")
     rows = []
+    if args.folder:
+        args.folder.mkdir(parents=True, exist_ok=True)
     for shape in args.shape:
         with tempfile.TemporaryDirectory(dir=args.folder, prefix="merge-benchmark-") as folder:
             rows += measure(shape, Path(folder), args.rounds)
