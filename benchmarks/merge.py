@@ -138,8 +138,10 @@ def resident(field: str) -> int:
 
 def measure_merge(experts: list[Path], output: Path) -> dict:
     """In a process of its own: seconds, and bytes that the process grew by."""
+    from diverse_cfg.cli.memory import keep_freed_memory
     from diverse_cfg.merging import merge_checkpoints
 
+    keep_freed_memory()  # as `diverse-cfg merge` does
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is that of the imports
     start = time.perf_counter()

@@ -2,6 +2,10 @@
 
 import argparse
 import logging
+import os
+import platform
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -149,3 +153,23 @@ def test_no_command_is_a_usage_error(capsys):
         main([])
     assert stop.value.code == 2
     assert "command" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has no mallopt")
+def test_freed_memory_is_used_again():
+    """Catches a call that does nothing, and one that overrules the user's own MALLOC_ settings."""
+    program = (
+        "import resource, torch; from diverse_cfg.cli.memory import keep_freed_memory; keep_freed_memory()\n"
+        "def faults():\n"
+        " before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        " for _ in range(10): torch.ones(2**24)\n"
+        " return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "faults(); print(faults())"
+    )
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+
+    def page_faults(**variables):
+        command = [sys.executable, "-c", program]
+        return int(subprocess.run(command, env=plain | variables, capture_output=True, check=True).stdout)
+
+    assert 10 * page_faults() < page_faults(MALLOC_ARENA_MAX="8")

@@ -45,7 +45,8 @@ def test_a_recipe_sets_and_a_flag_overrides(parsed, tmp_path):
         (RECIPE + "diversty_coef: 5\n", "'--diversty_coef'"),
         (RECIPE + "guidance_scale: 0.5\n", "guidance_scale=0.5 must be"),
         (RECIPE.replace("-50}", "-50, cap: 1}"), "guards has no field cap"),
-        ("- a\n- b\n", "must contain a YAML mapping"),
+        ("- a\n- b\n", "must contain a YAML mapping (name: value), not a list"),
+        ("guards: {silence_dbfs: -50\n", "is not valid YAML"),
     ],
 )
 def test_a_wrong_recipe_is_one_line(parsed, tmp_path, capsys, recipe, message):

@@ -27,6 +27,7 @@ from diverse_cfg.cli import (
     train_embedder,
 )
 from diverse_cfg.cli.command import Command
+from diverse_cfg.cli.memory import keep_freed_memory
 
 COMMANDS: tuple[Command, ...] = (
     demo.COMMAND,
@@ -81,6 +82,7 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
     if rest and not command.parses_rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)} (see diverse-cfg {command.name} --help)")
     args.rest = rest
+    keep_freed_memory()
     debug = args.debug or os.environ.get("DIVERSE_CFG_DEBUG", "") not in ("", "0")
     try:
         with _speaking_plainly():
