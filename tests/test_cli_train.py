@@ -45,7 +45,7 @@ def test_a_recipe_sets_and_a_flag_overrides(parsed, tmp_path):
         (RECIPE + "diversty_coef: 5\n", "'--diversty_coef'"),
         (RECIPE + "guidance_scale: 0.5\n", "guidance_scale=0.5 must be"),
         (RECIPE.replace("-50}", "-50, cap: 1}"), "guards has no field cap"),
-        ("- a\n- b\n", "must contain a YAML mapping (name: value), not a list"),
+        ("- a\n- b\n", "must hold settings by name (name: value), not a list"),
         ("guards: {silence_dbfs: -50\n", "is not valid YAML"),
     ],
 )

@@ -2,7 +2,7 @@
 
 import argparse
 
-from diverse_cfg.cli.command import Command
+from diverse_cfg.cli.command import Command, read_settings
 from diverse_cfg.cli.quiet import quiet_libraries
 
 
@@ -54,7 +54,7 @@ def run_listen(args: argparse.Namespace) -> None:
 
 def _make(args: argparse.Namespace) -> None:
     from diverse_cfg.evaluation.listening import load_trials, make_study
-    from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep, read_settings
+    from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
     from diverse_cfg.evaluation.results import Results
 
     quiet_libraries()

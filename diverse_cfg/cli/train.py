@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from diverse_cfg.cli.command import Command, model_source, prompt_source
+from diverse_cfg.cli.command import Command, model_source, prompt_source, read_settings
 
 USAGE = (
     "diverse-cfg train [--config recipe.yaml] --model_name_or_path MODEL --dataset_name PROMPTS "
@@ -72,19 +70,9 @@ def run_train(args: argparse.Namespace) -> None:
     if args.rest and args.rest[-1] == "--config":
         raise ValueError("--config needs the path of a YAML file")
     if "--config" in args.rest:
-        _check_recipe(Path(args.rest[args.rest.index("--config") + 1]))
+        read_settings(args.rest[args.rest.index("--config") + 1])  # not every TRL says plainly what is wrong
     train_args, config = parser.parse_args_and_config(args.rest)
     train(train_args, config)
-
-
-def _check_recipe(path: Path) -> None:
-    """Raise `ValueError` for YAML that is broken or no mapping; what else may be wrong with it, TRL says."""
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path} must contain a YAML mapping (name: value), not a {type(recipe).__name__}")
 
 
 def train(args: TrainArguments, config) -> None:

@@ -12,14 +12,12 @@
 generated.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from diverse_cfg.assets import nano_path
 from diverse_cfg.embeddings import load_embedder
@@ -135,24 +133,6 @@ class SweepConfig:
                 f"{', '.join(f.name for f in fields(cls))}"
             )
         return cls(**values)
-
-
-def read_settings(path: str | os.PathLike) -> dict[str, Any]:
-    """Settings of a YAML file, for `SweepConfig.from_dict`; paths in it are relative to the working
-    directory.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not YAML, or not a mapping.
-    """
-    path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold settings by name, such as systems and output")
-    return values
 
 
 def build_sweep(config: SweepConfig) -> tuple[Sweep, list[System]]:

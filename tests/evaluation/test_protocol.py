@@ -9,11 +9,12 @@ import soundfile
 import yaml
 
 from diverse_cfg.cli import main
+from diverse_cfg.cli.command import read_settings
 from diverse_cfg.embeddings.contrastive import ContrastiveConfig, ContrastiveEmbedder, ContrastiveEncoder
 from diverse_cfg.evaluation import report
 from diverse_cfg.evaluation.cache import Cache
 from diverse_cfg.evaluation.features import EmbeddingFeature
-from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep, read_settings
+from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
 from diverse_cfg.evaluation.reference import reference_embeddings
 from diverse_cfg.evaluation.results import Results
 from tests import oracles
