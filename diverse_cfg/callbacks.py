@@ -3,17 +3,17 @@ hacking."""
 
 import logging
 import math
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import soundfile
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
+
+from diverse_cfg.musicgen.files import write_wav
 
 logger = logging.getLogger(__name__)
 
@@ -89,14 +89,6 @@ class AudioSamplesCallback(TrainerCallback):
         for name in ("wandb", "trackio"):
             if name in trackers:
                 _to_tracker(name, state, clips)
-
-
-def write_wav(path: Path, waveform: Tensor, sampling_rate: int) -> None:
-    """Write 16-bit audio, whole or not at all; what lies outside [−1, 1] is clipped."""
-    samples = interleaved(waveform).clamp(-1, 1)
-    temporary = path.with_name(f".{path.name}")
-    soundfile.write(temporary, samples.numpy(), sampling_rate, format="WAV", subtype="PCM_16")
-    os.replace(temporary, path)
 
 
 def interleaved(waveform: Tensor) -> Tensor:

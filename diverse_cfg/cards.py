@@ -22,8 +22,9 @@ from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import GenerationConfig
 
+from diverse_cfg.atomic import replacing, write_text
 from diverse_cfg.musicgen import layout
-from diverse_cfg.provenance import Provenance, read_provenance, write_text
+from diverse_cfg.provenance import Provenance, read_provenance
 
 CARD_FILE = "README.md"
 METRICS_FILE = "evaluation.json"
@@ -250,7 +251,8 @@ def plot_training_curves(folder: str | os.PathLike, log_history: Sequence[Mappin
         axis.set_title(label, fontsize=9)
         axis.grid(alpha=0.3)
     path = Path(folder) / CURVES_FILE
-    figure.savefig(path, dpi=120)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:], dpi=120)
     return path
 
 

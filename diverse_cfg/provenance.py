@@ -10,7 +10,6 @@ import json
 import math
 import os
 import platform
-import uuid
 import warnings
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from diverse_cfg import __version__
+from diverse_cfg.atomic import write_text
 
 PROVENANCE_FILE = "diverse_cfg.json"
 KINDS = ("student", "merge")
@@ -106,19 +106,6 @@ def write_provenance(folder: str | os.PathLike, provenance: Provenance) -> Path:
     return write_text(
         Path(folder) / PROVENANCE_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     )
-
-
-def write_text(path: str | os.PathLike, text: str) -> Path:
-    """Write a text file so that a reader finds the old content or the new one, never half of it."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return path
 
 
 def warn_if_guided(guidance_scale: float | None, stacklevel: int = 2) -> None:

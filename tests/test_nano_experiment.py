@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from diverse_cfg.atomic import write_text
 from diverse_cfg.evaluation.protocol import SweepConfig
 from diverse_cfg.evaluation.results import Results, SystemResult, mean_estimate
 from diverse_cfg.evaluation.systems import System, expand_systems, single
@@ -41,9 +42,9 @@ def finish(experiment, arm, seed, steps=300, snapshots=()):
         (folder / "snapshots" / str(step)).mkdir(parents=True)
     folder.mkdir(parents=True, exist_ok=True)
     done = {"arm": arm, "seed": seed, "steps": steps, "seconds": 60, "alarms": ["KL budget"], "commit": "abc"}
-    (folder / "done.json").write_text(json.dumps(done))
     log = [{"step": step, "kl/clip": 10.0 / step, "reward/diversity": 0.3} for step in range(1, 9)]
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    write_text(folder / "done.json", json.dumps(done))  # last and whole, as other threads look for it
 
 
 def test_the_experiment_is_well_formed(tmp_path):

@@ -32,6 +32,8 @@ with open(f"{folder}/result-{trainer.accelerator.process_index}.json", "w") as f
 # Left to the interpreter's exit, or while the other process still talks, gloo's threads now and then abort.
 trainer.accelerator.wait_for_everyone()
 trainer.accelerator.end_training()
+sys.stdout.flush()
+os._exit(0)
 """
 
 
@@ -43,6 +45,7 @@ def run(folder, processes, **settings):
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONFAULTHANDLER"] = "1"  # an abort in native code says where Python was
     done = subprocess.run(
         [*launcher, str(script), str(folder), json.dumps(settings)],
         env=environment,

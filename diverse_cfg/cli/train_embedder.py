@@ -64,8 +64,9 @@ def add_train_embedder_arguments(parser: argparse.ArgumentParser) -> None:
 def run_train_embedder(args: argparse.Namespace) -> None:
     import json
 
+    from diverse_cfg.atomic import write_text
     from diverse_cfg.merging.output import new_folder, require_new
-    from diverse_cfg.provenance import library_versions, write_text
+    from diverse_cfg.provenance import library_versions
 
     require_new(args.output)
     if args.audio is None and args.model is None:

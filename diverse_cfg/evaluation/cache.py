@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import uuid
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers.utils import cached_file
 
+from diverse_cfg.atomic import replacing
 from diverse_cfg.evaluation.systems import Mixture
 
 logger = logging.getLogger(__name__)
@@ -129,15 +129,10 @@ class Cache:
         """Write arrays; a reader finds all of them or none."""
         path = self.path(kind, description)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
         tensors = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        try:
-            save_file(
-                tensors, temporary, metadata={"description": json.dumps(description, ensure_ascii=False)}
-            )
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        text = json.dumps(description, ensure_ascii=False)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"description": text})
 
 
 def _difference(stored: Any, wanted: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from diverse_cfg import __version__
 from diverse_cfg.assets import nano_path
+from diverse_cfg.atomic import write_text
 from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.evaluation.cache import content_digest
 from diverse_cfg.evaluation.curves import training_curves
@@ -34,7 +35,6 @@ from diverse_cfg.evaluation.results import Results
 from diverse_cfg.evaluation.systems import System, single
 from diverse_cfg.merging import merge_checkpoints
 from diverse_cfg.prompts import load_prompts
-from diverse_cfg.provenance import write_text
 from diverse_cfg.rewards import DiversityReward
 from diverse_cfg.trainer import CFGDiversityTrainer
 

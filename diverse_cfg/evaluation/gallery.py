@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from diverse_cfg.atomic import write_text
 from diverse_cfg.evaluation.generations import Player, generations
 from diverse_cfg.evaluation.loudness import TARGET_LUFS, normalised
 from diverse_cfg.evaluation.metrics import METRICS
 from diverse_cfg.evaluation.results import Estimate, Results, SystemResult
 from diverse_cfg.evaluation.sweep import Sweep
 from diverse_cfg.musicgen.files import write_wav
-from diverse_cfg.provenance import write_text
 
 _TEMPLATES = Path(__file__).parent.parent / "templates"
 

@@ -21,11 +21,11 @@ from pathlib import Path
 
 import torch
 
+from diverse_cfg.atomic import write_text
 from diverse_cfg.evaluation.gallery import write_audio
 from diverse_cfg.evaluation.results import Estimate, Results
 from diverse_cfg.evaluation.sweep import Sweep
 from diverse_cfg.functional.statistics import bootstrap_mean, win_rate
-from diverse_cfg.provenance import write_text
 
 QUESTIONS = {
     "quality": "Which clip is better: its sound, how well it fits the text, its music?",

@@ -15,9 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from diverse_cfg.atomic import replacing, write_text
 from diverse_cfg.evaluation.metrics import METRICS
-from diverse_cfg.evaluation.results import Estimate, write_bytes
-from diverse_cfg.provenance import write_text
+from diverse_cfg.evaluation.results import Estimate
 
 COLUMN_WIDTH = 3.4  # inches
 # Okabe and Ito's colours, which the colour-blind tell apart too, in an order of falling contrast in grey.
@@ -78,9 +78,9 @@ def save(figure: Figure, stem: str | os.PathLike, table: list[list[Any]]) -> lis
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = []
     for ending, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=ending, metadata=metadata)
-        paths.append(write_bytes(stem.with_name(f"{stem.name}.{ending}"), buffer.getvalue()))
+        paths.append(stem.with_name(f"{stem.name}.{ending}"))
+        with replacing(paths[-1]) as temporary:
+            figure.savefig(temporary, format=ending, metadata=metadata)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerows([["" if cell is None else cell for cell in line] for line in table])

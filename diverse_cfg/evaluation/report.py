@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from diverse_cfg.atomic import write_text
 from diverse_cfg.cards import Metric as CardMetric
 from diverse_cfg.cards import write_card, write_metrics
 from diverse_cfg.evaluation.figures import front, merge_curve, trajectories
@@ -14,7 +15,6 @@ from diverse_cfg.evaluation.plotting import axis_label
 from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
 from diverse_cfg.evaluation.results import Estimate, Results
 from diverse_cfg.evaluation.signatures import Arms, signatures, to_markdown
-from diverse_cfg.provenance import write_text
 
 
 def evaluate(config: SweepConfig, *, progress: bool = True) -> Results:

@@ -9,7 +9,6 @@ import csv
 import io
 import json
 import os
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from diverse_cfg.atomic import replacing, write_text
 from diverse_cfg.evaluation.measures import Replicate
 from diverse_cfg.evaluation.metrics import METRICS, Metric
 from diverse_cfg.evaluation.systems import System
 from diverse_cfg.functional.statistics import bootstrap_mean, bootstrap_statistic, hypervolume
-from diverse_cfg.provenance import write_text
 
 _FORMAT = 1
 _SET_RESAMPLES = 200
@@ -255,9 +254,8 @@ class Results:
             for index, row in enumerate(self.systems)
             for metric, cells in row.cells.items()
         }
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, allow_pickle=False, **arrays)
-        write_bytes(folder / "cells.npz", buffer.getvalue())
+        with replacing(folder / "cells.npz") as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **arrays)
         write_text(folder / "metrics.csv", self.csv())
         text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
         return write_text(folder / "metrics.json", text + "\n")
@@ -397,14 +395,3 @@ def _sign(metric: str) -> int:
     if not better:
         raise ValueError(f"metric {metric!r} is neither better when larger nor when smaller: it has no front")
     return better
-
-
-def write_bytes(path: Path, content: bytes) -> Path:
-    """Write a file so that a reader finds the old content or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

@@ -19,9 +19,9 @@ import soundfile
 import torch
 import yaml
 
+from diverse_cfg.atomic import write_text
 from diverse_cfg.evaluation.listening import QUESTIONS, Trial, Vote, Votes, load_trials
 from diverse_cfg.musicgen.files import write_wav
-from diverse_cfg.provenance import write_text
 
 SCALE = {
     "quality": ("bad", "poor", "fair", "good", "excellent"),

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import re
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,10 +20,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from diverse_cfg.atomic import replacing, write_text
 from diverse_cfg.musicgen.policy import frame_rate, unwrap
 from diverse_cfg.musicgen.rollout import RolloutWeights, SamplingSettings, check_request, fast_generate
 from diverse_cfg.musicgen.sampling import require_64_bits
-from diverse_cfg.provenance import library_versions, write_text
+from diverse_cfg.provenance import library_versions
 from diverse_cfg.types import Rollout
 
 logger = logging.getLogger(__name__)
@@ -177,15 +177,9 @@ def write_wav(
     samples = waveform.detach().float().cpu()
     if sample_format == "int16":
         samples = samples.clamp(-1, 1)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        soundfile.write(
-            temporary, samples.numpy().T, sampling_rate, SAMPLE_FORMATS[sample_format], format="WAV"
-        )
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    subtype = SAMPLE_FORMATS[sample_format]
+    with replacing(path) as temporary:
+        soundfile.write(temporary, samples.numpy().T, sampling_rate, subtype, format="WAV")
 
 
 def _plan(prompts: list[str], num_generations: int, seed: int, seconds: float) -> list[dict[str, Any]]:

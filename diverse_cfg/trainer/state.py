@@ -20,6 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from diverse_cfg.atomic import replacing
+
 AVERAGE_FILE = "averaged_weights.safetensors"
 STATE_FILE = "diversity_state.safetensors"
 BUFFER_FILE = "rollout_buffer_{rank}.safetensors"
@@ -124,12 +126,10 @@ def load_buffer(folder: str | os.PathLike, rank: int, device: torch.device) -> l
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file so that a reader finds all of it or nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     # Clones: safetensors refuses tensors that share memory, as slices of one batch do.
-    save_file(
-        {name: tensor.clone().contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata
-    )
-    os.replace(temporary, path)
+    whole = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(whole, temporary, metadata=metadata)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

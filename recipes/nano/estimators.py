@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from torch import Tensor
 from tqdm import trange
 
 from diverse_cfg.assets import nano_path
+from diverse_cfg.atomic import replacing
 from diverse_cfg.embeddings import load_embedder
 from diverse_cfg.functional.diversity import diversity_advantages, diversity_reward
 from diverse_cfg.functional.prefix_baseline import (
@@ -154,13 +154,11 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=HERE / "README.md", help="has the section `estimators`")
     arguments = parser.parse_args()
     rows = compare(gradients(arguments.student, arguments.batches, arguments.seed))
-    temporary = arguments.output.with_name(f".{arguments.output.name}")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
+    with replacing(arguments.output) as temporary, temporary.open("w", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         for row in rows:
             writer.writerow({k: v if isinstance(v, str) else f"{v:.4g}" for k, v in row.items()})
-    os.replace(temporary, arguments.output)
     write_section(arguments.page, "estimators", to_markdown(rows))
     print(to_markdown(rows))
 

@@ -25,6 +25,8 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
+from diverse_cfg.atomic import replacing, write_text
+
 HERE = Path(__file__).parent
 RECORDED = HERE / "results" / "experiment"
 DONE = "done.json"
@@ -218,7 +220,7 @@ def train(experiment: Experiment, arm: str, seed: int) -> None:
         "threads": torch.get_num_threads(), "alarms": [message for c in alarms for message in c.raised],
         "commit": _git("rev-parse", "--short", "HEAD"), "versions": {"torch": torch.__version__},
     }  # fmt: skip
-    (folder / DONE).write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / DONE, json.dumps(done, indent=1) + "\n")
 
 
 def judge_reward():
@@ -248,11 +250,10 @@ def sweep(experiment: Experiment, name: str) -> None:
     target = RECORDED / name
     target.mkdir(parents=True, exist_ok=True)
     for file in ("metrics.json", "metrics.csv", "cells.npz"):
-        shutil.copyfile(Path(settings["output"]) / file, target / f".{file}")
-        os.replace(target / f".{file}", target / file)
-    (Path(settings["output"]) / DONE).write_text(
-        json.dumps({"sweep": name, "commit": _git("rev-parse", "--short", "HEAD")})
-    )
+        with replacing(target / file) as temporary:
+            shutil.copyfile(Path(settings["output"]) / file, temporary)
+    done = {"sweep": name, "commit": _git("rev-parse", "--short", "HEAD")}
+    write_text(Path(settings["output"]) / DONE, json.dumps(done))
 
 
 def record(experiment: Experiment) -> None:
@@ -269,10 +270,9 @@ def record(experiment: Experiment) -> None:
             [arm, seed, entry["step"], *(f"{entry[name]:.5g}" if name in entry else "" for name in LOGGED)]
             for entry in log if any(name in entry for name in LOGGED)
         ]  # fmt: skip
-    with (RECORDED / ".training.csv").open("w", newline="", encoding="utf-8") as file:
+    with replacing(RECORDED / "training.csv") as temporary, temporary.open("w", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([["arm", "seed", "step", *LOGGED], *rows])
-    os.replace(RECORDED / ".training.csv", RECORDED / "training.csv")
-    (RECORDED / "runs.json").write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
+    write_text(RECORDED / "runs.json", json.dumps(runs, indent=1) + "\n")
 
 
 def _git(*arguments: str) -> str:

@@ -20,12 +20,12 @@ import numpy as np
 import yaml
 from pages import write_section
 
+from diverse_cfg.atomic import write_text
 from diverse_cfg.evaluation.curves import Log, draw_curves
 from diverse_cfg.evaluation.metrics import METRICS
 from diverse_cfg.evaluation.report import draw
 from diverse_cfg.evaluation.results import Estimate, Results, mean_estimate
 from diverse_cfg.evaluation.signatures import Arms, signatures, to_markdown
-from diverse_cfg.provenance import write_text
 
 HERE = Path(__file__).parent
 RECORDED = HERE / "results" / "experiment"

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from transformers import (
 )
 from transformers.models.encodec.modeling_encodec import EncodecConvTranspose1d
 
+from diverse_cfg.atomic import replacing
 from diverse_cfg.musicgen.audiocraft import names, settings
 from diverse_cfg.musicgen.audiocraft.reading import CODEC_FILE, LANGUAGE_MODEL_FILE, TEXT_ENCODER_FOLDER
 
@@ -162,9 +162,5 @@ def _save(state: dict[str, Tensor], config: dict[str, Any], path: Path) -> None:
         "version": VERSION,
         "exported": True,
     }
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
+    with replacing(path) as temporary:
         torch.save(package, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
