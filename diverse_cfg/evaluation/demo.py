@@ -97,7 +97,7 @@ class DemoSettings:
 
     seed: int = 0
     guidance_scale: float = 3.0
-    diversity_coef: float = 20.0
+    diversity_coef: float = 60.0
     quality_steps: int = 120
     diversity_steps: int = 120
     quality_learning_rate: float = 7e-4
@@ -316,6 +316,8 @@ def training_config(
         adaptive_clip=1.5,
         ema_decay=0.98,
         prefix_baseline=diversity_coef > 0,
+        prefix_lambda=0.6,
+        diversity_codebooks=1,  # with λ < 1: the most signal per batch, see recipes/nano/README.md
         temperature=1.0,
         seed=settings.seed,
         save_strategy="steps",

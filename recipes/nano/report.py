@@ -33,7 +33,7 @@ COLUMNS = (
     "adherence", "rules", "diversity_heldout", "diversity_reward", "vendi_heldout", "kl_teacher", "policy_entropy",
     "validity", "decoder_rows",
 )  # fmt: skip
-LABELS = {"quality": "β = 0 from the base", **{f"beta-{b}": f"β = {b}" for b in (0, 20, 40, 80)}}
+LABELS = {"quality": "β = 0 from the base", **{f"beta-{b}": f"β = {b}" for b in (0, 20, 40, 80, 120)}}
 
 
 def table(results: Results, names: Iterable[str], columns: Sequence[str] = COLUMNS) -> str:
