@@ -139,7 +139,9 @@ def test_tasks_wait_for_what_they_start_from_and_failures_stop_only_their_heirs(
         started.append(task)
         if task == "q/1" and started.count(task) == 1:
             return subprocess.CompletedProcess(command, 1)
-        if task.startswith("sweep:"):
+        if task.startswith("part:"):
+            pass
+        elif task.startswith("sweep:"):
             folder = tmp_path / "runs" / "sweeps" / task[6:]
             folder.mkdir(parents=True)
             (folder / "done.json").write_text("{}")
@@ -151,14 +153,16 @@ def test_tasks_wait_for_what_they_start_from_and_failures_stop_only_their_heirs(
     monkeypatch.setattr(
         module.subprocess, "run", lambda command, **k: fake(command) if "--task" in command else None
     )
-    assert module.run_all(experiment, tmp_path / "e.yaml", 2, None) == ["q/1", "d/1", "sweep:s"]
-    assert started.index("q/0") < started.index("d/0") and started.index("e/0") < started.index("sweep:t")
-    assert sorted(started) == ["d/0", "e/0", "q/0", "q/1", "sweep:t"]
+    shares = {name: [f"part:{name}:{part}/4" for part in range(4)] for name in sweeps}
+    assert module.run_all(experiment, tmp_path / "e.yaml", 2, None) == ["q/1", "d/1", *shares["s"], "sweep:s"]
+    assert started.index("q/0") < started.index("d/0") and started[-1] == "sweep:t"
+    assert all(started.index("e/0") < started.index(share) for share in shares["t"])
+    assert sorted(started) == sorted(["d/0", "e/0", "q/0", "q/1", *shares["t"], "sweep:t"])
     started.clear()
     started.append("q/1")  # this time it works
     assert module.run_all(experiment, tmp_path / "e.yaml", 2, None) == []
-    assert started[1:] == ["q/1", "d/1", "sweep:s"]
-    assert module.run_all(experiment, tmp_path / "e.yaml", 2, None) == [] and len(started) == 4
+    assert started[1:3] == ["q/1", "d/1"] and started[-1] == "sweep:s" and len(started) == 8
+    assert module.run_all(experiment, tmp_path / "e.yaml", 2, None) == [] and len(started) == 8
     runs = json.loads((tmp_path / "recorded" / "runs.json").read_text())
     assert [(run["arm"], run["seed"]) for run in runs] == [("q", 0), ("d", 0), ("q", 1), ("d", 1), ("e", 0)]
 

@@ -3,7 +3,8 @@
     python recipes/nano/experiment.py                    # everything that is missing; Ctrl-C and again: it goes on
     python recipes/nano/experiment.py --jobs 1 --only beta-20
 
-Every training and every sweep is its own process. What the results page needs is copied to `results/experiment`.
+Every training is its own process, every sweep a few that fill its cache side by side and one that reads it. What the
+results page needs is copied to `results/experiment`.
 """
 
 from __future__ import annotations
@@ -238,6 +239,17 @@ def judge_reward():
     return adherence
 
 
+def part_of_sweep(experiment: Experiment, name: str, part: int, parts: int) -> None:
+    """Every `parts`-th system of a sweep, for the sweep's cache alone."""
+    from diverse_cfg.cli.quiet import quiet_libraries
+    from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
+
+    quiet_libraries()
+    protocol, systems = build_sweep(SweepConfig.from_dict(experiment.sweep(name)))
+    if chosen := systems[part::parts]:
+        protocol.run(chosen)
+
+
 def sweep(experiment: Experiment, name: str) -> None:
     """One sweep; its numbers are copied to where the results page finds them."""
     from diverse_cfg.cli.quiet import quiet_libraries
@@ -283,8 +295,8 @@ def _git(*arguments: str) -> str:
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 
-def missing(experiment: Experiment, only: str | None) -> dict[str, list[str]]:
-    """What is to be done: task → tasks that come first. A task is `arm/seed` or `sweep:name`."""
+def missing(experiment: Experiment, only: str | None, parts: int) -> dict[str, list[str]]:
+    """What is to be done: task → tasks that come first. A task is `arm/seed`, `part:name:i/n` or `sweep:name`."""
     tasks: dict[str, list[str]] = {}
     for arm, seed in experiment.runs():
         if (experiment.folder(arm, seed) / DONE).is_file() or (only and arm != only):
@@ -295,13 +307,17 @@ def missing(experiment: Experiment, only: str | None) -> dict[str, list[str]]:
         if (Path(experiment.output) / "sweeps" / name / DONE).is_file() or (only and f"sweep:{name}" != only):
             continue
         text = json.dumps(settings["systems"])
-        tasks[f"sweep:{name}"] = [f"{arm}/{seed}" for arm, seed in experiment.runs() if f'"{arm}"' in text]
+        students = [f"{arm}/{seed}" for arm, seed in experiment.runs() if f'"{arm}"' in text]
+        shares = [f"part:{name}:{part}/{parts}" for part in range(parts)]
+        tasks |= dict.fromkeys(shares, students)
+        tasks[f"sweep:{name}"] = students + shares
     return tasks
 
 
 def run_all(experiment: Experiment, config: Path, jobs: int, only: str | None) -> list[str]:
     """Run what is missing, `jobs` processes at a time; returns the tasks that failed."""
-    tasks, failed = missing(experiment, only), []
+    # Twice as many parts as processes, since systems differ in cost; a single process needs none.
+    tasks, failed = missing(experiment, only, 2 * jobs if jobs > 1 else 0), []
     waiting = {task: {first for first in before if first in tasks} for task, before in tasks.items()}
     logs = Path(experiment.output) / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -357,12 +373,13 @@ def main(argv: list[str] | None = None) -> int:
     experiment = Experiment.load(arguments.config)
     experiment.output = arguments.output or experiment.output
     if arguments.task:
-        kind, _, name = arguments.task.rpartition(":")
-        if kind == "sweep":
-            sweep(experiment, name)
-        else:
-            arm, _, seed = name.partition("/")
-            train(experiment, arm, int(seed))
+        match arguments.task.replace("/", ":").split(":"):
+            case ["sweep", name]:
+                sweep(experiment, name)
+            case ["part", name, part, parts]:
+                part_of_sweep(experiment, name, int(part), int(parts))
+            case [arm, seed]:
+                train(experiment, arm, int(seed))
         return 0
     failed = run_all(experiment, arguments.config, arguments.jobs, arguments.only)
     if failed:
