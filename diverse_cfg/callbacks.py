@@ -42,8 +42,7 @@ class AdaptiveClipCallback(TrainerCallback):
         if not math.isfinite(norm):
             raise FloatingPointError(
                 f"the gradient's norm is {norm} at step {state.global_step + 1}: lower learning_rate, or "
-                "train "
-                "in float32 (bf16=False)"
+                "train in float32 (bf16=False)"
             )
         # The mean takes in what was applied, not the outlier.
         applied = min(norm, limit)
@@ -179,16 +178,14 @@ class RewardHackingAlarm(TrainerCallback):
         falling = [name for name in self.quality if self._fell(now, name)]
         alarms += [
             f"quality: {name} fell from {self.best[name]:.3f} to {now[f'rewards/{name}/mean']:.3f}, more "
-            "than two "
-            "standard errors; lower diversity_coef or learning_rate"
+            "than two standard errors; lower diversity_coef or learning_rate"
             for name in falling
         ]
         closer = _relative_rise(now, first, "kl/clip")
         if falling and closer is not None and closer < 0:
             alarms.append(
                 f"teacher hacking: the divergence to the teacher fell by {-closer:.0%} while "
-                f"{', '.join(falling)} "
-                "fell too; stop earlier, or use more prompts"
+                f"{', '.join(falling)} fell too; stop earlier, or use more prompts"
             )
         if closer is not None and closer > 0:
             alarms.append(

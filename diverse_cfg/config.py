@@ -27,6 +27,8 @@ class GuardConfig:
 
     Args:
         silence_dbfs: clips quieter than this RMS level (dB of full scale, −50 say) earn no diversity.
+        max_silence: clips with a larger share of silent frames (20 ms below −60 dBFS; 0.3, say) earn none: a
+            tail of silence sets clips apart as well as music does.
         max_clipping: clips with a larger share of samples at full scale (0.01, say) earn none.
         max_flatness: clips with a larger spectral flatness (0.5, say: noise) earn none.
         distance_quantile: distances count up to this quantile (0.95, say) of those of the unguided base,
@@ -39,6 +41,7 @@ class GuardConfig:
     """
 
     silence_dbfs: float | None = None
+    max_silence: float | None = None
     max_clipping: float | None = None
     max_flatness: float | None = None
     distance_quantile: float | None = None
@@ -47,7 +50,7 @@ class GuardConfig:
     quality_product: str | None = None
 
     def __post_init__(self):
-        for name in ("distance_quantile", "gate_quantile", "max_clipping", "max_flatness"):
+        for name in ("distance_quantile", "gate_quantile", "max_silence", "max_clipping", "max_flatness"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"guards.{name}={value!r} must lie between 0 and 1")
@@ -66,7 +69,8 @@ class GuardConfig:
     @property
     def listens(self) -> bool:
         """Whether a guard needs the audio."""
-        return any(v is not None for v in (self.silence_dbfs, self.max_clipping, self.max_flatness))
+        limits = (self.silence_dbfs, self.max_silence, self.max_clipping, self.max_flatness)
+        return any(limit is not None for limit in limits)
 
     @property
     def calibrated(self) -> bool:
@@ -266,15 +270,14 @@ class CFGDiversityConfig(RLOOConfig):
         if self.rollout_source == "teacher" and self.diversity_coef > 0:
             raise ValueError(
                 f"diversity_coef={self.diversity_coef} with rollout_source='teacher': no clip is the "
-                "student's "
-                "own, so there is no policy gradient; use 'student' or 'mix', or set diversity_coef=0"
+                "student's own, so there is no policy gradient; use 'student' or 'mix', or set "
+                "diversity_coef=0"
             )
 
         if self.sequence_score and self.rollout_source != "student":
             raise ValueError(
                 f"sequence_score=True with rollout_source={self.rollout_source!r}: only the student's own "
-                "clips "
-                "have a gradient through the sampling; use rollout_source='student'"
+                "clips have a gradient through the sampling; use rollout_source='student'"
             )
 
     def _check_groups(self) -> None:
@@ -282,8 +285,7 @@ class CFGDiversityConfig(RLOOConfig):
         if self.diversity_coef > 0 and (self.num_generations or 0) < 3:
             raise ValueError(
                 f"num_generations={self.num_generations}: the diversity reward needs at least 3 clips per "
-                "prompt "
-                "(with 2 both earn the same, and the baseline cancels them); raise it, or set "
+                "prompt (with 2 both earn the same, and the baseline cancels them); raise it, or set "
                 "diversity_coef=0"
             )
         local = self.per_device_train_batch_size * self.steps_per_generation

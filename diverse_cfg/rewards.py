@@ -62,8 +62,7 @@ class DiversityReward:
         if len(inputs) % num_generations or num_generations < 2:
             raise ValueError(
                 f"DiversityReward got {len(inputs)} clips in groups of {num_generations}: it needs whole "
-                "groups "
-                "of at least 2 clips per prompt"
+                "groups of at least 2 clips per prompt"
             )
         self.embeddings = embed_clips(self.embedder, inputs, sampling_rate)
         distances = pairwise_cosine_distance(self.embeddings.unflatten(0, (-1, num_generations)))
@@ -71,7 +70,7 @@ class DiversityReward:
             distances = distances.clamp(max=self.distance_cap)
         if self.guards.listens:
             assert waveforms is not None  # `reads` asked for them
-            distances = mask_pairs(distances, valid_audio(waveforms, self.guards))
+            distances = mask_pairs(distances, valid_audio(waveforms, sampling_rate, self.guards))
         self.distances = distances
         return mean_distances(distances).flatten().tolist()
 
@@ -168,8 +167,7 @@ def embed_clips(embedder: Embedder, inputs: Tensor, sampling_rate: int) -> Tenso
     if embeddings.ndim != 2 or len(embeddings) != len(inputs):
         raise ValueError(
             f"embedder {name!r} returned shape {tuple(embeddings.shape)} for {len(inputs)} clips; it must "
-            "return "
-            "[B, D]"
+            "return [B, D]"
         )
     embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
     broken = ~torch.isfinite(embeddings).all(dim=1)
@@ -189,11 +187,12 @@ def mask_pairs(distances: Tensor, weights: Tensor) -> Tensor:
     return distances * weights[:, :, None] * weights[:, None, :]
 
 
-def valid_audio(waveforms: Tensor, guards: GuardConfig) -> Tensor:
+def valid_audio(waveforms: Tensor, sampling_rate: int, guards: GuardConfig) -> Tensor:
     """Which clips are audible, unclipped and no noise [N].
 
     Args:
         waveforms: [N, L] or [N, 2, L].
+        sampling_rate: in Hz.
         guards: the limits; those that are None do not count.
     """
     flat = waveforms.flatten(1).float()
@@ -201,6 +200,10 @@ def valid_audio(waveforms: Tensor, guards: GuardConfig) -> Tensor:
     if guards.silence_dbfs is not None:
         level = 20 * flat.square().mean(dim=1).sqrt().clamp(min=1e-10).log10()
         valid &= level >= guards.silence_dbfs
+    if guards.max_silence is not None:
+        frame = min(max(round(0.02 * sampling_rate), 1), flat.shape[1])
+        silent = flat.unfold(1, frame, frame).square().mean(dim=2) < 1e-6
+        valid &= silent.float().mean(dim=1) <= guards.max_silence
     if guards.max_clipping is not None:
         valid &= (flat.abs() >= 0.999).float().mean(dim=1) <= guards.max_clipping
     if guards.max_flatness is not None:
@@ -249,8 +252,7 @@ def checked(reward_func: Callable, name: str, prompts: list[str], context: dict[
                 prompt = prompts[index] if index < len(prompts) else "?"
                 raise ValueError(
                     f"reward function {name!r} returned {reward} for clip {index} (prompt {prompt!r}); "
-                    "return None "
-                    "if it does not apply, or fix the function"
+                    "return None if it does not apply, or fix the function"
                 )
         return rewards
 

@@ -195,14 +195,16 @@ def recorded(tmp_path):
         {"arm": "beta-80", "seed": seed, "seconds": 3600, "commit": "abc", "alarms": []} for seed in range(3)
     ]
     (tmp_path / "runs.json").write_text(json.dumps(runs))
-    (tmp_path / "recipes.md").write_text("before\n<!-- training -->\nold\n<!-- end training -->\nafter\n")
+    for name, section in (("recipes", "training"), ("readme", "results")):
+        text = f"before\n<!-- {section} -->\nold\n<!-- end {section} -->\nafter\n"
+        (tmp_path / f"{name}.md").write_text(text)
     return tmp_path
 
 
 def build(folder):
     import report
 
-    report.build(folder, folder / "page.md", folder / "recipes.md")
+    report.build(folder, folder / "page.md", folder / "recipes.md", folder / "readme.md")
 
 
 def test_page_is_built_from_recorded_numbers_alone(tmp_path):
@@ -226,6 +228,8 @@ def test_page_is_built_from_recorded_numbers_alone(tmp_path):
         and recipes.endswith("after\n")
         and "old" not in recipes
     )
+    readme = (tmp_path / "readme.md").read_text()
+    assert "| LERP λ=0.5 | 0.79" in readme and "LERP λ=1" not in readme and "old" not in readme
     assert "not measured" in page
     for name in ("training", "test/front", "test/lerp-merges"):
         assert (tmp_path / f"{name}.svg").is_file() and (tmp_path / f"{name}.csv").is_file()

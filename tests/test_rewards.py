@@ -99,14 +99,26 @@ def test_validity_by_ear():
     )
 
     def valid(**limits):
-        return valid_audio(clips, GuardConfig(**limits)).tolist()
+        return valid_audio(clips, RATE, GuardConfig(**limits)).tolist()
 
     assert valid() == [True] * 5
+    assert valid(max_silence=0.5) == [True, False, True, True, True]
     assert valid(silence_dbfs=-50.0) == [True, False, True, True, True]
     assert valid(max_clipping=0.01) == [True, True, False, True, True]
     assert valid(max_flatness=0.5) == [True, True, True, False, True]
     flatness = spectral_flatness(clips)
     assert flatness[0] < 0.05 and flatness[3] > 0.7
+
+
+def test_a_silent_tail_is_measured_in_frames():
+    """Fault: a clip that falls silent half-way has nearly the level of a whole one; a rest between notes passes."""
+    clips = torch.stack([tone(), tone(), tone()])
+    clips[1, int(0.6 * RATE) :] = 0
+    clips[2, int(0.8 * RATE) :] = 0
+    for waveforms in (clips, clips[:, None].expand(-1, 2, -1)):
+        assert valid_audio(waveforms, RATE, GuardConfig(silence_dbfs=-50.0, max_silence=0.3)).tolist() == [
+            True, False, True,
+        ]  # fmt: skip
 
 
 def test_an_invalid_clip_earns_nothing_and_gives_nothing():

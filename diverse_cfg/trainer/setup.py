@@ -68,8 +68,8 @@ def prepare_policy(
     if isinstance(model, PeftModel):
         raise ValueError(
             "model is a ready-made PeftModel, of which TRL would add a second adapter as reference: pass the "
-            "base model "
-            "and peft_config=LoraConfig(...) (merge an adapter that you want to continue from first)"
+            "base model and peft_config=LoraConfig(...) (merge an adapter that you want to continue from "
+            "first)"
         )
     if isinstance(model, nn.Module):
         policy = unwrap(model)
@@ -127,8 +127,7 @@ def lora_config(peft_config: PeftConfig | None) -> PeftConfig | None:
     if peft_config.target_modules == "all-linear":
         raise ValueError(
             "target_modules='all-linear' would also adapt the frozen text encoder and the heads; leave it "
-            "unset, or name "
-            f"modules of the decoder: {', '.join(LORA_TARGET_MODULES)}"
+            f"unset, or name modules of the decoder: {', '.join(LORA_TARGET_MODULES)}"
         )
     if peft_config.lora_dropout:
         raise ValueError(
@@ -214,8 +213,7 @@ def prompt_dataset(data: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> 
         if lengths[longest] > limit:
             raise ValueError(
                 f"{name}: prompt {longest} has {lengths[longest]} tokens, the text encoder takes {limit}: "
-                "shorten it "
-                f"({dataset[longest]['prompt'][:60]!r}…)"
+                f"shorten it ({dataset[longest]['prompt'][:60]!r}…)"
             )
     return dataset
 
@@ -256,8 +254,7 @@ def check_reward_funcs(reward_funcs: Any, args: CFGDiversityConfig, base_model: 
             name = reward_func if isinstance(reward_func, str) else type(reward_func).__name__
             raise ValueError(
                 f"reward function {name!r} is a text reward model, and clips are audio: pass a callable that "
-                "takes "
-                "waveforms (see diverse_cfg.rewards)"
+                "takes waveforms (see diverse_cfg.rewards)"
             )
         if not callable(reward_func):
             raise ValueError(f"reward function {reward_func!r} is not callable")
@@ -265,8 +262,7 @@ def check_reward_funcs(reward_funcs: Any, args: CFGDiversityConfig, base_model: 
     if args.diversity_coef > 0 and not any(pairwise):
         raise ValueError(
             f"diversity_coef={args.diversity_coef} but no reward function measures diversity: add "
-            "DiversityReward(...), "
-            "or set diversity_coef=0"
+            "DiversityReward(...), or set diversity_coef=0"
         )
     for weight, is_diversity in zip(args.reward_weights or [], pairwise, strict=False):
         if is_diversity and weight != 1:

@@ -40,8 +40,7 @@ def share_encoders(
         if not same:
             raise ValueError(
                 f"teacher_model has another {part} than the model that is trained: it must be a checkpoint "
-                "of the "
-                "same base"
+                "of the same base"
             )
         setattr(teacher, part, getattr(student, part))
     for name in ("num_codebooks", "vocab_size", "audio_channels"):

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from diverse_cfg.atomic import write_text
+
 
 def write_section(page: Path, name: str, text: str) -> None:
     """Replace what stands between `<!-- name -->` and `<!-- end name -->`."""
@@ -10,4 +12,4 @@ def write_section(page: Path, name: str, text: str) -> None:
     _, closed, after = rest.partition(last)
     if not found or not closed:
         raise ValueError(f"{page} has no section between {first.strip()} and {last}")
-    page.write_text(before + first + text + "\n" + last + after, encoding="utf-8")
+    write_text(page, before + first + text + "\n" + last + after)

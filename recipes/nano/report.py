@@ -158,8 +158,8 @@ def draw_training(recorded: Path, page: Path) -> dict[str, list[Log]]:
     return arms
 
 
-def build(recorded: Path, page: Path, recipes: Path) -> None:
-    """Write the figures into `recorded`, the page to `page` and the trainings' table into `recipes`."""
+def build(recorded: Path, page: Path, recipes: Path, readme: Path) -> None:
+    """Write the figures into `recorded`, the page to `page`, a table each into `recipes` and `readme`."""
     arms = draw_training(recorded, recipes)
     found = {path.parent.name: Results.load(path.parent) for path in sorted(recorded.glob("*/metrics.json"))}
     if "test" not in found:
@@ -189,6 +189,8 @@ def build(recorded: Path, page: Path, recipes: Path) -> None:
         seeds={run["seed"] for run in runs if run["arm"] == "beta-80"},
     )  # fmt: skip
     write_text(page, text)
+    shown = [parts.base, parts.guided, parts.quality, "LERP λ=0.5", parts.diverse]
+    write_section(readme, "results", table(test, shown, ("adherence", "diversity_heldout", "decoder_rows")))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -198,8 +200,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--recorded", type=Path, default=RECORDED)
     parser.add_argument("--page", type=Path, default=HERE / "RESULTS.md")
     parser.add_argument("--recipes", type=Path, default=HERE.parent / "README.md")
+    parser.add_argument("--readme", type=Path, default=HERE.parents[1] / "README.md")
     arguments = parser.parse_args(argv)
-    build(arguments.recorded, arguments.page, arguments.recipes)
+    build(arguments.recorded, arguments.page, arguments.recipes, arguments.readme)
     return 0
 
 
