@@ -40,10 +40,15 @@ def bootstrap_mean(
     All clips of a prompt move together, those of *all seeds* included: a prompt generated under three seeds
     is one cluster, not three. Such an interval holds for these training seeds and new prompts. With
     `seed_ids` the seeds are drawn as well, independently of the prompts (the pigeonhole bootstrap of crossed
-    factors, arXiv 0712.1111), and it holds for new seeds too; for few seeds it errs on the wide side.
+    factors, arXiv 0712.1111), and it holds for new seeds too, erring on the wide side: the draws count what
+    is left of a clip beside prompt and seed three times.
 
-    The interval takes percentiles, at a level widened for few prompts (or seeds) as Student's t would be
-    (Hesterberg, arXiv 1411.5279): plain percentiles of 20 prompts cover 92 % instead of 95 %.
+    The interval takes percentiles, at a level widened for few prompts and seeds as Student's t would be
+    (Hesterberg, arXiv 1411.5279): plain percentiles of 20 prompts cover 92 % instead of 95 %. With both, the
+    degrees of freedom are Satterthwaite's (1946), between those of the seeds, if these differ most, and
+    those of the prompts:
+
+        ν = (V_p + V_r)² / (V_p²/(P − 1) + V_r²/(R − 1)),   V_p = var_p(x̄_p) / P,   V_r = var_r(x̄_r) / R
 
     Args:
         values: one number per clip, or per prompt and seed [C].
@@ -84,8 +89,9 @@ def bootstrap_mean(
     shape = (num_prompts, num_seeds)
     totals = torch.einsum("bp,pr,br->b", prompt_draws, sums.view(shape), seed_draws)
     sizes = torch.einsum("bp,pr,br->b", prompt_draws, counts.view(shape), seed_draws)
-    smallest = num_prompts if seed_ids is None else min(num_prompts, num_seeds)
-    return _interval(values.mean().item(), totals / sizes, smallest, confidence)
+    means = (sums / counts).view(shape)
+    factors = [means.mean(dim=1)] if seed_ids is None else [means.mean(dim=1), means.mean(dim=0)]
+    return _interval(values.mean().item(), totals / sizes, factors, confidence)
 
 
 def paired_difference(
@@ -166,7 +172,7 @@ def bootstrap_statistic(
     resampled = torch.tensor([float(statistic(draw)) for draw in draws], dtype=torch.float64)
     if not (math.isfinite(estimate) and bool(resampled.isfinite().all())):
         raise ValueError("the statistic is not finite on all prompts, or on a resample of them")
-    return _interval(estimate, resampled, num_prompts, confidence)
+    return _interval(estimate, resampled, [torch.zeros(num_prompts)], confidence)
 
 
 def frechet_distance(embeddings: Tensor, reference: Tensor) -> float:
@@ -343,14 +349,29 @@ def _draw_counts(count: int, num_resamples: int, generator: torch.Generator) -> 
     return zeros.scatter_add(1, draws, torch.ones_like(draws, dtype=torch.float64))
 
 
-def _interval(estimate: float, resampled: Tensor, num_clusters: int, confidence: float) -> Interval:
-    """Percentile interval at a level widened for few clusters, so that it is as wide as Student's t."""
+def _interval(estimate: float, resampled: Tensor, factors: Sequence[Tensor], confidence: float) -> Interval:
+    """Percentile interval at a level widened for few clusters, so that it is as wide as Student's t.
+
+    Args:
+        estimate: of everything.
+        resampled: the same of resamples [B].
+        factors: what was resampled, prompts and perhaps seeds: the mean of each of their levels. Of a single
+            factor only the number of levels matters.
+        confidence: coverage of the interval.
+    """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
     if len(resampled) < 100:
         raise ValueError(f"num_resamples must be at least 100, got {len(resampled)}")
-    quantile = scipy.stats.t.ppf((1 - confidence) / 2, num_clusters - 1)
-    tail = float(scipy.stats.norm.cdf(math.sqrt(num_clusters / (num_clusters - 1)) * quantile))
+    sizes = torch.tensor([len(means) for means in factors], dtype=torch.float64)
+    variances = torch.stack([means.double().var() for means in factors]) / sizes
+    if not bool(variances.sum() > 0):  # then the resamples do not differ either
+        variances = torch.ones_like(variances)
+    freedom = variances.sum().square() / (variances.square() / (sizes - 1)).sum()
+    # A resample's variance is (n − 1)/n of the true one.
+    widened = (variances.sum() / (variances * (sizes - 1) / sizes).sum()).sqrt()
+    quantile = scipy.stats.t.ppf((1 - confidence) / 2, freedom.item())
+    tail = float(scipy.stats.norm.cdf(widened.item() * quantile))
     low, high = torch.quantile(resampled, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return Interval(estimate, low, high, resampled.std().item())
 

@@ -53,7 +53,20 @@ def test_clips_and_seeds_are_no_clusters():
 def test_seeds_that_differ_need_to_be_drawn():
     """Catches an interval for new training seeds that was computed as if the seeds were fixed."""
     assert coverage(lambda prompts, seeds: (prompts,), of_seeds=1.0) < 0.75
-    assert coverage(lambda prompts, seeds: (prompts, seeds), of_seeds=1.0) > 0.89
+    for of_seeds in (0.0, 0.1, 0.3, 1.0):
+        assert coverage(lambda prompts, seeds: (prompts, seeds), of_seeds=of_seeds) > 0.89, of_seeds
+
+
+def test_three_seeds_that_agree_cost_little():
+    """Catches a widening by the number of seeds however little they differ: twice as wide, and covering always."""
+    widths = np.array([0.0, 0.0])
+    generator = np.random.default_rng(3)
+    for _ in range(40):
+        values, prompts, seeds = simulated(generator, num_prompts=60)
+        for which, ids in enumerate([(prompts,), (prompts, seeds)]):
+            interval = bootstrap_mean(values, *ids, num_resamples=300)
+            widths[which] += interval.high - interval.low
+    assert 1.0 < widths[1] / widths[0] < 1.35
 
 
 def test_standard_error_has_its_closed_form():
