@@ -153,7 +153,7 @@ class RewardHackingAlarm(TrainerCallback):
         self.follow = follow
         self.first: dict[str, float] | None = None
         self.best: dict[str, float] = {}
-        self.raised: list[str] = []
+        self.raised: list[tuple[int, str]] = []  # step and message
 
     def on_evaluate(self, args, state, control, metrics: dict[str, Any] | None = None, **kwargs):
         if not state.is_world_process_zero:
@@ -162,7 +162,7 @@ class RewardHackingAlarm(TrainerCallback):
         if self.first is None:
             self.first = now
         for message in self.check(now, self.first):
-            self.raised.append(message)
+            self.raised.append((state.global_step, message))
             logger.warning("alarm at step %d: %s", state.global_step, message)
 
     def check(self, now: dict[str, float], first: dict[str, float]) -> list[str]:
@@ -190,8 +190,7 @@ class RewardHackingAlarm(TrainerCallback):
         if closer is not None and closer > 0:
             alarms.append(
                 f"KL budget: {now['kl/clip']:.1f} nats per clip from the guided teacher, "
-                f"{first['kl/clip']:.1f} at "
-                "the start; lower diversity_coef or learning_rate"
+                f"{first['kl/clip']:.1f} at the start; lower diversity_coef or learning_rate"
             )
         return alarms
 

@@ -79,7 +79,8 @@ def alarms(**changes):
     now = BASE | {f"eval_{key}": value for key, value in changes.items()}
     for metrics in (BASE, now):
         callback.on_evaluate(None, STATE, None, metrics=metrics)
-    return callback.raised
+    assert {step for step, _ in callback.raised} <= {STATE.global_step}
+    return [message for _, message in callback.raised]
 
 
 def test_a_healthy_run_raises_nothing():

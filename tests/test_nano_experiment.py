@@ -182,7 +182,7 @@ def recorded(tmp_path):
     rows = [
         row("base γ=1", 0.5, 0.6, role="base", series="guidance on the base"),
         row("base γ=3", 0.1, 0.8, role="guided", series="guidance on the base", guidance_scale=3.0),
-        row("β=0", 0.1, 0.8, 3), row("β=80", 0.3, 0.75, 3),
+        row("β=0", 0.1, 0.8, 3, series="students"), row("β=80", 0.3, 0.75, 3, series="students"),
         *(row(f"LERP λ={w:g}", 0.1 + 0.2 * w, 0.8 - 0.05 * w**2, 3, series="merges", role="merge", merge_weight=w)
           for w in (0.0, 0.5, 1.0)),
     ]  # fmt: skip
@@ -190,7 +190,7 @@ def recorded(tmp_path):
     Results([f"p{i}" for i in range(6)], rows, settings).save(tmp_path / "test")
     lines = ["arm,seed,step,kl/clip,reward/diversity,step_time"]
     lines += [f"beta-80,{seed},{step},{seed + 1.0},0.{step},1.5" for seed in range(3) for step in range(1, 9)]
-    (tmp_path / "training.csv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "logs.csv").write_text("\n".join(lines) + "\n")
     runs = [
         {"arm": "beta-80", "seed": seed, "seconds": 3600, "commit": "abc", "alarms": []} for seed in range(3)
     ]
@@ -208,8 +208,10 @@ def build(folder):
 
 
 def test_page_is_built_from_recorded_numbers_alone(tmp_path):
-    """Catches numbers that do not come from the files, and an arm that is missing without being said so."""
+    """Catches numbers that do not come from the files, an arm that is missing without being said so, and a page
+    that can be built only once."""
     build(recorded(tmp_path))
+    build(tmp_path)
     page = (tmp_path / "page.md").read_text()
     assert (
         "took 3.0 hours" in page and "Training seeds: 0, 1, 2" in page and "6 test prompts × 8 clips" in page

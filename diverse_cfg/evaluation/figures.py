@@ -6,6 +6,7 @@ black-and-white print can be read.
 """
 
 import itertools
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,9 @@ from diverse_cfg.evaluation.plotting import (
 )
 from diverse_cfg.evaluation.results import Estimate, Results, SystemResult, above_line, mean_estimate
 
-_LABEL_GAP = 0.05  # of the axes: how near to each other the labels of a series may be
+_LABEL_ROOM = np.array([0.11, 0.05])  # of the axes, what a label takes: others keep away from it
+_LEGEND_LINE = 0.13  # inches
+_NARROW_LABEL = 22  # characters, of which two columns have room
 
 
 def front(results: Results, x: str, y: str, stem: str | os.PathLike) -> list[Path]:
@@ -61,7 +64,7 @@ def front(results: Results, x: str, y: str, stem: str | os.PathLike) -> list[Pat
     table += [[name, volume.estimate, volume.low, volume.high] for name, volume in volumes.items()]
     sound = [row for row in rows if not row.flags]
     with matplotlib.rc_context(STYLE):
-        figure, (axes,) = new_figure(1, height=3.1)
+        figure, (axes,) = new_figure(1, height=2.4)
         for index, (name, members) in enumerate(_by_series(sound).items()):
             look = Look.number(index)
             joined = len(members) > 1
@@ -86,9 +89,10 @@ def front(results: Results, x: str, y: str, stem: str | os.PathLike) -> list[Pat
             )
         _upper_bound(axes, results, x)
         _finish(axes, x, y)
+        labelled: list[np.ndarray] = []
         for index, members in enumerate(_by_series(sound).values()):
             if len(members) > 1:
-                _label_points(axes, members, x, y, Look.number(index), index)
+                _label_points(axes, members, x, y, Look.number(index), index, labelled)
         return save(figure, stem, table)
 
 
@@ -210,7 +214,7 @@ def trajectories(results: Results, x: str, y: str, stem: str | os.PathLike) -> l
         )
     table: list[list[Any]] = [["series", "step", x, f"{x}_low", f"{x}_high", y, f"{y}_low", f"{y}_high"]]
     with matplotlib.rc_context(STYLE):
-        figure, (axes,) = new_figure(1, height=2.9)
+        figure, (axes,) = new_figure(1, height=2.3)
         for index, (name, members) in enumerate(_by_series(rows).items()):
             look, run = Look.number(index), runs[name]
             points = [(_value(row, x), _value(row, y)) for row in run]
@@ -226,7 +230,12 @@ def trajectories(results: Results, x: str, y: str, stem: str | os.PathLike) -> l
                 axes.annotate("", xy=end, xytext=start, arrowprops=arrow)
             for row in [*run, *(row for row in members if row.system.step is None)]:
                 axes.plot(
-                    _value(row, x), _value(row, y), color=look.color, marker=look.marker, linestyle="none"
+                    _value(row, x),
+                    _value(row, y),
+                    color=look.color,
+                    marker=look.marker,
+                    linestyle="none",
+                    zorder=4 if row.system.step is None else 2,  # single points must not be hidden by paths
                 )
                 table.append([name, row.system.step, *_numbers(row, x), *_numbers(row, y)])
             if run:
@@ -299,25 +308,31 @@ def _point(axes: Axes, row: SystemResult, x: str, y: str, look: Look) -> None:
     )
 
 
-def _label_points(axes: Axes, rows: list[SystemResult], x: str, y: str, look: Look, index: int) -> None:
-    """The setting that varies along a series, beside its points: its ends, and what lies clear of labelled
-    points."""
+def _label_points(
+    axes: Axes,
+    rows: list[SystemResult],
+    x: str,
+    y: str,
+    look: Look,
+    index: int,
+    labelled: list[np.ndarray],
+) -> None:
+    """The setting that varies along a series, beside its points: its ends first, and only where there is room
+    between the labels that are there (`labelled`, which grows)."""
     varied = {
         "γ": any(row.system.guidance_scale != 1 for row in rows),
         "T": any(row.system.temperature != 1 for row in rows),
     }
     # Each series has its own side, so that the labels of neighbouring curves do not meet.
     right, up = ((-1, -1), (1, 1), (1, -1), (-1, 1))[index % 4]
-    labelled: list[np.ndarray] = []
     for row in [rows[0], rows[-1], *rows[1:-1]]:
-        place = axes.transAxes.inverted().transform(
-            axes.transData.transform((_value(row, x), _value(row, y)))
-        )
-        if any(np.abs(place - other).max() < _LABEL_GAP for other in labelled):
+        point = axes.transData.transform((_value(row, x), _value(row, y)))
+        place = axes.transAxes.inverted().transform(point) + _LABEL_ROOM / 2 * (right, up)
+        if any((np.abs(place - other) < _LABEL_ROOM).all() for other in labelled):
             continue
         labelled.append(place)
         axes.annotate(
-            short_label(row, varied),
+            short_label(row, varied) or row.system.name,
             (_value(row, x), _value(row, y)),
             xytext=(4 * right, 3.5 * up),
             textcoords="offset points",
@@ -384,4 +399,10 @@ def _finish(axes: Axes, x: str, y: str) -> None:
     axes.margins(0.08)
     figure = axes.figure
     assert figure is not None
-    figure.legend(frameon=False, loc="outside lower center", handlelength=3.0, labelspacing=0.3)
+    labels = axes.get_legend_handles_labels()[1]
+    columns = 2 if max(map(len, labels)) <= _NARROW_LABEL else 1
+    # The figure grows with its legend, so that the axes keep their height.
+    figure.set_figheight(figure.get_figheight() + _LEGEND_LINE * math.ceil(len(labels) / columns))
+    figure.legend(
+        frameon=False, loc="outside lower center", handlelength=3.0, labelspacing=0.3, ncols=columns
+    )

@@ -218,7 +218,7 @@ def train(experiment: Experiment, arm: str, seed: int) -> None:
         shutil.rmtree(checkpoint)
     done = {
         "arm": arm, "seed": seed, "steps": trainer.state.global_step, "seconds": round(time.time() - started),
-        "threads": torch.get_num_threads(), "alarms": [message for c in alarms for message in c.raised],
+        "threads": torch.get_num_threads(), "alarms": [raised for c in alarms for raised in c.raised],
         "commit": _git("rev-parse", "--short", "HEAD"), "versions": {"torch": torch.__version__},
     }  # fmt: skip
     write_text(folder / DONE, json.dumps(done, indent=1) + "\n")
@@ -282,7 +282,7 @@ def record(experiment: Experiment) -> None:
             [arm, seed, entry["step"], *(f"{entry[name]:.5g}" if name in entry else "" for name in LOGGED)]
             for entry in log if any(name in entry for name in LOGGED)
         ]  # fmt: skip
-    with replacing(RECORDED / "training.csv") as temporary, temporary.open("w", encoding="utf-8") as file:
+    with replacing(RECORDED / "logs.csv") as temporary, temporary.open("w", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([["arm", "seed", "step", *LOGGED], *rows])
     write_text(RECORDED / "runs.json", json.dumps(runs, indent=1) + "\n")
 

@@ -33,15 +33,25 @@ COLUMNS = (
     "adherence", "rules", "diversity_heldout", "diversity_reward", "vendi_heldout", "kl_teacher", "policy_entropy",
     "validity", "decoder_rows",
 )  # fmt: skip
+JUDGED = {"overdone": "β = 400", "overdone-guarded": "β = 400 with guards"}
+FRONT = (
+    "guidance on the base", "guidance and temperature on the base", "merges", "students",
+    "temperature on the quality student", "temperature on the diversity student", "uniform average",
+)  # fmt: skip
 LABELS = {"quality": "β = 0 from the base", **{f"beta-{b}": f"β = {b}" for b in (0, 20, 40, 80, 120)}}
 
 
 def table(results: Results, names: Iterable[str], columns: Sequence[str] = COLUMNS) -> str:
     """A Markdown table of some systems; failures and flags are in it."""
+    part = only(results, names)
+    return part.table([name for name in columns if name in part.metrics])
+
+
+def only(results: Results, names: Iterable[str]) -> Results:
+    """The results of some systems."""
     wanted = set(names)
     rows = [row for row in results.systems if row.system.name in wanted]
-    part = Results(results.prompts, rows, results.settings)
-    return part.table([name for name in columns if name in part.metrics])
+    return Results(results.prompts, rows, results.settings)
 
 
 def differences(results: Results, pairs: Iterable[tuple[str, str]], columns: Sequence[str]) -> str:
@@ -107,12 +117,21 @@ def training_table(arms: dict[str, list[Log]]) -> str:
     return "\n".join(lines)
 
 
-def alarms(runs: Sequence[dict[str, Any]]) -> str:
-    """The alarms of every judged run, in order."""
-    lines = []
+def alarms(runs: Sequence[dict[str, Any]], arms: dict[str, list[Log]]) -> str:
+    """What every judged run evaluated, step by step, and the alarms that rang."""
+    columns = (
+        ("eval_kl/clip", "KL, nats per clip"), ("eval_reward/diversity", "diversity (reward)"),
+        ("eval_reward/monitor_diversity", "diversity (second encoder)"), ("eval_rewards/adherence/mean", "adherence"),
+    )  # fmt: skip
+    lines = ["| run | step | " + " | ".join(label for _, label in columns) + " | alarms |"]
+    lines.append("|---" * (len(columns) + 3) + "|")
     for run in runs:
-        if run["arm"].startswith("overdone"):
-            lines.append(f"- **{run['arm']}**: " + ("; ".join(run["alarms"]) or "no alarm"))
+        for entry in arms[run["arm"]][0]:
+            if run["arm"] in JUDGED and columns[0][0] in entry:
+                rang = [message.partition(":")[0] for step, message in run["alarms"] if step == entry["step"]]
+                numbers = [f"{entry[name]:.3g}" for name, _ in columns]
+                cells = [JUDGED[run["arm"]], f"{entry['step']:.0f}", *numbers, ", ".join(rang) or "–"]
+                lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -151,7 +170,7 @@ def at_equal_diversity(
 
 def draw_training(recorded: Path, page: Path) -> dict[str, list[Log]]:
     """Draw the curves of the main arms, write their table into the section `training` of `page`; returns all logs."""
-    arms = training_logs(recorded / "training.csv")
+    arms = training_logs(recorded / "logs.csv")
     main = {arm: logs for arm, logs in arms.items() if arm in LABELS}
     draw_curves({LABELS[a]: logs for a, logs in main.items()}, recorded / "training", smooth=5)
     write_section(page, "training", training_table(main))
@@ -166,10 +185,11 @@ def build(recorded: Path, page: Path, recipes: Path, readme: Path) -> None:
         raise FileNotFoundError(f"{recorded} has no test sweep: run experiment.py first")
     runs = json.loads((recorded / "runs.json").read_text(encoding="utf-8"))
     settings = yaml.safe_load((HERE / "experiment.yaml").read_text(encoding="utf-8"))
-    for name in ("test", "trajectories", "hacking"):
+    test = found["test"]
+    draw(only(test, names_of(test, *FRONT)), recorded / "test")
+    for name in ("trajectories", "hacking"):
         if name in found:
             draw(found[name], recorded / name)
-    test = found["test"]
     parts = Arms(
         **settings["sweeps"]["test"]["arms"] | {"sweeps": tuple(settings["sweeps"]["test"]["arms"]["sweeps"])}
     )
