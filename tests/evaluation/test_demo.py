@@ -100,7 +100,7 @@ def test_the_students_are_what_the_method_says(finished, world):
     """Catches a second student whose teacher is the first: θ0 is the base for both."""
     output, _, _ = finished
     quality, diversity = read_provenance(output / "quality"), read_provenance(output / "diversity")
-    assert (quality.diversity_coef, diversity.diversity_coef) == (0.0, 20.0)
+    assert (quality.diversity_coef, diversity.diversity_coef) == (0.0, SETTINGS.diversity_coef)
     assert quality.base_model == diversity.base_model == world.base
     assert quality.training["initial_model"] == world.base
     assert diversity.training["initial_model"] == str(output / "quality")
