@@ -10,6 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, MusicgenForConditionalGeneration, pipeline
 
+from diverse_cfg.config import GuardConfig
 from diverse_cfg.functional.guidance import guided_logits
 from diverse_cfg.musicgen.policy import code_logits, encode_text, load_policy
 from diverse_cfg.provenance import read_provenance
@@ -179,6 +180,12 @@ def test_no_reward_at_all_is_pure_distillation(tmp_path):
     trainer = tiny_trainer(tmp_path, reward=None, diversity_coef=0.0)
     trainer.train()
     assert trainer.reward_funcs == [] and len(losses(trainer)) == 3
+
+
+def test_a_guard_that_listens_goes_with_a_prefix_baseline_of_codes(tmp_path):
+    """Fault: the guard needs audio, so that an encoder of codes was handed decoded prefixes."""
+    reward = DiversityReward(CodeEmbedder(), GuardConfig(max_silence=1.0))
+    tiny_trainer(tmp_path, reward=reward, max_steps=1, prefix_baseline=True).train()
 
 
 def test_terms_and_times_are_logged(tmp_path):

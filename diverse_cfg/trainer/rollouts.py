@@ -205,7 +205,7 @@ class Rollouts(RLOOTrainer):
         reward_func = next(function for function in self.reward_funcs if is_pairwise(function))
         policy = unwrap(self.model)
         # Cut codes are decoded anew: a decoded clip that is cut has heard what comes later.
-        inputs = codes if reward_func.reads == "codes" else decode_codes(policy, codes)
+        inputs = codes if reward_func.embedder.reads == "codes" else decode_codes(policy, codes)
         return embed_clips(reward_func.embedder, inputs, policy.config.audio_encoder.sampling_rate)
 
     def _log_time(self, mode: str, name: str, started: float) -> None:
