@@ -90,12 +90,6 @@ class AudioSamplesCallback(TrainerCallback):
                 _to_tracker(name, state, clips)
 
 
-def interleaved(waveform: Tensor) -> Tensor:
-    """[L] stays, [2, L] becomes [L, 2], as audio files and trackers want it."""
-    samples = waveform.detach().float().cpu()
-    return samples.mT if samples.ndim == 2 else samples
-
-
 def slug(text: str, length: int = 48) -> str:
     """A prompt as a file name."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:length].rstrip("-") or "clip"

@@ -188,13 +188,22 @@ def recorded(tmp_path):
     ]  # fmt: skip
     settings = {"num_generations": 8, "machine": "a machine"}
     Results([f"p{i}" for i in range(6)], rows, settings).save(tmp_path / "test")
-    lines = ["arm,seed,step,kl/clip,reward/diversity,step_time"]
-    lines += [f"beta-80,{seed},{step},{seed + 1.0},0.{step},1.5" for seed in range(3) for step in range(1, 9)]
+    judged = "eval_kl/clip,eval_reward/diversity,eval_reward/monitor_diversity,eval_rewards/adherence/mean"
+    lines = [f"arm,seed,step,kl/clip,reward/diversity,step_time,{judged}"]
+    lines += [
+        f"beta-80,{seed},{step},{seed + 1.0},0.{step},1.5,,,," for seed in range(3) for step in range(1, 9)
+    ]
+    lines += [f"overdone,0,{step},,,,{step}.5,0.4,0.2,0.8" for step in (0, 25, 50)]
     (tmp_path / "logs.csv").write_text("\n".join(lines) + "\n")
     runs = [
         {"arm": "beta-80", "seed": seed, "seconds": 3600, "commit": "abc", "alarms": []} for seed in range(3)
     ]
+    alarms = [[25, "KL budget: far"], [50, "quality: low"], [50, "KL budget: farther"]]
+    runs.append({"arm": "overdone", "seed": 0, "seconds": 0, "commit": "abc", "alarms": alarms})
     (tmp_path / "runs.json").write_text(json.dumps(runs))
+    (tmp_path / "hacking").mkdir()
+    for file in ("metrics.json", "metrics.csv", "cells.npz"):
+        (tmp_path / "hacking" / file).write_bytes((tmp_path / "test" / file).read_bytes())
     for name, section in (("recipes", "training"), ("readme", "results")):
         text = f"before\n<!-- {section} -->\nold\n<!-- end {section} -->\nafter\n"
         (tmp_path / f"{name}.md").write_text(text)
@@ -230,6 +239,8 @@ def test_page_is_built_from_recorded_numbers_alone(tmp_path):
         and recipes.endswith("after\n")
         and "old" not in recipes
     )
+    assert "| β = 400 | 0 | 0.5 | 0.4 | 0.2 | 0.8 | – |" in page
+    assert "| 25 | 25.5 | 0.4 | 0.2 | 0.8 | KL budget |" in page and "0.8 | quality, KL budget |" in page
     readme = (tmp_path / "readme.md").read_text()
     assert "| LERP λ=0.5 | 0.79" in readme and "LERP λ=1" not in readme and "old" not in readme
     assert "not measured" in page

@@ -87,6 +87,16 @@ def test_few_prompts_are_widened():
     assert (interval.high - interval.low) / 2 == pytest.approx(expected, rel=0.035)
 
 
+def test_seeds_that_differ_most_are_widened_as_few():
+    """Catches the degrees of freedom of the many prompts where the few seeds are what varies."""
+    effects = torch.tensor(scipy.stats.norm.ppf((np.arange(8) + 0.5) / 8))
+    values = effects.repeat(50) + 0.01 * torch.linspace(-1, 1, 50).double().repeat_interleave(8)
+    prompts, seeds = torch.arange(50).repeat_interleave(8), torch.arange(8).repeat(50)
+    interval = bootstrap_mean(values, prompts, seeds, num_resamples=20000)
+    expected = scipy.stats.t.ppf(0.975, 7) * effects.std().item() / 8**0.5
+    assert (interval.high - interval.low) / 2 == pytest.approx(expected, rel=0.05)
+
+
 def test_clusters_may_be_uneven_and_named():
     """Catches a mean of prompt means where prompts have different numbers of clips, and ids tied to order."""
     values = torch.tensor([1.0, 1.0, 1.0, 5.0])
