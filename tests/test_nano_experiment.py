@@ -41,8 +41,12 @@ def finish(experiment, arm, seed, steps=300, snapshots=()):
     for step in snapshots:
         (folder / "snapshots" / str(step)).mkdir(parents=True)
     folder.mkdir(parents=True, exist_ok=True)
-    done = {"arm": arm, "seed": seed, "steps": steps, "seconds": 60, "alarms": ["KL budget"], "commit": "abc"}
-    log = [{"step": step, "kl/clip": 10.0 / step, "reward/diversity": 0.3} for step in range(1, 9)]
+    done = {"arm": arm, "seed": seed, "steps": steps, "alarms": ["KL budget"], "commit": "abc"}
+    log = [
+        {"step": step, "kl/clip": 10.0 / step, "reward/diversity": 0.3, "step_time": 2.0}
+        for step in (5, 10, 13)
+    ]
+    log.append({"step": 13, "train_runtime": 4.0})  # of the last process alone
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     write_text(folder / "done.json", json.dumps(done))  # last and whole, as other threads look for it
 
@@ -165,6 +169,7 @@ def test_tasks_wait_for_what_they_start_from_and_failures_stop_only_their_heirs(
     assert module.run_all(experiment, tmp_path / "e.yaml", 2, None) == [] and len(started) == 8
     runs = json.loads((tmp_path / "recorded" / "runs.json").read_text())
     assert [(run["arm"], run["seed"]) for run in runs] == [("q", 0), ("d", 0), ("q", 1), ("d", 1), ("e", 0)]
+    assert {run["seconds"] for run in runs} == {26}, "13 steps of 2 s, however many processes took them"
 
 
 # ---- the page ----------------------------------------------------------------------------------------------------
@@ -246,6 +251,29 @@ def test_page_is_built_from_recorded_numbers_alone(tmp_path):
     assert "not measured" in page
     for name in ("training", "test/front", "test/lerp-merges"):
         assert (tmp_path / f"{name}.svg").is_file() and (tmp_path / f"{name}.csv").is_file()
+
+
+def test_arms_are_measured_along_the_way_from_where_they_started(tmp_path):
+    """Catches a β that starts from the base, and steps of another arm."""
+    from report import measured_along
+
+    def row(name, y, series=None, step=None):
+        cells = {"adherence": np.full((2, 1), y)}
+        return SystemResult(System(name, single("x"), series=series, step=step), cells=cells)
+
+    rows = [row("base", 0.6), row("base γ=3", 0.9)]
+    rows += [
+        row(f"β=0 from the base @{step}", 0.7 + step / 1000, "β=0 from the base", step) for step in (50, 100)
+    ]
+    rows += [row(f"β=40 @{step}", 0.7, "β=40", step) for step in (25, 50)]
+    along = measured_along(Results(["a", "b"], rows, {}))
+    assert {k: [(entry["step"], round(entry["adherence"], 3)) for entry in log] for k, log in along.items()} == {
+        "β = 0 from the base": [(0, 0.6), (50, 0.75), (100, 0.8)],
+        "β = 40": [(0, 0.8), (25, 0.7), (50, 0.7)],
+    }  # fmt: skip
+    assert measured_along(Results(["a", "b"], rows[:2] + rows[4:], {})) == {}, (
+        "where β=40 started is not known"
+    )
 
 
 def test_quality_at_equal_diversity_is_read_between_the_sweep_s_points(tmp_path):

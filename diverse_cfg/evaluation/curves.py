@@ -31,7 +31,7 @@ def training_curves(
             checkpoint).
         stem: path without ending.
         metrics: (logged name, label) of each panel; a run that did not log one has no line there.
-        smooth: width of a running mean over logged values.
+        smooth: width of a running mean, in training steps; what is logged less often is drawn as it is.
 
     Raises:
         FileNotFoundError: a run without a log.
@@ -50,7 +50,8 @@ def draw_curves(
     """As `training_curves`, from logs; of an arm with several seeds the mean, over a band from least to most.
 
     Args:
-        arms: label → the logs of its seeds; steps that not every seed has logged are left out.
+        arms: label → the logs of its seeds; steps that not every seed has logged are left out, and seeds that
+            never logged a metric.
     """
     table: list[list[Any]] = [["run", "metric", "step", "value", "least", "most"]]
     found = [
@@ -103,12 +104,14 @@ def training_log(folder: str | os.PathLike) -> list[dict[str, Any]]:
 def _aligned(logs: Sequence[Log], name: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps that every seed has logged [T], and their values [seeds, T]."""
     points = [{entry["step"]: entry[name] for entry in log if name in entry} for log in logs]
+    points = [point for point in points if point]
     steps = sorted(set.intersection(*map(set, points))) if points else []
     return np.array(steps, dtype=float), np.array([[p[step] for step in steps] for p in points], dtype=float)
 
 
 def _line(axes: Axes, steps: np.ndarray, values: np.ndarray, smooth: int, label: str, look: Look) -> None:
-    smoothed = [running_mean(steps, row, smooth) for row in values]
+    width = round(smooth / np.diff(steps).mean()) if len(steps) > 1 else 1
+    smoothed = [running_mean(steps, row, width) for row in values]
     at, lines = smoothed[0][0], np.stack([line for _, line in smoothed])
     axes.plot(
         at, lines.mean(0), color=look.color, linestyle=look.linestyle, label=label,

@@ -442,6 +442,6 @@ def _held_out(output: Path, settings: DemoSettings, world: World) -> Path:
 def _draw(output: Path, results: Results) -> list[Picture]:
     pictures = draw(results, output)
     runs = {f"{name} student": output / "training" / name for name in ("quality", "diversity")}
-    training_curves(runs, output / "training-curves", smooth=5)
+    training_curves(runs, output / "training-curves", smooth=10)
     caption = "Training: divergence from the guided teacher, and the diversity reward."
     return [*pictures, Picture("training-curves.svg", caption)]

@@ -16,7 +16,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, fields
@@ -208,7 +207,6 @@ def train(experiment: Experiment, arm: str, seed: int) -> None:
 
     if seed == experiment.seeds_of(arm)[0]:
         trainer.add_callback(Snapshots())
-    started = time.time()
     trainer.train(resume_from_checkpoint=last_checkpoint(config.output_dir))
     trainer.save_model()
     trainer.save_state()
@@ -217,7 +215,7 @@ def train(experiment: Experiment, arm: str, seed: int) -> None:
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     done = {
-        "arm": arm, "seed": seed, "steps": trainer.state.global_step, "seconds": round(time.time() - started),
+        "arm": arm, "seed": seed, "steps": trainer.state.global_step,
         "threads": torch.get_num_threads(), "alarms": [raised for c in alarms for raised in c.raised],
         "commit": _git("rev-parse", "--short", "HEAD"), "versions": {"torch": torch.__version__},
     }  # fmt: skip
@@ -276,8 +274,9 @@ def record(experiment: Experiment) -> None:
         folder = experiment.folder(arm, seed)
         if not (folder / DONE).is_file():
             continue
-        runs.append(json.loads((folder / DONE).read_text(encoding="utf-8")))
         log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        done = json.loads((folder / DONE).read_text(encoding="utf-8"))
+        runs.append(done | {"seconds": round(seconds_of(log))})
         rows += [
             [arm, seed, entry["step"], *(f"{entry[name]:.5g}" if name in entry else "" for name in LOGGED)]
             for entry in log if any(name in entry for name in LOGGED)
@@ -285,6 +284,13 @@ def record(experiment: Experiment) -> None:
     with replacing(RECORDED / "logs.csv") as temporary, temporary.open("w", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([["arm", "seed", "step", *LOGGED], *rows])
     write_text(RECORDED / "runs.json", json.dumps(runs, indent=1) + "\n")
+
+
+def seconds_of(log: list[dict[str, Any]]) -> float:
+    """Time of all training steps, those before an interruption too; loading and evaluation are not in it."""
+    timed = [(entry["step"], entry["step_time"]) for entry in log if "step_time" in entry]
+    before = [0, *(step for step, _ in timed)]
+    return sum((step - last) * mean for last, (step, mean) in zip(before, timed, strict=False))
 
 
 def _git(*arguments: str) -> str:

@@ -38,6 +38,11 @@ FRONT = (
     "guidance on the base", "guidance and temperature on the base", "merges", "students",
     "temperature on the quality student", "temperature on the diversity student", "uniform average",
 )  # fmt: skip
+# Logged while training, in every seed; then measured on test prompts with the weights kept along the first.
+CURVES = (
+    ("kl/clip", "KL to the teacher (nats)"), ("reward/diversity", "diversity (reward)"),
+    ("adherence", "prompt adherence"), ("diversity_heldout", "diversity (held-out)"),
+)  # fmt: skip
 LABELS = {"quality": "β = 0 from the base", **{f"beta-{b}": f"β = {b}" for b in (0, 20, 40, 80, 120)}}
 
 
@@ -168,12 +173,35 @@ def at_equal_diversity(
     return mean_estimate(results[system].cells[y] - line)
 
 
+def measured_along(trajectories: Results) -> dict[str, Log]:
+    """Label of an arm → what was measured of the weights kept along it, as a log; step 0 is what it started from."""
+    measured: dict[str, dict[str, float]] = {
+        row.system.name: {name: float(np.nanmean(row.cells[name])) for name, _ in CURVES if name in row.cells}
+        for row in trajectories.usable
+    }
+    logs: dict[str, list[dict[str, Any]]] = {}
+    start = "base"  # of the first arm; all others start from its end
+    for label in LABELS.values():
+        series = label.replace(" = ", "=")
+        kept = [row.system for row in trajectories.usable if row.system.series == series and row.system.step]
+        if kept and start in measured:
+            logs[label] = [{"step": 0} | measured[start]]
+            logs[label] += [{"step": system.step} | measured[system.name] for system in kept]
+        if label == LABELS["quality"]:
+            start = kept[-1].name if kept else ""
+    return logs
+
+
 def draw_training(recorded: Path, page: Path) -> dict[str, list[Log]]:
     """Draw the curves of the main arms, write their table into the section `training` of `page`; returns all logs."""
     arms = training_logs(recorded / "logs.csv")
-    main = {arm: logs for arm, logs in arms.items() if arm in LABELS}
-    draw_curves({LABELS[a]: logs for a, logs in main.items()}, recorded / "training", smooth=5)
-    write_section(page, "training", training_table(main))
+    main = {LABELS[arm]: logs for arm, logs in arms.items() if arm in LABELS}
+    measured = {}
+    if (recorded / "trajectories" / "metrics.json").is_file():
+        measured = measured_along(Results.load(recorded / "trajectories"))
+    curves = {label: [*logs, measured.get(label, [])] for label, logs in main.items()}
+    draw_curves(curves, recorded / "training", CURVES, smooth=25)
+    write_section(page, "training", training_table({arm: arms[arm] for arm in arms if arm in LABELS}))
     return arms
 
 

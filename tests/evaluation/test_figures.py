@@ -167,6 +167,18 @@ def test_curves_of_several_seeds_are_a_mean_between_least_and_most(tmp_path):
     assert "training step" in svg.read_text()
 
 
+def test_curves_are_smoothed_over_steps_not_over_points(tmp_path, monkeypatch):
+    """Catches a metric measured every 50 steps that is averaged over as many points as one logged every 5."""
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda self, x, y, **kwargs: drawn.append((x, y)))
+    often = [{"step": step, "kl/clip": float(step)} for step in range(5, 31, 5)]
+    seldom = [{"step": step, "reward/diversity": step / 100} for step in (0, 50, 100)]
+    draw_curves({"arm": [often, seldom]}, tmp_path / "curves", smooth=15)
+    (steps, logged), (at, measured) = drawn
+    assert steps == pytest.approx([10, 15, 20, 25]) and logged == pytest.approx([10, 15, 20, 25])
+    assert at == pytest.approx([0, 50, 100]) and measured == pytest.approx([0, 0.5, 1])
+
+
 def test_metrics_that_cannot_be_drawn(tmp_path):
     with pytest.raises(ValueError, match="unknown metric 'colour'"):
         front(results(*lerp()), "colour", "adherence", tmp_path / "front")
