@@ -18,8 +18,11 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from diverse_cfg.functional.guidance import guided_logits
-from diverse_cfg.musicgen.weights import LayerWeights, RolloutWeights
+from diverse_cfg.musicgen.weights import LayerWeights, RolloutWeights, product
 from diverse_cfg.types import TextCondition
+
+# The softmax of a CPU is ten times as slow for rows that do not fill a vector register.
+_LEAST_TOKENS = 16
 
 
 class _Decoder:
@@ -52,26 +55,19 @@ class _Decoder:
         self.num_texts = len(condition)
         self.activation = ACT2FN[shape.activation]
         self.offsets = torch.arange(shape.num_codebooks, device=weights.device) * (shape.vocab_size + 1)
+        size = (2, self.num_rows, shape.num_heads, num_steps, shape.head_dim)
         self.cache = [
-            torch.zeros(
-                (2, self.num_rows, shape.num_heads, num_steps, shape.head_dim),
-                dtype=self.cache_dtype,
-                device=weights.device,
-            )
-            for _ in weights.layers
+            torch.empty(size, dtype=self.cache_dtype, device=weights.device) for _ in weights.layers
         ]
 
     def _norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.layer_norm(x, (x.shape[-1],), weight, bias, self.weights.shape.layer_norm_eps)
 
-    def _product(self, x: Tensor, matrix: Tensor) -> Tensor:
-        return torch.mm(x.to(matrix.dtype), matrix)
-
     def _add(self, x: Tensor, update: Tensor, matrix: Tensor) -> Tensor:
-        """x += update @ matrix, in place; in one call where the dtypes agree."""
-        if x.dtype == matrix.dtype:
+        """x += update @ matrix, in place; in one call where that can be."""
+        if x.dtype == matrix.dtype and not matrix.is_mkldnn:
             return x.addmm_(update, matrix)
-        return x.add_(torch.mm(update.to(matrix.dtype), matrix))
+        return x.add_(product(update, matrix))
 
     def _logits(self, x: Tensor) -> Tensor:
         """Logits [N, K, V] from the last layer. The heads are linear, so guidance comes before them: half the work."""
@@ -79,7 +75,7 @@ class _Decoder:
         h = self._norm(x, tensors["norm"], tensors["norm_bias"])
         if self.num_rows > self.num_clips:
             h = guided_logits(*h.chunk(2), self.guidance_scale)
-        return self._product(h, tensors["heads"]).view(self.num_clips, shape.num_codebooks, shape.vocab_size)
+        return product(h, tensors["heads"]).view(self.num_clips, shape.num_codebooks, shape.vocab_size)
 
     def _text(self, condition: TextCondition) -> tuple[Tensor, list[Tensor]]:
         """Bias over the text [B, 1, 1, Lt], and for each layer its keys and values [2, B, H, Lt, D / H]."""
@@ -93,7 +89,7 @@ class _Decoder:
         flat = text.flatten(0, 1)
         keys_values = []
         for layer in self.weights.layers:
-            both = self._product(flat, layer.cross_key_value).to(self.cache_dtype)
+            both = product(flat, layer.cross_key_value).to(self.cache_dtype)
             both = both.view(*text.shape[:2], 2, shape.num_heads, shape.head_dim)
             keys_values.append(both.permute(2, 0, 3, 1, 4).contiguous())
         return bias[:, None, None], keys_values
@@ -114,28 +110,25 @@ class EagerDecoder(_Decoder):
         wide = self.cache_dtype = weights.tensors["norm"].dtype
         super().__init__(weights, num_clips, num_steps, condition, guidance_scale)
         rows, texts, shape = self.num_rows, self.num_texts, weights.shape
+        weights.pack(rows)
         heads, width, size = shape.num_heads, shape.head_dim, shape.hidden_size
 
-        def empty(*sizes: int, dtype: torch.dtype = wide) -> Tensor:
-            return torch.empty(sizes, dtype=dtype, device=weights.device)
+        def empty(*sizes: int) -> Tensor:
+            return torch.empty(sizes, dtype=wide, device=weights.device)
 
         # Per layer: where each step's keys and values go, all keys transposed, all values.
-        self.slots = [cache.unbind(3) for cache in self.cache]
+        self.slots = [cache.flatten(1, 2).unbind(2) for cache in self.cache]
         self.keys = [cache[0].flatten(0, 1).transpose(1, 2) for cache in self.cache]
         self.values = [cache[1].flatten(0, 1) for cache in self.cache]
         self.positions = weights.tensors["positions"].unbind(0)
-        self.qkv = empty(rows, 3 * size, dtype=weights.dtype)
-        by_head = self.qkv.view(rows, 3, heads, width)
-        self.new_query, self.new_keys_values = by_head[:, 0], by_head[:, 1:].transpose(0, 1)
-        self.query = empty(rows, heads, width)
-        self.queries = self.query.view(rows * heads, 1, width)
+        self.by_head = (rows * heads, 3, width)
         self.attended = empty(rows * heads, 1, width)
         self.update = self.attended.view(rows, size)
         self.text_query = empty(texts, size)
         self.text_queries = self.text_query.view(texts * heads, 1, width)
         self.text_attended = empty(texts * heads, 1, width)
         self.text_update = self.text_attended.view(texts, size)
-        bias, keys_values = self._text(condition)
+        bias, keys_values = self._text(_padded(condition, _LEAST_TOKENS))
         self.text_bias = bias.expand(texts, heads, 1, -1).flatten(0, 1).contiguous()
         self.text_keys = [both[0].flatten(0, 1).transpose(1, 2) for both in keys_values]
         self.text_values = [both[1].flatten(0, 1) for both in keys_values]
@@ -157,21 +150,21 @@ class EagerDecoder(_Decoder):
         texted = x[: self.num_texts]  # the rows with cross-attention; the same memory
         for index, layer in enumerate(self.weights.layers):
             h = self._norm(x, layer.self_norm, layer.self_norm_bias)
-            torch.mm(h.to(layer.qkv.dtype), layer.qkv, out=self.qkv)
-            self.slots[index][step].copy_(self.new_keys_values)
-            self.query.copy_(self.new_query)
-            scores = torch.bmm(self.queries, self.keys[index][:, :, : step + 1]).softmax(-1)
+            qkv = product(h, layer.qkv).view(self.by_head)
+            self.slots[index][step].copy_(qkv[:, 1:].transpose(0, 1))
+            queries = qkv[:, :1].to(self.cache_dtype)
+            scores = torch.bmm(queries, self.keys[index][:, :, : step + 1]).softmax(-1)
             torch.bmm(scores, self.values[index][:, : step + 1], out=self.attended)
             self._add(x, self.update, layer.self_out)
 
             h = self._norm(texted, layer.cross_norm, layer.cross_norm_bias)
-            self.text_query.copy_(self._product(h, layer.cross_query))
+            self.text_query.copy_(product(h, layer.cross_query))
             scores = torch.baddbmm(self.text_bias, self.text_queries, self.text_keys[index]).softmax(-1)
             torch.bmm(scores, self.text_values[index], out=self.text_attended)
             self._add(texted, self.text_update, layer.cross_out)
 
             h = self._norm(x, layer.final_norm, layer.final_norm_bias)
-            self._add(x, self.activation(self._product(h, layer.fc1)), layer.fc2)
+            self._add(x, self.activation(product(h, layer.fc1)), layer.fc2)
         return self._logits(x)
 
 
@@ -189,6 +182,7 @@ class StaticDecoder(_Decoder):
         # Attention kernels want the matrices' half precision, where there is one.
         self.cache_dtype = weights.dtype
         super().__init__(weights, num_clips, num_steps, condition, guidance_scale)
+        self._clear()
         self.text_bias, self.text_keys_values = self._text(condition)
         self._layer = self._decoder_layer
         if weights.compiled:
@@ -204,6 +198,9 @@ class StaticDecoder(_Decoder):
         self.text_bias.copy_(bias)
         for buffer, values in zip(self.text_keys_values, keys_values, strict=True):
             buffer.copy_(values)
+        self._clear()
+
+    def _clear(self) -> None:
         for cache in self.cache:  # masked cells still multiply by 0, and 0 · NaN of a failed run would spread
             cache.zero_()
 
@@ -241,19 +238,26 @@ class StaticDecoder(_Decoder):
     ) -> Tensor:
         heads, width = self.weights.shape.num_heads, self.weights.shape.head_dim
         h = self._norm(x, layer.self_norm, layer.self_norm_bias)
-        qkv = self._product(h, layer.qkv).view(self.num_rows, 3, heads, 1, width)
-        cache.index_copy_(3, position, qkv[:, 1:].transpose(0, 1))
+        qkv = product(h, layer.qkv).view(self.num_rows, heads, 3, 1, width)
+        cache.index_copy_(3, position, qkv[:, :, 1:].permute(2, 0, 1, 3, 4))
         keys, values = cache[:, :, :, :length].unbind(0)
         mask = bias.expand(self.num_rows, heads, 1, length)
-        attended = F.scaled_dot_product_attention(qkv[:, 0], keys, values, attn_mask=mask, scale=1.0)
+        attended = F.scaled_dot_product_attention(qkv[:, :, 0], keys, values, attn_mask=mask, scale=1.0)
         x = self._add(x, attended.reshape(self.num_rows, -1), layer.self_out)
 
         texted = x[: self.num_texts]  # the rows with cross-attention; the same memory
         h = self._norm(texted, layer.cross_norm, layer.cross_norm_bias)
-        query = self._product(h, layer.cross_query).view(self.num_texts, heads, 1, width)
+        query = product(h, layer.cross_query).view(self.num_texts, heads, 1, width)
         mask = self.text_bias.expand(-1, heads, -1, -1)
         attended = F.scaled_dot_product_attention(query, text[0], text[1], attn_mask=mask, scale=1.0)
         self._add(texted, attended.reshape(self.num_texts, -1), layer.cross_out)
 
         h = self._norm(x, layer.final_norm, layer.final_norm_bias)
-        return self._add(x, self.activation(self._product(h, layer.fc1)), layer.fc2)
+        return self._add(x, self.activation(product(h, layer.fc1)), layer.fc2)
+
+
+def _padded(condition: TextCondition, num_tokens: int) -> TextCondition:
+    """A condition with masked tokens after its own, if it has fewer than `num_tokens`."""
+    missing = max(0, num_tokens - condition.attention_mask.shape[1])
+    hidden = F.pad(condition.hidden_states, (0, 0, 0, missing))
+    return TextCondition(hidden, F.pad(condition.attention_mask, (0, missing)))

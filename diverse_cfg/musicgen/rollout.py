@@ -38,6 +38,9 @@ ROLLOUT_BACKENDS = ("fast", "transformers")
 
 _TEXT_BUCKET = 32
 
+_CPU_FRAMES = 300
+"""Frames that a CPU decodes at once: of more, it spends its time on fetching memory."""
+
 
 def fast_generate(
     model: nn.Module,
@@ -202,13 +205,14 @@ def sample_codes(
 
 
 @torch.no_grad()
-def decode_codes(model: nn.Module, codes: Tensor, *, batch_size: int = 16) -> Tensor:
+def decode_codes(model: nn.Module, codes: Tensor, *, batch_size: int | None = None) -> Tensor:
     """Turn codes into audio with the policy's codec.
 
     Args:
         model: the policy.
         codes: [N, K, T]; stereo has left and right codebooks in turn.
-        batch_size: clips at once; halved when memory runs out.
+        batch_size: clips at once, halved when memory runs out; by default 16, and on a CPU as few as its caches
+            hold.
 
     Returns:
         Waveforms on the codec's device, mono [N, L], stereo [N, 2, L].
@@ -220,6 +224,8 @@ def decode_codes(model: nn.Module, codes: Tensor, *, batch_size: int = 16) -> Te
     config, codec = policy.decoder.config, policy.audio_encoder
     if codes.ndim != 3 or codes.shape[1] != config.num_codebooks or 0 in codes.shape:
         raise ValueError(f"codes must have shape [N, {config.num_codebooks}, T], got {tuple(codes.shape)}")
+    if batch_size is None:
+        batch_size = max(1, _CPU_FRAMES // codes.shape[-1]) if codec.device.type == "cpu" else 16
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     low, high = int(codes.min()), int(codes.max())

@@ -3,6 +3,10 @@
 Query, key and value are one matrix, the K heads one, the K embedding tables one; LoRA is added in, the
 attention scale folded into the queries, and matrices are turned into the right operand of a product. The
 model itself is only read, so nothing has to be merged and unmerged around a rollout.
+
+On a CPU large matrices are packed into the blocked layout of oneDNN as soon as several rows are decoded: its
+products with a few rows are up to three times as fast as those of plain matrices. A single row gains in bfloat16
+alone.
 """
 
 from collections.abc import Iterator
@@ -23,6 +27,12 @@ SUPPORTED_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3"
 _MATRICES = frozenset(
     {"heads", "qkv", "self_out", "cross_query", "cross_key_value", "cross_out", "fc1", "fc2"}
 )
+
+_PACKED_FROM = 2**18
+"""Elements of the smallest matrix that is packed: below, a call costs more than the layout saves."""
+
+_PACKED_FOR = 64
+"""Rows that the layout is made for; it suits fewer and more as well."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,7 @@ class DecoderShape:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One decoder layer; matrices [in, out]."""
+    """One decoder layer; matrices [in, out]; `qkv` is [in, heads · (query, key, value)]."""
 
     self_norm: Tensor
     self_norm_bias: Tensor
@@ -85,12 +95,15 @@ class RolloutWeights:
         """Loops kept by `rollout` for their CUDA graphs, which stay valid as long as these tensors do."""
         self.batch_sizes: dict[Any, int] = {}
         """Clips at once that `rollout` found to fit, so that memory does not run out in every call."""
-        num_layers = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers."))
+        self._group()
+
+    def _group(self) -> None:
+        """Find each layer's tensors under their names."""
+        count = 1 + max(int(name.split(".")[1]) for name in self.tensors if name.startswith("layers."))
+        names = LayerWeights.__dataclass_fields__
         self.layers = [
-            LayerWeights(
-                **{name: tensors[f"layers.{index}.{name}"] for name in LayerWeights.__dataclass_fields__}
-            )
-            for index in range(num_layers)
+            LayerWeights(**{name: self.tensors[f"layers.{index}.{name}"] for name in names})
+            for index in range(count)
         ]
 
     @classmethod
@@ -145,7 +158,22 @@ class RolloutWeights:
     def refresh(self, model: nn.Module) -> None:
         """Copy the policy's present weights into the same tensors: captured CUDA graphs stay valid."""
         for name, tensor in _fused(unwrap(model), self.shape):
-            self.tensors[name].copy_(tensor)
+            if self.tensors[name].is_mkldnn:  # an opaque layout cannot be written into
+                self.tensors[name] = _packed(tensor.to(self.dtype))
+            else:
+                self.tensors[name].copy_(tensor)
+        self._group()
+
+    @torch.no_grad()
+    def pack(self, num_rows: int) -> None:
+        """Put packed matrices in the place of plain ones where products of so many rows are faster."""
+        if num_rows == 1 and self.dtype == torch.float32:
+            return
+        for name, tensor in self.tensors.items():
+            is_matrix = name.split(".")[-1] in _MATRICES and not tensor.is_mkldnn
+            if is_matrix and not self.compiled and _is_better_packed(tensor):
+                self.tensors[name] = _packed(tensor)
+        self._group()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -165,6 +193,30 @@ class RolloutWeights:
         return hidden * condition.attention_mask.to(hidden)[..., None]
 
 
+def product(x: Tensor, matrix: Tensor) -> Tensor:
+    """x @ matrix [rows, out] in the matrix's dtype, which may be packed."""
+    x = x.to(matrix.dtype)
+    if matrix.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise.default(x, matrix, None, "none", [], "")
+    return torch.mm(x, matrix)
+
+
+def _packed(matrix: Tensor) -> Tensor:
+    """A matrix [in, out] in oneDNN's own layout: opaque, and transposed."""
+    return torch.ops.mkldnn._reorder_linear_weight.default(matrix.T.contiguous(), _PACKED_FOR)
+
+
+def _is_better_packed(matrix: Tensor) -> bool:
+    """Whether it is large, and build and processor have the products of torch's own compiler for frozen weights."""
+    if matrix.device.type != "cpu" or matrix.numel() < _PACKED_FROM:
+        return False
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    if matrix.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return matrix.dtype == torch.float32
+
+
 def _fused(policy: Any, shape: DecoderShape) -> Iterator[tuple[str, Tensor]]:
     """The fused tensors of a policy, one at a time."""
     decoder = policy.decoder.model.decoder
@@ -182,11 +234,10 @@ def _fused(policy: Any, shape: DecoderShape) -> Iterator[tuple[str, Tensor]]:
         own, cross = layer.self_attn, layer.encoder_attn
         yield f"layers.{index}.self_norm", layer.self_attn_layer_norm.weight
         yield f"layers.{index}.self_norm_bias", layer.self_attn_layer_norm.bias
-        queries = effective_weight(own.q_proj) * scale
-        yield (
-            f"layers.{index}.qkv",
-            torch.cat([queries, effective_weight(own.k_proj), effective_weight(own.v_proj)]).T,
-        )
+        queries, keys, values = (effective_weight(m) for m in (own.q_proj, own.k_proj, own.v_proj))
+        # Head by head, so that the queries of a product's rows and heads lie evenly spaced.
+        by_head = [m.unflatten(0, (shape.num_heads, -1)) for m in (queries * scale, keys, values)]
+        yield f"layers.{index}.qkv", torch.stack(by_head, dim=1).flatten(0, 2).T
         yield f"layers.{index}.self_out", effective_weight(own.out_proj).T
         yield f"layers.{index}.cross_norm", layer.encoder_attn_layer_norm.weight
         yield f"layers.{index}.cross_norm_bias", layer.encoder_attn_layer_norm.bias

@@ -10,6 +10,7 @@ from scipy import stats
 
 from diverse_cfg.functional.guidance import guided_logits
 from diverse_cfg.musicgen import batches
+from diverse_cfg.musicgen import weights as weights_module
 from diverse_cfg.musicgen.loop import DecodeLoop
 from diverse_cfg.musicgen.policy import (
     LORA_TARGET_MODULES,
@@ -244,22 +245,63 @@ def test_lora_is_sampled_without_merging(active):
 
 def test_a_snapshot_is_refreshed_in_place():
     """A CUDA graph keeps addresses: refreshing must change values, never tensors."""
-    model = policy_of()
-    weights = RolloutWeights.from_model(model)
+    model, other = policy_of(), tiny_musicgen(seed=1)
+    weights, expected = RolloutWeights.from_model(model), RolloutWeights.from_model(load_policy(other))
     addresses = [tensor.data_ptr() for tensor in weights.tensors.values()]
     shared = {parameter.data_ptr() for parameter in model.parameters()}
     assert not shared & set(addresses)
     before = generate(model, weights=weights, decode=False).codes
-    other = tiny_musicgen(seed=1)
     model.load_state_dict(other.state_dict())
-    assert (
-        torch.equal(generate(model, weights=weights, decode=False).codes, before) is False
-    )  # the text changed
+    assert not torch.equal(generate(model, weights=weights, decode=False).codes, before)  # the text changed
     weights.refresh(model)
     assert [tensor.data_ptr() for tensor in weights.tensors.values()] == addresses
-    assert torch.equal(
-        generate(model, weights=weights, decode=False).codes, generate(load_policy(other), decode=False).codes
+    assert all(torch.equal(tensor, expected.tensors[name]) for name, tensor in weights.tensors.items())
+    after = generate(load_policy(other), decode=False).codes
+    assert torch.equal(generate(model, weights=weights, decode=False).codes, after)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_matrices_play_the_same_clips_and_are_refreshed(dtype, monkeypatch):
+    """Catches a matrix packed the wrong way round, one that keeps the weights of an earlier step, and small tensors
+    that are packed too. Large matrices only are packed, so the limit is lowered for a model of this size."""
+    model, other = policy_of(), tiny_musicgen(seed=1)
+    expected = generate(
+        model, weights=RolloutWeights.from_model(model, dtype), decode=False, return_logps=True
     )
+    monkeypatch.setattr(weights_module, "_PACKED_FROM", 1)
+    weights = RolloutWeights.from_model(model, dtype)
+    generate(model, PROMPTS[:1], weights=weights, decode=False)
+    assert any(tensor.is_mkldnn for tensor in weights.tensors.values()) == (dtype == torch.bfloat16), (
+        "of one row"
+    )
+    ours = generate(model, weights=weights, decode=False, return_logps=True)
+    packed = {name.split(".")[-1] for name, tensor in weights.tensors.items() if tensor.is_mkldnn}
+    assert packed == {"heads", "qkv", "self_out", "cross_query", "cross_key_value", "cross_out", "fc1", "fc2"}
+    if dtype == torch.float32:
+        assert torch.equal(ours.codes, expected.codes)
+    torch.testing.assert_close(ours.logps[:, :, 0], expected.logps[:, :, 0], atol=3e-2, rtol=0)
+    model.load_state_dict(other.state_dict())
+    generate(model, weights=weights, decode=False)
+    weights.refresh(model)
+    fresh = RolloutWeights.from_model(load_policy(other), dtype)
+    ours, after = (generate(model, weights=w, decode=False).codes for w in (weights, fresh))
+    assert torch.equal(ours, after) and {n for n, t in weights.tensors.items() if t.is_mkldnn} == {
+        n for n, t in fresh.tensors.items() if t.is_mkldnn
+    }
+
+
+def test_without_onednn_products_are_plain(monkeypatch):
+    """A build without it, and a dtype that it does not know, sample the same clips."""
+    model = policy_of()
+    expected = generate(model, decode=False).codes
+    monkeypatch.setattr(weights_module, "_PACKED_FROM", 1)
+    with monkeypatch.context() as context:
+        context.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        weights = RolloutWeights.from_model(model)
+        assert torch.equal(generate(model, weights=weights, decode=False).codes, expected)
+    doubles = RolloutWeights.from_model(model.double())
+    assert torch.equal(generate(model, weights=doubles, decode=False).codes, expected)
+    assert not any(t.is_mkldnn for w in (weights, doubles) for t in w.tensors.values())
 
 
 def test_half_precision_matrices_stay_close():
@@ -295,6 +337,16 @@ def test_decoding_in_batches(channels):
     assert whole.shape == ((5, 9 * 64) if channels == 1 else (5, 2, 9 * 64))
     left = model.audio_encoder.decode(codes[None, :, ::channels], [None]).audio_values[:, 0]
     torch.testing.assert_close(whole if channels == 1 else whole[:, 0], left)
+
+
+@pytest.mark.parametrize(("num_frames", "sizes"), [(9, [5]), (100, [3, 2]), (301, [1, 1, 1, 1, 1])])
+def test_a_cpu_decodes_few_frames_at_once(num_frames, sizes):
+    """Twice as fast as all at once, and the longest clips still one by one."""
+    model, seen = policy_of(), []
+    decode = model.audio_encoder.decode
+    model.audio_encoder.decode = lambda codes, scales: seen.append(codes.shape[1]) or decode(codes, scales)
+    decode_codes(model, torch.zeros(5, 4, num_frames, dtype=torch.long))
+    assert seen == sizes
 
 
 def test_poisoned_codes_are_not_decoded():
