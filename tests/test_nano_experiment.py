@@ -191,7 +191,7 @@ def recorded(tmp_path):
         *(row(f"LERP λ={w:g}", 0.1 + 0.2 * w, 0.8 - 0.05 * w**2, 3, series="merges", role="merge", merge_weight=w)
           for w in (0.0, 0.5, 1.0)),
     ]  # fmt: skip
-    settings = {"num_generations": 8, "machine": "a machine"}
+    settings = {"num_generations": 8, "seeds": [0, 1], "machine": "a machine"}
     Results([f"p{i}" for i in range(6)], rows, settings).save(tmp_path / "test")
     judged = "eval_kl/clip,eval_reward/diversity,eval_reward/monitor_diversity,eval_rewards/adherence/mean"
     lines = [f"arm,seed,step,kl/clip,reward/diversity,step_time,{judged}"]
@@ -228,10 +228,15 @@ def test_page_is_built_from_recorded_numbers_alone(tmp_path):
     build(tmp_path)
     page = (tmp_path / "page.md").read_text()
     assert (
-        "took 3.0 hours" in page and "Training seeds: 0, 1, 2" in page and "6 test prompts × 8 clips" in page
+        "took 3.0 hours" in page
+        and "Training seeds: 0, 1, 2" in page
+        and "6 test prompts × 2 sampling seeds × 8" in page
     )
     assert "| β=80 | 0.75" in page
     assert "| β=80 − β=0 | **-0.050" in page
+    assert "diversity | **not measured** | **not measured** |" in page, (
+        "two ways of measuring, finding by finding"
+    )
     assert "| offline − β=0 | – |" in page, "what was not evaluated is a dash"
     row = "| β = 80 | 3 | 2 ± 1 | 2 ± 1 | 0.75 ± 0 |"
     assert row in page, (

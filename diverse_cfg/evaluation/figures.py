@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.transforms import Bbox
 
 from diverse_cfg.evaluation.metrics import METRICS
 from diverse_cfg.evaluation.plotting import (
@@ -27,7 +28,7 @@ from diverse_cfg.evaluation.plotting import (
 )
 from diverse_cfg.evaluation.results import Estimate, Results, SystemResult, above_line, mean_estimate
 
-_LABEL_ROOM = np.array([0.11, 0.05])  # of the axes, what a label takes: others keep away from it
+_LABEL_SIZE = 5.5  # points
 _LEGEND_LINE = 0.13  # inches
 _NARROW_LABEL = 22  # characters, of which two columns have room
 
@@ -89,10 +90,13 @@ def front(results: Results, x: str, y: str, stem: str | os.PathLike) -> list[Pat
             )
         _upper_bound(axes, results, x)
         _finish(axes, x, y)
-        labelled: list[np.ndarray] = []
+        figure.draw_without_rendering()  # only then is it known where points lie
+        taken = [
+            Bbox.from_bounds(*(_in_points(axes, row, x, y) - 2), 4, 4) for row in sound
+        ]  # points that no label may hide
         for index, members in enumerate(_by_series(sound).values()):
             if len(members) > 1:
-                _label_points(axes, members, x, y, Look.number(index), index, labelled)
+                _label_points(axes, members, x, y, Look.number(index), index, taken)
         return save(figure, stem, table)
 
 
@@ -308,6 +312,11 @@ def _point(axes: Axes, row: SystemResult, x: str, y: str, look: Look) -> None:
     )
 
 
+def _in_points(axes: Axes, row: SystemResult, x: str, y: str) -> np.ndarray:
+    """Where a system lies on the page, in points of 1/72 inch [2]."""
+    return axes.transData.transform((_value(row, x), _value(row, y))) * 72 / axes.get_figure(root=True).dpi
+
+
 def _label_points(
     axes: Axes,
     rows: list[SystemResult],
@@ -315,32 +324,36 @@ def _label_points(
     y: str,
     look: Look,
     index: int,
-    labelled: list[np.ndarray],
+    taken: list[Bbox],
 ) -> None:
     """The setting that varies along a series, beside its points: its ends first, and only where there is room
-    between the labels that are there (`labelled`, which grows)."""
+    between what is there (`taken`, which grows)."""
     varied = {
         "γ": any(row.system.guidance_scale != 1 for row in rows),
         "T": any(row.system.temperature != 1 for row in rows),
     }
-    # Each series has its own side, so that the labels of neighbouring curves do not meet.
-    right, up = ((-1, -1), (1, 1), (1, -1), (-1, 1))[index % 4]
+    # Each series tries another side first, so that the labels of neighbouring curves do not meet.
+    sides = ((-1, -1), (1, 1), (1, -1), (-1, 1))
     for row in [rows[0], rows[-1], *rows[1:-1]]:
-        point = axes.transData.transform((_value(row, x), _value(row, y)))
-        place = axes.transAxes.inverted().transform(point) + _LABEL_ROOM / 2 * (right, up)
-        if any((np.abs(place - other) < _LABEL_ROOM).all() for other in labelled):
-            continue
-        labelled.append(place)
-        axes.annotate(
-            short_label(row, varied) or row.system.name,
-            (_value(row, x), _value(row, y)),
-            xytext=(4 * right, 3.5 * up),
-            textcoords="offset points",
-            ha="left" if right > 0 else "right",
-            va="bottom" if up > 0 else "top",
-            fontsize=5.5,
-            color=look.color,
-        )
+        text = short_label(row, varied) or row.system.name
+        width, height = 0.6 * _LABEL_SIZE * len(text), 1.2 * _LABEL_SIZE
+        for right, up in (*sides[index % 4 :], *sides[: index % 4]):
+            left, bottom = _in_points(axes, row, x, y) + np.array([4 * right, 3.5 * up])
+            place = Bbox.from_bounds(left - width * (right < 0), bottom - height * (up < 0), width, height)
+            if any(place.overlaps(other) for other in taken):
+                continue
+            taken.append(place)
+            axes.annotate(
+                text,
+                (_value(row, x), _value(row, y)),
+                xytext=(4 * right, 3.5 * up),
+                textcoords="offset points",
+                ha="left" if right > 0 else "right",
+                va="bottom" if up > 0 else "top",
+                fontsize=_LABEL_SIZE,
+                color=look.color,
+            )
+            break
 
 
 def short_label(row: SystemResult, varied: Mapping[str, bool]) -> str:

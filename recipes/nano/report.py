@@ -25,7 +25,7 @@ from diverse_cfg.evaluation.curves import Log, draw_curves
 from diverse_cfg.evaluation.metrics import METRICS
 from diverse_cfg.evaluation.report import draw
 from diverse_cfg.evaluation.results import Estimate, Results, mean_estimate
-from diverse_cfg.evaluation.signatures import Arms, signatures, to_markdown
+from diverse_cfg.evaluation.signatures import Arms, Signature, signatures, to_markdown
 
 HERE = Path(__file__).parent
 RECORDED = HERE / "results" / "experiment"
@@ -148,6 +148,15 @@ def chosen_on(validation: Results, x: str = "diversity_heldout", y: str = "adher
     return max(kept, key=lambda row: np.nanmean(row.cells[x])).system.name if kept else None
 
 
+def verdicts(columns: dict[str, Sequence[Signature]]) -> str:
+    """A Markdown table of the findings, a column of verdicts for each way of measuring."""
+    lines = ["| finding | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for row in zip(*columns.values(), strict=True):
+        cells = [f"**{signature.verdict}**" for signature in row]
+        lines.append(f"| {row[0].number}. {row[0].title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def names_of(results: Results, *series: str) -> list[str]:
     return [
         row.system.name for row in results.systems if row.system.series in series or row.system.name in series
@@ -221,6 +230,7 @@ def build(recorded: Path, page: Path, recipes: Path, readme: Path) -> None:
     parts = Arms(
         **settings["sweeps"]["test"]["arms"] | {"sweeps": tuple(settings["sweeps"]["test"]["arms"]["sweeps"])}
     )
+    held_out, rewarded = signatures(test, parts), signatures(test, parts, diversity="diversity_reward")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True,
@@ -231,7 +241,8 @@ def build(recorded: Path, page: Path, recipes: Path, readme: Path) -> None:
     }  # fmt: skip
     text = environment.get_template("RESULTS.md.j2").render(
         found=found, test=test, runs=runs, arms=arms, parts=parts,
-        findings=to_markdown(signatures(test, parts)),
+        verdicts=verdicts({"held-out encoder": held_out, "encoder of the reward": rewarded}),
+        held_out=to_markdown(held_out), rewarded=to_markdown(rewarded),
         hours=sum(run["seconds"] for run in runs) / 3600,
         commits=sorted({run["commit"] for run in runs}),
         seeds={run["seed"] for run in runs if run["arm"] == "beta-80"},
