@@ -19,7 +19,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from loss import RESULTS, environment, write
+from loss import RESULTS, environment
+
+from diverse_cfg.atomic import write_text
 
 CASES = {
     "import transformers": "import transformers",
@@ -106,8 +108,8 @@ def main(arguments: list[str] | None = None) -> None:
     text = "\n\n".join(parts) + "\n"
     print(text)
     if args.write:
-        write(args.write / "import_time.md", text)
-        write(
+        write_text(args.write / "import_time.md", text)
+        write_text(
             args.write / "import_time.json", json.dumps({"environment": where, "rows": rows}, indent=1) + "\n"
         )
 

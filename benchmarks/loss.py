@@ -13,7 +13,6 @@ round, since the speed of a shared machine drifts.
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from diverse_cfg.atomic import write_text
 from diverse_cfg.functional.divergence import GuidedTeacher, chunked_distillation_loss
 
 RESULTS = Path(__file__).parent / "results"
@@ -171,14 +171,6 @@ def as_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def write(path: Path, text: str) -> None:
-    """All of the file or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print, and write if asked to."""
     parser = argparse.ArgumentParser(description="Memory and time of the distillation loss.")
@@ -205,7 +197,9 @@ def main(arguments: list[str] | None = None) -> None:
         return
     shapes = {name: dict(zip("NKTVH", SHAPES[name], strict=True)) for name in args.shape}
     record = {"environment": where, "shapes": shapes, "rows": rows}
-    write(args.write / f"loss-{args.device}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    write_text(
+        args.write / f"loss-{args.device}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    )
     described = "\n".join(
         f"- `{name}`: " + ", ".join(f"{letter} = {size}" for letter, size in sizes.items())
         for name, sizes in shapes.items()
@@ -213,7 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
     facts = "\n".join(f"- {key}: {value}" for key, value in where.items())
     method = str(__doc__).strip().split("\n\n")[-1]
     sections = ["# The distillation loss in chunks", method, as_table(rows), described, facts]
-    write(args.write / f"loss-{args.device}.md", "\n\n".join(sections) + "\n")
+    write_text(args.write / f"loss-{args.device}.md", "\n\n".join(sections) + "\n")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ import time
 from datetime import date
 from pathlib import Path
 
+from diverse_cfg.atomic import write_text
+
 RESULTS = Path(__file__).parent / "results"
 # decoder layers, hidden size, attention heads of the released models
 SHAPES = {"tiny": (4, 256, 4), "small": (24, 1024, 16), "medium": (48, 1536, 24), "large": (48, 2048, 32)}
@@ -250,14 +252,6 @@ def as_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def write(path: Path, text: str) -> None:
-    """All of the file or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print, and write if asked to."""
     parser = argparse.ArgumentParser(description="Memory and time of merging.")
@@ -286,8 +280,10 @@ def main(arguments: list[str] | None = None) -> None:
         about = (__doc__ or "").split("\n\n")[2]
         text = f"# Merging, streamed\n\n{about}\n\n{as_table(rows)}\n\n"
         text += "\n".join(f"- {key}: {value}" for key, value in where.items()) + "\n"
-        write(args.write / "merge.md", text)
-        write(args.write / "merge.json", json.dumps({"environment": where, "rows": rows}, indent=1) + "\n")
+        write_text(args.write / "merge.md", text)
+        write_text(
+            args.write / "merge.json", json.dumps({"environment": where, "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

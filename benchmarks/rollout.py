@@ -3,7 +3,7 @@
     python benchmarks/rollout.py                                      # nano on this machine, a table
     python benchmarks/rollout.py --shape small --batch 1 4 8 --frames 50
     python benchmarks/rollout.py --shape small --device cuda --dtype bfloat16 --bandwidth 4300 --write
-    python benchmarks/rollout.py --write                              # also benchmarks/results/rollout-…
+    python benchmarks/rollout.py --write                              # also benchmarks/results/rollout-nano-cpu
 
 Text encoder and codec are left out on both sides. The loop's snapshot of the weights, taken once per call (or
 per training step), is timed by itself. Stock runs in the model's dtype (float32 on a CPU, bfloat16 on a GPU),
@@ -26,7 +26,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from loss import RESULTS, environment, write
+from loss import RESULTS, environment
 from transformers import (
     EncodecConfig,
     GenerationConfig,
@@ -37,6 +37,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
+from diverse_cfg.atomic import write_text
 from diverse_cfg.musicgen.policy import null_condition
 from diverse_cfg.musicgen.rollout import RolloutWeights, sample_codes
 from diverse_cfg.types import TextCondition
@@ -252,9 +253,10 @@ def main(arguments: list[str] | None = None) -> None:
     text = report(rows, where, load)
     print(f"\n{text}")
     if args.write:
-        write(args.write / f"rollout-{args.device}.md", text)
+        stem = f"rollout-{'-'.join(args.shape)}-{args.device}"
+        write_text(args.write / f"{stem}.md", text)
         kept = {"environment": where, "rows": rows, "load": load}
-        write(args.write / f"rollout-{args.device}.json", json.dumps(kept, indent=2))
+        write_text(args.write / f"{stem}.json", json.dumps(kept, indent=2))
 
 
 def report(rows: list[dict], where: dict, load: list[float]) -> str:
@@ -265,7 +267,7 @@ def report(rows: list[dict], where: dict, load: list[float]) -> str:
             "**The machine was busy with other work (see the load average), which empties the caches: the\n"
             "figures are to be taken again on a quiet one.**"
         )
-    if not (RESULTS / "rollout-cuda.md").exists():
+    if not any(RESULTS.glob("rollout-*cuda.md")):
         parts.append(
             "No GPU has been measured yet. The path for it (CUDA graphs of the static loop) is complete; its loop\n"
             "is held against this one by tests on a CPU, also under `torch.compile`."

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loss import RESULTS, environment, write
+from loss import RESULTS, environment
 from rollout import SHAPES
 from transformers import (
     EncodecConfig,
@@ -39,6 +39,7 @@ from transformers import (
 )
 
 from diverse_cfg.assets import nano_path
+from diverse_cfg.atomic import write_text
 from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.embeddings import load_embedder
 from diverse_cfg.embeddings.contrastive import ContrastiveConfig, ContrastiveEmbedder, ContrastiveEncoder
@@ -440,9 +441,9 @@ def main(arguments: list[str] | None = None) -> None:
     text = report(rows, where, load)
     print(f"\n{text}")
     if args.write:
-        write(args.write / f"step-{args.device}.md", text)
+        write_text(args.write / f"step-{args.device}.md", text)
         record = {"environment": where, "rows": rows, "load": load}
-        write(
+        write_text(
             args.write / f"step-{args.device}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n"
         )
 

@@ -22,7 +22,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> Path:
-    """Write a text file in UTF-8; return its path."""
+    """Write a text file in UTF-8, its folder too if need be; return its path."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)
