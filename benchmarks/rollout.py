@@ -123,11 +123,6 @@ def bytes_per_step(weights: RolloutWeights, batch: int, guided: bool, num_steps:
     return matrices + batch * row * (TEXT_TOKENS + (2 if guided else 1) * num_steps / 2)
 
 
-def snapshot(model: Any, dtype: torch.dtype) -> None:
-    """What a training step pays for its sampling weights."""
-    RolloutWeights.from_model(model, dtype).pack(num_rows=2)
-
-
 def measure(
     model: Any, shape: str, batch: int, guidance_scale: float, args: argparse.Namespace
 ) -> list[dict]:
@@ -234,7 +229,7 @@ def main(arguments: list[str] | None = None) -> None:
     for shape in args.shape:
         model = make_model(shape, args.device)
         for name in args.dtype:
-            take = partial(snapshot, model, getattr(torch, name))
+            take = partial(RolloutWeights.from_model, model, getattr(torch, name))
             take()  # the first also pays for memory that the system hands out
             spent = seconds(take, args.device)
             snapshot_times.append(f"{shape} in {name} {1e3 * spent:.0f} ms")

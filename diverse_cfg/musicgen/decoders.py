@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from diverse_cfg.functional.guidance import guided_logits
-from diverse_cfg.musicgen.weights import LayerWeights, RolloutWeights, product
+from diverse_cfg.musicgen.weights import LayerWeights, RolloutWeights, activated_product, product
 from diverse_cfg.types import TextCondition
 
 # The softmax of a CPU is ten times as slow for rows that do not fill a vector register.
@@ -110,7 +110,6 @@ class EagerDecoder(_Decoder):
         wide = self.cache_dtype = weights.tensors["norm"].dtype
         super().__init__(weights, num_clips, num_steps, condition, guidance_scale)
         rows, texts, shape = self.num_rows, self.num_texts, weights.shape
-        weights.pack(rows)
         heads, width, size = shape.num_heads, shape.head_dim, shape.hidden_size
 
         def empty(*sizes: int) -> Tensor:
@@ -164,7 +163,7 @@ class EagerDecoder(_Decoder):
             self._add(texted, self.text_update, layer.cross_out)
 
             h = self._norm(x, layer.final_norm, layer.final_norm_bias)
-            self._add(x, self.activation(product(h, layer.fc1)), layer.fc2)
+            self._add(x, activated_product(h, layer.fc1, self.activation), layer.fc2)
         return self._logits(x)
 
 
@@ -253,7 +252,7 @@ class StaticDecoder(_Decoder):
         self._add(texted, attended.reshape(self.num_texts, -1), layer.cross_out)
 
         h = self._norm(x, layer.final_norm, layer.final_norm_bias)
-        return self._add(x, self.activation(product(h, layer.fc1)), layer.fc2)
+        return self._add(x, activated_product(h, layer.fc1, self.activation), layer.fc2)
 
 
 def _padded(condition: TextCondition, num_tokens: int) -> TextCondition:
