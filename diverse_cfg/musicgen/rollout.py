@@ -86,7 +86,8 @@ def fast_generate(
         return_logps: record log-probabilities.
         decode: also make waveforms.
         weights: a snapshot to sample from; taken now by default. The fast backend only.
-        dtype: of a snapshot taken now; bfloat16 is faster where the hardware has it.
+        dtype: of a snapshot taken now; bfloat16 is faster where the hardware has it, but rounds differently in
+            batches of different size, so that a clip may depend on its batch.
 
     Returns:
         N = P·G clips on the model's device, those of one prompt adjacent.
