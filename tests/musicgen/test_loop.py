@@ -69,7 +69,9 @@ class OnOneDevice(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_never_touches_the_host(dtype):
     """A capture forbids copies from and to the host. On the meta device, reading a value raises, too."""
-    weights = RolloutWeights.from_model(load_policy(tiny_musicgen()), dtype)
+    weights = RolloutWeights.from_model(
+        load_policy(tiny_musicgen()), dtype, compiled=True
+    )  # plain, as on a GPU
     weights = RolloutWeights(weights.shape, {name: t.to("meta") for name, t in weights.tensors.items()})
     condition = TextCondition(
         torch.empty(4, 32, 12, device="meta"), torch.empty(4, 32, dtype=torch.long, device="meta")
