@@ -82,7 +82,7 @@ def build_app(folder: str | os.PathLike) -> Any:
             gradio.Warning(str(error))
         return show(listener)
 
-    with gradio.Blocks(title="Listening test") as app:
+    with gradio.Blocks(title="Listening test", analytics_enabled=False) as app:
         gradio.Markdown(
             "## Listening test\nPlease use headphones. Your name only keeps your votes apart from others'."
         )

@@ -5,6 +5,9 @@ import csv
 import json
 import multiprocessing
 import time
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pytest
 import soundfile
@@ -20,7 +23,7 @@ from diverse_cfg.evaluation.listening import (
     make_study,
     win_rates,
 )
-from diverse_cfg.evaluation.listening_app import build_app, view
+from diverse_cfg.evaluation.listening_app import build_app, serve, view
 from diverse_cfg.evaluation.systems import System, single
 from diverse_cfg.evaluation.webmushra import export_study, import_ratings
 from tests.evaluation.worlds import save_sibling, small_sweep
@@ -251,6 +254,35 @@ def test_a_click_is_a_vote(study):
     _, text, *_ = left("anna", trial)
     assert "2 of 7" in text
     assert Votes(study).all() == [Vote(trial, "anna", "left")]
+
+
+def test_the_page_is_served_and_keeps_its_key(study, monkeypatch):
+    """Catches a page that gradio cannot serve, and a listener who can read which system is which."""
+    gradio = pytest.importorskip("gradio", reason="gradio is not installed")
+    from gradio_client import Client
+
+    launch, served = gradio.Blocks.launch, []
+
+    def launched(app, server_port, **options):
+        served.append((app, launch(app, prevent_thread_lock=True, quiet=True, **options)))
+
+    monkeypatch.setattr(gradio.Blocks, "launch", launched)
+    serve(study)
+    [(app, (_, url, _))] = served
+    Votes(study).add(Vote(load_trials(study)[0].id, "ben", "left"))
+    try:
+        client = Client(url, verbose=False)
+        text, first, *_ = client.predict("anna", api_name="/show")
+        assert "1 of 7" in text and Path(first["value"]).read_bytes().startswith(b"RIFF")
+        answers = {}
+        for path in (study / KEY_FILE, study / VOTES_FILE, next((study / "audio").iterdir())):
+            try:
+                answers[path.name] = urlopen(f"{url}gradio_api/file={path.resolve()}", timeout=10).status
+            except HTTPError as error:
+                answers[path.name] = error.code
+        assert list(answers.values()) == [403, 403, 200]
+    finally:
+        app.close()
 
 
 # ---- webMUSHRA -----------------------------------------------------------------------------------
