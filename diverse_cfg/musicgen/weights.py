@@ -187,11 +187,8 @@ class RolloutWeights:
 
 def product(x: Tensor, matrix: Tensor) -> Tensor:
     """x @ matrix [rows, out] in the matrix's dtype, which may be packed."""
-    return (
-        _multiply(x.to(matrix.dtype), matrix, "none")
-        if matrix.is_mkldnn
-        else torch.mm(x.to(matrix.dtype), matrix)
-    )
+    x = x.to(matrix.dtype)
+    return _multiply(x, matrix, "none") if matrix.is_mkldnn else torch.mm(x, matrix)
 
 
 def activated_product(x: Tensor, matrix: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
@@ -217,7 +214,7 @@ def _is_better_packed(name: str, tensor: Tensor, dtype: torch.dtype, activation:
         return False
     if tensor.numel() < _PACKED_FROM and not (kind == "fc1" and activation == "gelu"):
         return False
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+    if not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
