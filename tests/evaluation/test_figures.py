@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
+from diverse_cfg.evaluation import figures as figures_module
 from diverse_cfg.evaluation.curves import draw_curves, training_curves
 from diverse_cfg.evaluation.figures import (
     front,
@@ -115,6 +116,40 @@ def test_the_lerp_against_the_straight_line(tmp_path):
     assert lines[0][5:] == ["above_line", "above_low", "above_high"]
     middle = next(line for line in lines if line[:2] == ["adherence", "0.5"])
     assert float(middle[5]) == pytest.approx(0.06)
+
+
+def test_labels_of_a_crowd_hide_neither_each_other_nor_a_point(tmp_path, monkeypatch):
+    """Three series of four systems close together: what has no room is left out, the rest can be read."""
+    figures = []
+    write = figures_module.save
+    monkeypatch.setattr(
+        figures_module, "save", lambda figure, *rest: figures.append(figure) or write(figure, *rest)
+    )
+    crowd = [
+        row(
+            f"{series} T={t}",
+            0.3 + 0.02 * t + 0.01 * shift,
+            0.8 - 0.02 * t,
+            spread=0,
+            series=series,
+            temperature=t,
+        )
+        for shift, series in enumerate(("first", "second", "third"))
+        for t in (0.9, 1.0, 1.1, 1.2)
+    ]
+    alone = row("alone", 0.6, 0.3, spread=0, series="alone")
+    front(results(*crowd, alone), "diversity_heldout", "adherence", tmp_path / "front")
+    [axes] = figures[0].axes
+    figures[0].draw_without_rendering()  # positions as on the screen, not as in the file
+    labels = [text.get_window_extent() for text in axes.texts if text.get_text().startswith("T ")]
+    assert 3 <= len(labels) < len(crowd), "some are left out"
+    points = [
+        axes.transData.transform((r.cells["diversity_heldout"].mean(), r.cells["adherence"].mean()))
+        for r in crowd
+    ]
+    for index, label in enumerate(labels):
+        assert not any(label.overlaps(other) for other in labels[:index])
+        assert not any(label.contains(*point) for point in points)
 
 
 def test_a_lerp_needs_its_ends(tmp_path):
