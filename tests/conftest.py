@@ -2,6 +2,8 @@
 
 import os
 import socket
+import sys
+from pathlib import Path
 
 # Before anything imports transformers, datasets or trl: they read these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -38,6 +40,18 @@ def _offline(request, monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", local_only)
+
+
+@pytest.fixture
+def nano_recipe(monkeypatch):
+    """The folder `recipes/nano`, whose modules can be imported while the test runs."""
+    folder = Path(__file__).parents[1] / "recipes" / "nano"
+    monkeypatch.syspath_prepend(str(folder))
+    yield folder
+    for name in [
+        n for n, m in sys.modules.items() if str(getattr(m, "__file__", "")).startswith(str(folder))
+    ]:
+        del sys.modules[name]
 
 
 @pytest.fixture

@@ -1,19 +1,9 @@
 """What an estimator of the diversity's gradient is worth, on gradients whose signal and noise are known."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "nano"
-
-
-@pytest.fixture(autouse=True)
-def recipe_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPE))
-    yield
-    sys.modules.pop("estimators", None)
+pytestmark = pytest.mark.usefixtures("nano_recipe")
 
 
 def test_signal_and_noise_of_known_gradients():

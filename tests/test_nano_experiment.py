@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +15,7 @@ from diverse_cfg.evaluation.systems import System, expand_systems, single
 RECIPE = Path(__file__).parents[1] / "recipes" / "nano"
 
 
-@pytest.fixture(autouse=True)
-def _recipe_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPE))
-    yield
-    for name in [
-        n for n, m in sys.modules.items() if str(getattr(m, "__file__", "")).startswith(str(RECIPE))
-    ]:
-        del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("nano_recipe")
 
 
 def load(tmp_path, **changes):
@@ -179,7 +171,9 @@ def recorded(tmp_path):
     """A test sweep with numbers that are known, and logs of three seeds."""
 
     def row(name, x, y, seeds=1, **kwargs):
-        cells = {"diversity_heldout": np.full((6, seeds), x), "adherence": np.full((6, seeds), y)}
+        under_reward = 0.2 if name == "base γ=1" else x  # where β=80 is above the base, other than held out
+        values = {"diversity_heldout": x, "diversity_reward": under_reward, "adherence": y}
+        cells = {metric: np.full((6, seeds), value) for metric, value in values.items()}
         cells = {k: v + 0.001 * np.arange(6)[:, None] for k, v in cells.items()}
         system = System(name, single("x") * seeds, **kwargs)
         return SystemResult(system, metrics={k: mean_estimate(v) for k, v in cells.items()}, cells=cells)

@@ -1,24 +1,12 @@
 """The recipe of the nano base, on the few notes it makes itself: reading, captions, codes, training loop."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "nano"
-
-
-@pytest.fixture(autouse=True)
-def _recipe_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPE))
-    yield
-    for name in [
-        n for n, m in sys.modules.items() if str(getattr(m, "__file__", "")).startswith(str(RECIPE))
-    ]:
-        del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("nano_recipe")
 
 
 def song_record(name, **changes):
