@@ -228,9 +228,7 @@ def test_page_is_built_from_recorded_numbers_alone(tmp_path):
     )
     assert "| β=80 | 0.75" in page
     assert "| β=80 − β=0 | **-0.050" in page
-    assert "diversity | **not measured** | **not measured** |" in page, (
-        "two ways of measuring, finding by finding"
-    )
+    assert "small price in quality | **fails** | **holds** |" in page, "held out, then as the reward has it"
     assert "| offline − β=0 | – |" in page, "what was not evaluated is a dash"
     row = "| β = 80 | 3 | 2 ± 1 | 2 ± 1 | 0.75 ± 0 |"
     assert row in page, (
