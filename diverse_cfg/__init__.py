@@ -17,6 +17,7 @@ _PUBLIC = {
     "CFGDiversityConfig": "diverse_cfg.config",
     "CFGDiversityTrainer": "diverse_cfg.trainer",
     "DiversityReward": "diverse_cfg.rewards",
+    "RolloutWeights": "diverse_cfg.musicgen.weights",
     "export_audiocraft": "diverse_cfg.musicgen.audiocraft",
     "fast_generate": "diverse_cfg.musicgen.rollout",
     "from_audiocraft": "diverse_cfg.musicgen.audiocraft",
@@ -37,6 +38,7 @@ __all__ = [
     "CFGDiversityConfig",
     "CFGDiversityTrainer",
     "DiversityReward",
+    "RolloutWeights",
     "__version__",
     "export_audiocraft",
     "fast_generate",
@@ -68,6 +70,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     )
     from diverse_cfg.musicgen.loading import load_policy, load_processor
     from diverse_cfg.musicgen.rollout import fast_generate
+    from diverse_cfg.musicgen.weights import RolloutWeights
     from diverse_cfg.prompts import load_prompts
     from diverse_cfg.rewards import DiversityReward
     from diverse_cfg.trainer import CFGDiversityTrainer

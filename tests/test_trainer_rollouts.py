@@ -80,11 +80,11 @@ def test_training_goes_on_with_smaller_rollouts_when_memory_runs_out(tmp_path, m
     straight.train()
     run, sizes = DecodeLoop.run, []
 
-    def limited(loop, uniforms):
-        sizes.append(len(uniforms))
-        if len(uniforms) > 4 and loop.num_frames == trainer._num_frames:
+    def limited(loop, noise):
+        sizes.append(len(noise))
+        if len(noise) > 4 and loop.num_frames == trainer._num_frames:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        run(loop, uniforms)
+        run(loop, noise)
 
     trainer = tiny_trainer(tmp_path / "b")
     monkeypatch.setattr(DecodeLoop, "run", limited)

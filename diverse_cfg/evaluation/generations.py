@@ -26,7 +26,7 @@ from diverse_cfg.merging import merge_checkpoints
 from diverse_cfg.musicgen.loading import load_policy, load_processor
 from diverse_cfg.musicgen.rollout import RolloutWeights, decode_codes, fast_generate
 
-_VERSION = 1  # of the description and of the sampler; raise it when either changes what is played
+_VERSION = 2  # of the description and of the sampler; raise it when either changes what is played
 _BATCH = 64
 
 Progress = Callable[[int], None]

@@ -19,6 +19,9 @@ _LARGEST_GPU_BATCH = 256
 # always raise, it may be killed.
 _CPU_CACHE_BYTES = 2 << 30
 _GPU_CACHE_SHARE = 0.5
+# Caches up to this share of a GPU's memory are kept for the next call, with their graphs; larger ones are
+# freed, for a training step wants the memory, and beside so long a rollout a new capture takes little time.
+_GPU_KEPT_SHARE = 1 / 16
 
 # Lack of memory that torch reports as a plain RuntimeError: its CPU allocator, two libraries, the driver.
 _OUT_OF_MEMORY = (
@@ -57,6 +60,13 @@ def automatic_batch(model: nn.Module, num_frames: int, guided: bool, dtype: torc
     return max(1, min(_LARGEST_GPU_BATCH, int(_GPU_CACHE_SHARE * free) // clip_bytes))
 
 
+def may_be_kept(nbytes: int, device: torch.device) -> bool:
+    """Whether caches of this size may stay on the device between two calls."""
+    if device.type != "cuda":
+        return True
+    return nbytes <= _GPU_KEPT_SHARE * torch.cuda.mem_get_info(device)[1]
+
+
 def in_batches(
     total: int,
     batch_size: int,
@@ -84,7 +94,7 @@ def in_batches(
         try:
             results.append(run(slice(start, start + size)))
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if size == 1:
                 raise torch.OutOfMemoryError(
@@ -106,7 +116,8 @@ def in_batches(
     return results
 
 
-def _out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch, its libraries or Python says that memory ran out."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return any(phrase in str(error) for phrase in _OUT_OF_MEMORY)

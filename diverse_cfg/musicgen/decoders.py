@@ -183,13 +183,14 @@ class StaticDecoder(_Decoder):
         super().__init__(weights, num_clips, num_steps, condition, guidance_scale)
         self._clear()
         self.text_bias, self.text_keys_values = self._text(condition)
-        self._layer = self._decoder_layer
+        # A function that takes the decoder: a bound method would keep it, and its caches, alive in a cycle.
+        self._layer = StaticDecoder._decoder_layer
         if weights.compiled:
             # There is one recompilation per context bucket, and the limit counts per code object: a copy is
             # needed, lest those of earlier batch shapes count too.
-            function = StaticDecoder._decoder_layer
-            copy = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-            self._layer = torch.compile(types.MethodType(copy, self), dynamic=False)
+            code, name = self._layer.__code__.replace(), self._layer.__name__
+            copy = types.FunctionType(code, self._layer.__globals__, name)
+            self._layer = torch.compile(copy, dynamic=False)
 
     def reset(self, condition: TextCondition) -> None:
         """Start another batch of the same shape on the same buffers."""
@@ -222,7 +223,7 @@ class StaticDecoder(_Decoder):
             x = x.repeat(2, 1)
         layers = zip(self.weights.layers, self.cache, self.text_keys_values, strict=True)
         for layer, cache, text in layers:
-            x = self._layer(x, layer, cache, text, position, length, bias)
+            x = self._layer(self, x, layer, cache, text, position, length, bias)
         return self._logits(x)
 
     def _decoder_layer(

@@ -6,6 +6,7 @@ been.
 """
 
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -104,9 +105,12 @@ def generate_files(
         batch_size=batch_size,
         rollout_backend=rollout_backend,
         negative_prompt=negative_prompt,
+        dtype=dtype,
     )
     manifest = {
         "model": model_name,
+        "weights": _fingerprint(model),
+        "dtype": str(dtype or unwrap(model).decoder.dtype).removeprefix("torch."),
         "sampling_rate": unwrap(model).config.audio_encoder.sampling_rate,
         "sample_format": sample_format,
         "settings": asdict(settings) | {"negative_prompt": negative_prompt, "num_frames": num_frames},
@@ -180,6 +184,15 @@ def write_wav(
     subtype = SAMPLE_FORMATS[sample_format]
     with replacing(path) as temporary:
         soundfile.write(temporary, samples.numpy().T, sampling_rate, subtype, format="WAV")
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Of the weights that clips depend on, adapters included; of a few numbers of each, which training changes."""
+    digest = hashlib.sha256()
+    for name, tensor in unwrap(model).state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten()[:64].double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _plan(prompts: list[str], num_generations: int, seed: int, seconds: float) -> list[dict[str, Any]]:

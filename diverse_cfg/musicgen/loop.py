@@ -13,8 +13,9 @@ import logging
 import torch
 from torch import Tensor
 
+from diverse_cfg.musicgen.batches import is_out_of_memory
 from diverse_cfg.musicgen.decoders import EagerDecoder, StaticDecoder
-from diverse_cfg.musicgen.sampling import SamplingSettings, draw, sampling_logits
+from diverse_cfg.musicgen.sampling import SamplingSettings, draw, group_sizes, sampling_logits
 from diverse_cfg.musicgen.weights import RolloutWeights
 from diverse_cfg.types import TextCondition
 
@@ -59,6 +60,7 @@ class DecodeLoop:
     ) -> None:
         shape, device = weights.shape, weights.device
         self.settings = settings
+        self.num_clips = num_clips
         self.num_frames = num_frames
         self.num_tokens = condition.attention_mask.shape[1]
         self.delays = shape.delays
@@ -75,11 +77,18 @@ class DecodeLoop:
         self.ids = torch.empty(cells[1:], dtype=torch.long, device=device)
         frame = torch.arange(self.num_steps)[:, None] - torch.tensor(self.delays)
         self.no_code = ((frame < 0) | (frame >= num_frames))[:, None].to(device)
-        self.uniforms = torch.zeros(cells, device=device)
+        self.noise = torch.ones(
+            *cells, sum(group_sizes(shape.vocab_size)), dtype=torch.float32, device=device
+        )
         self.codes = torch.zeros(cells, dtype=torch.long, device=device)
-        self.logps = torch.zeros(cells, device=device)
-        self.totals = torch.zeros(cells, device=device)
+        self.logps = torch.zeros(cells, dtype=torch.float32, device=device)
+        self.totals = torch.zeros(cells, dtype=torch.float32, device=device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the caches of keys and values."""
+        return sum(cache.nbytes for cache in self.decoder.cache)
 
     def reset(self, condition: TextCondition) -> None:
         """Take another batch: same number of clips, frames and text tokens."""
@@ -87,14 +96,14 @@ class DecodeLoop:
         self.decoder.reset(condition)
 
     @torch.no_grad()
-    def run(self, uniforms: Tensor) -> None:
+    def run(self, noise: Tensor) -> None:
         """Sample all clips.
 
         Args:
-            uniforms: one random number per code [N, K, T].
+            noise: the clips' random numbers [N, K, T, M], of `sampling.keyed_noise`.
         """
         for codebook, delay in enumerate(self.delays):
-            self.uniforms[delay : delay + self.num_frames, :, codebook] = uniforms[:, codebook].T
+            self.noise[delay : delay + self.num_frames, :, codebook] = noise[:, codebook].transpose(0, 1)
         if self.mode == "graph" and not self._graphs:
             self._capture()
         self._rewind()
@@ -109,7 +118,7 @@ class DecodeLoop:
     def _advance_eagerly(self, step: int) -> None:
         assert isinstance(self.decoder, EagerDecoder)
         logits = sampling_logits(self.decoder.step(self.ids, step), self.settings)
-        codes, logps, totals = draw(logits, self.uniforms[step], self.settings.greedy)
+        codes, logps, totals = draw(logits, self.noise[step], self.settings.greedy)
         self.codes[step], self.logps[step], self.totals[step] = codes, logps, totals
         self.ids = codes.masked_fill(self.no_code[step], self.pad)
 
@@ -119,8 +128,8 @@ class DecodeLoop:
         bias = torch.zeros(length, dtype=self.decoder.cache_dtype, device=self.position.device)
         bias.masked_fill_(self.steps[:length] > self.position, -torch.inf)
         logits = sampling_logits(self.decoder.step(self.ids, self.position, length, bias), self.settings)
-        uniforms = self.uniforms.index_select(0, self.position)[0]
-        codes, logps, totals = draw(logits, uniforms, self.settings.greedy)
+        noise = self.noise.index_select(0, self.position)[0]
+        codes, logps, totals = draw(logits, noise, self.settings.greedy)
         self.codes.index_copy_(0, self.position, codes[None])
         self.logps.index_copy_(0, self.position, logps[None])
         self.totals.index_copy_(0, self.position, totals[None])
@@ -137,6 +146,7 @@ class DecodeLoop:
     def _capture(self) -> None:
         """Record the static body for every bucket; where that fails, say why once and do without."""
         graphs = {}
+        caller = torch.cuda.current_stream(self.position.device)
         try:
             with torch.cuda.device(self.position.device):
                 stream = torch.cuda.Stream()
@@ -156,9 +166,10 @@ class DecodeLoop:
                         self._advance(length)
                     graphs[length] = graph
             self._graphs = graphs
-        except torch.OutOfMemoryError:
-            raise  # a smaller batch is the remedy, not another mode
         except RuntimeError as error:
+            torch.cuda.set_stream(caller)  # a capture that cannot be ended does not leave its own
+            if is_out_of_memory(error):
+                raise  # a smaller batch is the remedy, not another mode
             self.mode = "static"
             if str(error) not in _failed_captures:
                 _failed_captures.add(str(error))

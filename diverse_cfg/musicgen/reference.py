@@ -7,6 +7,7 @@ from a default (top-k 50). And its `multinomial` reads the clip's own random num
 play the same clip.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -20,8 +21,11 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from diverse_cfg.functional.codebooks import num_decoder_steps
 from diverse_cfg.musicgen.policy import evaluating, null_condition, pad_token_id, unwrap
-from diverse_cfg.musicgen.sampling import SamplingSettings, invert, not_finite
+from diverse_cfg.musicgen.sampling import SamplingSettings, not_finite, race
 from diverse_cfg.types import TextCondition
+
+# One call at a time: the codec's method and the generation config are replaced for the while.
+_LOCK = threading.RLock()
 
 
 @torch.no_grad()
@@ -30,7 +34,7 @@ def generate_codes(
     condition: TextCondition,
     num_frames: int,
     settings: SamplingSettings,
-    uniforms: Tensor,
+    noise: Tensor,
     negative_condition: TextCondition | None = None,
     names: Sequence[str] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -41,7 +45,7 @@ def generate_codes(
         condition: N rows.
         num_frames: T.
         settings: of the draws.
-        uniforms: random numbers of the clips [N, K, T].
+        noise: random numbers of the clips [N, K, T, M].
         negative_condition: N rows with as many tokens as `condition`, in place of the null prompt.
         names: what to call each row in an error [N].
 
@@ -68,9 +72,10 @@ def generate_codes(
             torch.cat([condition.hidden_states, negative.hidden_states]),
             torch.cat([condition.attention_mask, negative.attention_mask]),
         )
-    draws = _KeyedMultinomial(uniforms, config.audio_channels)
+    draws = _KeyedMultinomial(noise, config.audio_channels)
     check = _RequireFinite(names or [f"row {row}" for row in range(len(ids))], config.num_codebooks)
     with (
+        _LOCK,
         evaluating(policy),
         _generation_config(policy, num_steps, settings),
         _caught_codes(policy) as caught,
@@ -83,28 +88,28 @@ def generate_codes(
             logits_processor=LogitsProcessorList([check]),
         )
     codes = torch.stack(caught, dim=2).flatten(1, 2) if config.audio_channels == 2 else caught[0]
-    return codes, torch.zeros_like(uniforms) if settings.greedy else draws.logps
+    return codes, draws.logps
 
 
 class _KeyedMultinomial(TorchFunctionMode):
     """While active, `torch.multinomial` draws with given random numbers, step after step."""
 
-    def __init__(self, uniforms: Tensor, audio_channels: int) -> None:
+    def __init__(self, noise: Tensor, audio_channels: int) -> None:
         super().__init__()
-        self.uniforms = uniforms
-        self.logps = torch.zeros_like(uniforms)
-        self.delays = torch.arange(uniforms.shape[1], device=uniforms.device) // audio_channels
+        self.noise = noise
+        self.logps = noise.new_zeros(noise.shape[:3])
+        self.delays = torch.arange(noise.shape[1], device=noise.device) // audio_channels
         self.step = 0
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is not torch.multinomial:
             return func(*args, **(kwargs or {}))
-        num_clips, num_codebooks, num_frames = self.uniforms.shape
+        num_clips, num_codebooks, num_frames, _ = self.noise.shape
         frames = self.step - self.delays
         valid = ((frames >= 0) & (frames < num_frames)).nonzero()[:, 0]
-        uniforms = torch.zeros(num_clips, num_codebooks, device=self.uniforms.device)
-        uniforms[:, valid] = self.uniforms[:, valid, frames[valid]]
-        codes, logps, _ = invert(args[0].float(), uniforms.flatten())
+        noise = torch.ones_like(self.noise[:, :, 0])
+        noise[:, valid] = self.noise[:, valid, frames[valid]]
+        codes, logps, _ = race(args[0].float(), noise.flatten(0, 1))
         self.logps[:, valid, frames[valid]] = logps.view(num_clips, num_codebooks)[:, valid]
         self.step += 1
         return codes[:, None]

@@ -7,17 +7,18 @@ processes. Stock `generate` is the reference backend (`reference`), driven by th
 """
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diverse_cfg.functional.codebooks import num_decoder_steps, revert_delay_pattern
-from diverse_cfg.musicgen.batches import automatic_batch, in_batches
+from diverse_cfg.musicgen.batches import automatic_batch, in_batches, may_be_kept
 from diverse_cfg.musicgen.loop import DecodeLoop, default_mode
 from diverse_cfg.musicgen.policy import encode_text, frame_rate, require_prompts, unwrap
 from diverse_cfg.musicgen.reference import generate_codes
-from diverse_cfg.musicgen.sampling import SamplingSettings, keyed_uniforms, not_finite
+from diverse_cfg.musicgen.sampling import SamplingSettings, keyed_noise, not_finite, require_64_bits
 from diverse_cfg.musicgen.weights import RolloutWeights
 from diverse_cfg.provenance import warn_if_guided
 from diverse_cfg.types import Rollout, TextCondition
@@ -70,7 +71,7 @@ def fast_generate(
         model: a MusicGen, e.g. of `load_policy`; also inside a `PeftModel`. It is only read.
         prompts: P texts.
         processor: its processor or tokenizer.
-        num_frames: T; seconds × `frame_rate(model)`.
+        num_frames: T; MusicGen has 50 a second.
         guidance_scale: γ; 1 for a distilled model, 3 is usual for a base model, at twice the cost.
         temperature: 0 is greedy.
         top_k: keep this many codes; 0 keeps all.
@@ -85,9 +86,10 @@ def fast_generate(
         sample_ids: which clip of the run each row is [N]; 0 … N − 1 by default.
         return_logps: record log-probabilities.
         decode: also make waveforms.
-        weights: a snapshot to sample from; taken now by default. The fast backend only.
-        dtype: of a snapshot taken now; bfloat16 is faster where the hardware has it, but rounds differently in
-            batches of different size, so that a clip may depend on its batch.
+        weights: a snapshot to sample from, for the fast backend; taken now by default. Between calls that share
+            one, a GPU also keeps its graphs.
+        dtype: of a snapshot taken now, the model's by default; bfloat16 is faster where the hardware has it, but
+            rounds differently in batches of different size, so that a clip may depend on its batch.
 
     Returns:
         N = P·G clips on the model's device, those of one prompt adjacent.
@@ -108,29 +110,40 @@ def fast_generate(
         batch_size=batch_size,
         rollout_backend=rollout_backend,
         negative_prompt=negative_prompt,
+        dtype=dtype,
     )
+    _check_dtype(weights, dtype)
     if getattr(unwrap(model), "is_distilled", False):
         warn_if_guided(guidance_scale, stacklevel=3)
     num_clips = len(prompts) * num_generations
     sample_ids = _checked_ids(sample_ids, num_clips)
-    if seed is None:
-        seed = int(torch.randint(2**62, ()))
-    uniforms = _uniforms(model, seed, sample_ids, num_frames)
-    condition, negative = _encode(model, processor, prompts, negative_prompt)
-    if rollout_backend == "fast" and weights is None:
-        weights = RolloutWeights.from_model(model, dtype)
+    global_state = torch.Generator()
+    global_state.set_state(torch.get_rng_state())
+    key = int(torch.randint(2**62, (), generator=global_state)) if seed is None else seed
+    require_64_bits("seed", key)
 
     def sample(rows: slice) -> tuple[Tensor, Tensor]:
         prompt_rows = [clip // num_generations for clip in range(num_clips)[rows]]
         text = condition.select(prompt_rows)
         avoided = None if negative is None else negative.select([0] * len(prompt_rows))
         names = [f"prompt {prompts[row]!r}" for row in prompt_rows]
-        if weights is None or rollout_backend == "transformers":
-            return generate_codes(model, text, num_frames, settings, uniforms[rows], avoided, names)
-        return _sample(weights, text, num_frames, settings, uniforms[rows], avoided, names)
+        noise = _noise(model, key, sample_ids[rows], num_frames)
+        if snapshot is None:
+            return generate_codes(model, text, num_frames, settings, noise, avoided, names)
+        return _sample(snapshot, text, num_frames, settings, noise, avoided, names)
 
-    codes, logps = _batched(model, weights, num_clips, num_frames, settings, batch_size, sample)
-    waveforms = decode_codes(model, codes) if decode else None
+    # The caller's autocast must not reach in: dtypes are those of the model and of the rollout's weights.
+    with torch.autocast(unwrap(model).device.type, enabled=False):
+        condition, negative = _encode(model, processor, prompts, negative_prompt)
+        snapshot = weights
+        if rollout_backend == "fast" and weights is None:
+            snapshot = RolloutWeights.from_model(model, dtype)
+        codes, logps = _batched(model, snapshot, num_clips, num_frames, settings, batch_size, sample)
+        if snapshot is not None and weights is None:
+            snapshot.loops.clear()  # nobody will use its graphs again
+        waveforms = decode_codes(model, codes) if decode else None
+    if seed is None:  # only now: a call that fails leaves the global state as it was
+        torch.set_rng_state(global_state.get_state())
     return Rollout(codes, logps if return_logps else None, waveforms, _sampling_rate(model))
 
 
@@ -188,20 +201,29 @@ def sample_codes(
     _check_length(model, num_frames)
     if len(condition) == 0:
         raise ValueError("the condition has no rows: there is nothing to sample")
-    if negative_condition is not None and len(negative_condition) != len(condition):
-        raise ValueError(f"{len(negative_condition)} negative conditions for {len(condition)} clips")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
-    uniforms = _uniforms(model, seed, _checked_ids(sample_ids, len(condition)), num_frames)
+    if negative_condition is not None:
+        if len(negative_condition) != len(condition):
+            raise ValueError(f"{len(negative_condition)} negative conditions for {len(condition)} clips")
+        if not settings.guided:
+            raise ValueError("negative_condition needs guidance: set guidance_scale above 1")
+    _check_counts(batch_size=batch_size)
+    _check_dtype(weights, dtype)
+    sample_ids = _checked_ids(sample_ids, len(condition))
+    require_64_bits("seed", seed)
     snapshot = weights or RolloutWeights.from_model(model, dtype)
     names = names or [f"row {row} of the condition" for row in range(len(condition))]
+    if len(names) != len(condition):
+        raise ValueError(f"{len(names)} names for {len(condition)} clips")
 
     def sample(rows: slice) -> tuple[Tensor, Tensor]:
         avoided = None if negative_condition is None else negative_condition.select(rows)
         text = condition.select(rows)
-        return _sample(snapshot, text, num_frames, settings, uniforms[rows], avoided, names[rows])
+        noise = _noise(model, seed, sample_ids[rows], num_frames)
+        return _sample(snapshot, text, num_frames, settings, noise, avoided, names[rows])
 
     codes, logps = _batched(model, snapshot, len(condition), num_frames, settings, batch_size, sample)
+    if weights is None:
+        snapshot.loops.clear()  # nobody will use its graphs again
     return Rollout(codes, logps if return_logps else None, None, _sampling_rate(model))
 
 
@@ -216,7 +238,7 @@ def decode_codes(model: nn.Module, codes: Tensor, *, batch_size: int | None = No
             hold.
 
     Returns:
-        Waveforms on the codec's device, mono [N, L], stereo [N, 2, L].
+        Waveforms in float32 on the codec's device, mono [N, L], stereo [N, 2, L].
 
     Raises:
         ValueError: codes of another shape, or that the codec does not have.
@@ -240,10 +262,11 @@ def decode_codes(model: nn.Module, codes: Tensor, *, batch_size: int | None = No
 
     def decode(rows: slice) -> Tensor:
         channels = (codes[rows, 0::2], codes[rows, 1::2]) if stereo else (codes[rows],)
-        audio = [codec.decode(channel[None], [None]).audio_values for channel in channels]
+        audio = [codec.decode(channel[None], [None]).audio_values.float() for channel in channels]
         return torch.cat(audio, dim=1) if stereo else audio[0][:, 0]
 
-    return torch.cat(in_batches(len(codes), batch_size, decode))
+    with torch.autocast(codec.device.type, enabled=False):
+        return torch.cat(in_batches(len(codes), batch_size, decode))
 
 
 def check_request(
@@ -256,15 +279,17 @@ def check_request(
     batch_size: int | None = None,
     rollout_backend: str = "fast",
     negative_prompt: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Raise what `fast_generate` would raise for these arguments, before anything is computed or written."""
     require_prompts(prompts)
     _check_length(model, num_frames)
-    for name, value in (("num_generations", num_generations), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+    _check_counts(num_generations=num_generations, batch_size=batch_size)
     if rollout_backend not in ROLLOUT_BACKENDS:
         raise ValueError(f"rollout_backend={rollout_backend!r} must be one of {', '.join(ROLLOUT_BACKENDS)}")
+    own = unwrap(model).decoder.dtype
+    if rollout_backend == "transformers" and dtype not in (None, own):
+        raise ValueError(f"dtype={dtype} needs rollout_backend='fast': stock generate computes in {own}")
     if negative_prompt is not None:
         require_prompts([negative_prompt])
         if not settings.guided:
@@ -293,6 +318,10 @@ def _batched(
         sizes[key] = size
 
     codes, logps = zip(*in_batches(num_clips, sizes[key], sample, remember), strict=True)
+    if weights is not None:
+        nbytes = sum(loop.nbytes for loop in weights.loops.values())
+        if not may_be_kept(nbytes, weights.device):
+            weights.loops.clear()
     return torch.cat(codes), torch.cat(logps)
 
 
@@ -302,56 +331,80 @@ def _sample(
     condition: TextCondition,
     num_frames: int,
     settings: SamplingSettings,
-    uniforms: Tensor,
+    noise: Tensor,
     negative: TextCondition | None,
-    names: list[str],
+    names: Sequence[str],
 ) -> tuple[Tensor, Tensor]:
     """One batch through the loop: codes and log-probabilities [N, K, T]."""
     num_clips = len(condition)
-    if negative is not None and settings.guided:
-        condition = _stacked(condition, negative)
     # The caller's autocast must not reach in: the dtype of the rollout is that of its weights.
     with torch.autocast(weights.device.type, enabled=False):
         try:
-            loop = _loop_for(weights, condition, num_clips, num_frames, settings)
-            loop.run(uniforms)
+            loop = _loop_for(weights, condition, negative, num_frames, settings)
+            loop.run(noise if loop.num_clips == num_clips else noise[_rows_for(loop, num_clips)])
         except BaseException:
             weights.loops.clear()  # of no use half-captured, and a smaller batch needs the memory
             raise
-    unusable = ~torch.isfinite(loop.totals)
+    unusable = ~torch.isfinite(loop.totals[:, :num_clips])
     if unusable.any():
         step, clip, _ = unusable.nonzero()[0].tolist()
         raise FloatingPointError(not_finite(names[clip], step))
     channels = weights.shape.audio_channels
-    codes = revert_delay_pattern(loop.codes.permute(1, 2, 0), num_frames, channels)
-    return codes, revert_delay_pattern(loop.logps.permute(1, 2, 0), num_frames, channels)
+    codes, logps = (
+        revert_delay_pattern(grid[:, :num_clips].permute(1, 2, 0), num_frames, channels)
+        for grid in (loop.codes, loop.logps)
+    )
+    return codes, logps
 
 
 def _loop_for(
     weights: RolloutWeights,
     condition: TextCondition,
-    num_clips: int,
+    negative: TextCondition | None,
     num_frames: int,
     settings: SamplingSettings,
 ) -> DecodeLoop:
-    """A loop for this batch; a GPU keeps the last one with its graphs, for any text that is not longer."""
-    mode = default_mode(weights.device)
+    """A loop for this batch; a GPU keeps the last one with its graphs.
+
+    It serves again for any text that is not longer, and for batches down to half its size (the last one of a call
+    is often a little smaller): rows without a clip repeat the first.
+    """
+    num_clips, mode = len(condition), default_mode(weights.device)
     if mode == "eager":
-        return DecodeLoop(weights, condition, num_clips, num_frames, settings, mode)
-    num_tokens = condition.attention_mask.shape[1]
-    key = (len(condition), num_clips, num_frames, settings)
+        return DecodeLoop(weights, _stacked(condition, negative), num_clips, num_frames, settings, mode)
+    key = (negative is not None, num_frames, settings)
     loop = weights.loops.get(key)
-    if loop is not None and num_tokens <= loop.num_tokens:
-        loop.reset(_padded(condition, loop.num_tokens))
+    num_tokens = max(text.attention_mask.shape[1] for text in (condition, negative) if text is not None)
+    if loop is not None and num_clips <= loop.num_clips < 2 * num_clips and num_tokens <= loop.num_tokens:
+        rows = _rows_for(loop, num_clips)
+        texts = _stacked(condition.select(rows), None if negative is None else negative.select(rows))
+        loop.reset(_padded(texts, loop.num_tokens))
         return loop
     del loop
     weights.loops.clear()  # two sets of caches would not fit where one just does
-    condition = _padded(condition, num_tokens + -num_tokens % _TEXT_BUCKET)
-    weights.loops[key] = DecodeLoop(weights, condition, num_clips, num_frames, settings, mode)
+    texts = _padded(_stacked(condition, negative), num_tokens + -num_tokens % _TEXT_BUCKET)
+    weights.loops[key] = DecodeLoop(weights, texts, num_clips, num_frames, settings, mode)
     return weights.loops[key]
 
 
+def _rows_for(loop: DecodeLoop, num_clips: int) -> list[int]:
+    """Which of `num_clips` clips each row of the loop plays."""
+    return [*range(num_clips), *[0] * (loop.num_clips - num_clips)]
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is not None and (not isinstance(value, Integral) or value < 1):
+            raise ValueError(f"{name}={value} must be an integer of at least 1")
+
+
+def _check_dtype(weights: RolloutWeights | None, dtype: torch.dtype | None) -> None:
+    if weights is not None and dtype not in (None, weights.dtype):
+        raise ValueError(f"dtype={dtype} has no effect on weights that are {weights.dtype}: leave it out")
+
+
 def _check_length(model: nn.Module, num_frames: int) -> None:
+    _check_counts(num_frames=num_frames)
     config = unwrap(model).decoder.config
     num_steps = num_decoder_steps(num_frames, config.num_codebooks, config.audio_channels)
     seconds = num_frames / frame_rate(model)
@@ -372,12 +425,16 @@ def _checked_ids(sample_ids: Sequence[int] | None, num_clips: int) -> Sequence[i
         return range(num_clips)
     if len(sample_ids) != num_clips:
         raise ValueError(f"{len(sample_ids)} sample_ids for {num_clips} clips")
-    return [int(sample_id) for sample_id in sample_ids]
+    for sample_id in sample_ids:
+        require_64_bits("sample id", sample_id)
+    return sample_ids
 
 
-def _uniforms(model: nn.Module, seed: int, sample_ids: Sequence[int], num_frames: int) -> Tensor:
+def _noise(model: nn.Module, seed: int, sample_ids: Sequence[int], num_frames: int) -> Tensor:
     policy = unwrap(model)
-    return keyed_uniforms(seed, sample_ids, policy.decoder.config.num_codebooks, num_frames).to(policy.device)
+    config = policy.decoder.config
+    noise = keyed_noise(seed, sample_ids, config.num_codebooks, num_frames, config.vocab_size)
+    return noise.to(policy.device)
 
 
 def _encode(
@@ -398,7 +455,9 @@ def _padded(condition: TextCondition, num_tokens: int) -> TextCondition:
     )
 
 
-def _stacked(condition: TextCondition, other: TextCondition) -> TextCondition:
+def _stacked(condition: TextCondition, other: TextCondition | None) -> TextCondition:
+    if other is None:
+        return condition
     num_tokens = max(condition.attention_mask.shape[1], other.attention_mask.shape[1])
     first, second = _padded(condition, num_tokens), _padded(other, num_tokens)
     return TextCondition(

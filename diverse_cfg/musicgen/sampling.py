@@ -1,21 +1,27 @@
 """From logits to codes: filters, and draws whose randomness belongs to the clip and not to its batch.
 
-A code is drawn by inverting the cumulative distribution at one uniform number. So a clip's whole randomness
-is a table [K, T] of uniforms, made by a counter-based generator (Philox) from (seed, sample id) alone: the
-clip is the same in every batch, order, process and backend. The global random state is never read. Drawing
-by Gumbel noise or `multinomial` would need V numbers per code, and costs more than the softmax on a CPU.
+A code is drawn by the Gumbel-max trick, written as a race: with E_v independent and exponential, the code of
+the largest p_v / E_v is distributed as p. The race is run in two rounds, between groups of codes and within the
+group that won, which needs about 2·√V numbers per code in place of V. They are made by a counter-based
+generator (Philox) from (seed, sample id) alone: the clip is the same in every batch, order, process and backend,
+and the global random state is never read.
+
+Why not invert the cumulative distribution at one uniform number: sums are rounded differently in batches of
+different size, and a draw whose uniform lies that close to any of the V boundaries comes out otherwise. A race
+is decided otherwise only if its first two are that close, which is V times as rare.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# Largest uniform handed out: u · total must stay below total after rounding, or a draw falls off the end.
-_LARGEST_UNIFORM = 1 - 2**-22
+# The exponential numbers' least: 0 would let codes of probability 0 win (0 / 0).
+_LEAST = 2.0**-25
 
 
 @dataclass(frozen=True)
@@ -43,9 +49,11 @@ class SamplingSettings:
                 f"guidance_scale={self.guidance_scale} must be a finite number ≥ 1: 1 samples the prompt "
                 "alone, the paper's γ is 3, and clips without a prompt come from null_condition"
             )
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature={self.temperature} must be a finite number ≥ 0 (0 is greedy)")
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
+        if not (math.isfinite(self.temperature) and (self.temperature == 0 or self.temperature >= 1e-6)):
+            raise ValueError(
+                f"temperature={self.temperature} must be 0 (greedy) or a finite number of at least 1e-6"
+            )
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, Integral) or self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} must be an integer ≥ 0 (0 keeps all codes)")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1 (1 keeps all codes)")
@@ -63,7 +71,9 @@ class SamplingSettings:
         return self.temperature == 0
 
 
-def keyed_uniforms(seed: int, sample_ids: Sequence[int], num_codebooks: int, num_frames: int) -> Tensor:
+def keyed_noise(
+    seed: int, sample_ids: Sequence[int], num_codebooks: int, num_frames: int, vocab_size: int
+) -> Tensor:
     """The random numbers of the given clips.
 
     Args:
@@ -71,9 +81,11 @@ def keyed_uniforms(seed: int, sample_ids: Sequence[int], num_codebooks: int, num
         sample_ids: which clip of the run each row is, from 0 to 2⁶⁴ − 1. Trainers count on over steps.
         num_codebooks: K.
         num_frames: T.
+        vocab_size: V.
 
     Returns:
-        Uniforms in [0, 1), float32 [N, K, T] on the CPU. The first T frames of a longer table are the same.
+        Independent exponential numbers of mean 1, float32 [N, K, T, A + B] on the CPU, for A groups of B codes
+        (`group_sizes`). The first T frames of a longer table are the same.
 
     Raises:
         ValueError: a number that does not fit 64 bits.
@@ -81,16 +93,22 @@ def keyed_uniforms(seed: int, sample_ids: Sequence[int], num_codebooks: int, num
     require_64_bits("seed", seed)
     for sample_id in sample_ids:
         require_64_bits("sample id", sample_id)
-    table = np.empty((len(sample_ids), num_frames, num_codebooks), dtype=np.float32)
+    table = np.empty((len(sample_ids), num_frames, num_codebooks, sum(group_sizes(vocab_size))), np.float32)
     for row, sample_id in zip(table, sample_ids, strict=True):
         key = np.array([seed, sample_id], dtype=np.uint64)
         np.random.Generator(np.random.Philox(key=key)).random(dtype=np.float32, out=row)
-    return torch.from_numpy(table).clamp_(max=_LARGEST_UNIFORM).transpose(1, 2)
+    return torch.from_numpy(table).neg_().log1p_().neg_().clamp_(min=_LEAST).transpose(1, 2)
+
+
+def group_sizes(vocab_size: int) -> tuple[int, int]:
+    """A groups of B codes each, A·B = V, as even as V allows; group a has the codes a, a + A, a + 2·A, …"""
+    width = next(size for size in range(math.isqrt(vocab_size), 0, -1) if vocab_size % size == 0)
+    return vocab_size // width, width
 
 
 def require_64_bits(name: str, value: int) -> None:
     """Raise unless a seed or sample id can be half of a key."""
-    if not 0 <= value < 2**64:
+    if not isinstance(value, Integral) or not 0 <= value < 2**64:
         raise ValueError(f"{name} {value} must be an integer from 0 to 2**64 - 1")
 
 
@@ -121,12 +139,12 @@ def sampling_logits(logits: Tensor, settings: SamplingSettings) -> Tensor:
     return logits
 
 
-def draw(logits: Tensor, uniforms: Tensor, greedy: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def draw(logits: Tensor, noise: Tensor, greedy: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Draw one code per distribution.
 
     Args:
         logits: [..., V], as `sampling_logits` returns them.
-        uniforms: u in [0, 1) [...].
+        noise: of `keyed_noise` [..., A + B].
         greedy: take the most likely code instead.
 
     Returns:
@@ -137,26 +155,32 @@ def draw(logits: Tensor, uniforms: Tensor, greedy: bool = False) -> tuple[Tensor
     if greedy:
         total, codes = logits.max(-1)
         return codes, torch.zeros_like(total), total
-    return invert(logits.softmax(-1), uniforms)
+    return race(logits.softmax(-1), noise)
 
 
-def invert(probabilities: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The code at which the cumulative distribution passes a uniform number.
+def race(probabilities: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The code that wins an exponential race, in two rounds.
 
-        code = min{v : Σ_{w ≤ v} p_w > u · Σ_w p_w}
+        group = argmax_a P_a / E_a,          P_a the probability of the codes a, a + A, a + 2·A, …
+        code  = argmax_{v in group} p_v / E_{A + ⌊v / A⌋}
+
+    so that code v wins with probability P_a · p_v / P_a = p_v.
 
     Args:
-        probabilities: p [..., V]; codes of probability 0 are never drawn.
-        uniforms: u in [0, 1) [...].
+        probabilities: p [..., V], of sum 1; codes of probability 0 are never drawn.
+        noise: E [..., A + B], exponential.
 
     Returns:
         As `draw`.
     """
-    cumulative = probabilities.cumsum(-1)
-    total = cumulative[..., -1:]
-    codes = torch.searchsorted(cumulative, uniforms.unsqueeze(-1) * total, right=True)
-    codes = codes.clamp_(max=probabilities.shape[-1] - 1)  # only NaN gets there; tables must not be overrun
-    return codes.squeeze(-1), probabilities.gather(-1, codes).log().squeeze(-1), total.squeeze(-1)
+    groups, width = group_sizes(probabilities.shape[-1])
+    table = probabilities.unflatten(-1, (width, groups))
+    masses = table.sum(-2)
+    group = (masses / noise[..., :groups]).argmax(-1, keepdim=True)
+    members = table.gather(-1, group.unsqueeze(-2).expand(*group.shape[:-1], width, 1)).squeeze(-1)
+    member = (members / noise[..., groups:]).argmax(-1, keepdim=True)
+    logps = members.gather(-1, member).log()
+    return (member * groups + group).squeeze(-1), logps.squeeze(-1), masses.sum(-1)
 
 
 def not_finite(name: str, step: int) -> str:

@@ -29,7 +29,7 @@ from diverse_cfg.musicgen.decoders import EagerDecoder
 from diverse_cfg.musicgen.loop import DecodeLoop
 from diverse_cfg.musicgen.policy import encode_text
 from diverse_cfg.musicgen.rollout import decode_codes
-from diverse_cfg.musicgen.sampling import SamplingSettings, keyed_uniforms
+from diverse_cfg.musicgen.sampling import SamplingSettings, keyed_noise
 
 RECORDED = Path(__file__).parent / "results" / "experiment"
 FRAMES, GENERATIONS, PROMPTS_AT_ONCE = 75, 8, 8
@@ -59,7 +59,7 @@ def sample(players: Sequence[Player], prompts: Sequence[str], seed: int, first_c
     ]
     loop.decoder = AveragedLogits([loop.decoder, *others])
     clips = range(first_clip, first_clip + len(condition))
-    loop.run(keyed_uniforms(seed, clips, len(loop.delays), FRAMES))
+    loop.run(keyed_noise(seed, clips, len(loop.delays), FRAMES, first.weights.shape.vocab_size))
     steps = [loop.codes[delay : delay + FRAMES, :, codebook] for codebook, delay in enumerate(loop.delays)]
     return torch.stack(steps).permute(2, 0, 1)
 

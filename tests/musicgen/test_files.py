@@ -93,6 +93,18 @@ def test_an_interrupted_run_goes_on_to_the_same_clips(policy, tmp_path, monkeypa
         ).read_bytes()
 
 
+def test_another_model_or_dtype_does_not_go_on_with_a_folder(policy, tmp_path):
+    """Fault: half of the clips are another model's, and nothing says so."""
+    generate(policy, tmp_path / "out")
+    other = copy.deepcopy(policy)
+    with torch.no_grad():
+        other.decoder.lm_heads[0].weight[0, 0] += 1
+    for model, settings, name in ((other, {}, "weights"), (policy, {"dtype": torch.bfloat16}, "dtype")):
+        with pytest.raises(ValueError, match=f"begun with another {name}"):
+            generate(model, tmp_path / "out", resume=True, **settings)
+    generate(policy, tmp_path / "out", resume=True, dtype=torch.float32)  # which the policy has
+
+
 def test_a_failed_write_leaves_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr(files.os, "replace", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):

@@ -1,6 +1,8 @@
 """The loop's static body, which CUDA graphs replay: held against the eager one, on a CPU."""
 
+import gc
 import math
+import weakref
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from diverse_cfg.musicgen.loop import DecodeLoop
 from diverse_cfg.musicgen.policy import encode_text, load_policy
 from diverse_cfg.musicgen.rollout import RolloutWeights, fast_generate, sample_codes
-from diverse_cfg.musicgen.sampling import SamplingSettings, keyed_uniforms
+from diverse_cfg.musicgen.sampling import SamplingSettings, keyed_noise
 from diverse_cfg.types import TextCondition
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
 
@@ -40,26 +42,27 @@ def test_the_static_body_of_gpus_plays_the_same_clips(
             torch.cat([condition.attention_mask, condition.attention_mask[[1, 0, 3, 2]]]),
         )
     settings = SamplingSettings(guidance_scale, top_k=9)
-    uniforms = keyed_uniforms(0, range(4), 4 * channels, FRAMES)
+    noise = keyed_noise(0, range(4), 4 * channels, FRAMES, model.decoder.config.vocab_size)
     eager = DecodeLoop(RolloutWeights.from_model(model), condition, 4, FRAMES, settings)
     assert eager.mode == "eager"
-    eager.run(uniforms)
+    eager.run(noise)
     weights = RolloutWeights.from_model(model, compiled=compiled)
     reversed_rows = torch.arange(len(condition)).flip(0)
     static = DecodeLoop(weights, condition.select(reversed_rows), 4, FRAMES, settings, mode="static")
-    static.run(uniforms)
+    static.run(noise)
     assert not torch.equal(static.codes, eager.codes)
     static.decoder.cache[0].fill_(math.nan)  # as a failed run leaves it
     static.reset(condition)
-    static.run(uniforms)
+    static.run(noise)
     assert torch.equal(static.codes, eager.codes)
     torch.testing.assert_close(static.logps, eager.logps, atol=1e-5, rtol=0)
 
 
 class OnOneDevice(TorchDispatchMode):
-    """Fails at an operation that touches a tensor of another device."""
+    """Fails at an operation that touches a tensor of another device, or an index that is a list."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten.index.Tensor, func
         result = func(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
         assert all(tensor.device.type == "meta" for tensor in tensors), func
@@ -67,7 +70,7 @@ class OnOneDevice(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_never_touches_the_host(dtype):
+def test_a_step_never_touches_the_host(dtype, monkeypatch):
     """A capture forbids copies from and to the host. On the meta device, reading a value raises, too."""
     weights = RolloutWeights.from_model(
         load_policy(tiny_musicgen()), dtype, compiled=True
@@ -79,11 +82,15 @@ def test_a_step_never_touches_the_host(dtype):
     every_filter = SamplingSettings(3.0, temperature=0.9, top_k=9, top_p=0.9, min_p=0.01)
     for settings in (every_filter, SamplingSettings(1.0, temperature=0.0)):
         loop = DecodeLoop(weights, condition, 4, FRAMES, settings, mode="static")
-        with OnOneDevice(), torch.no_grad():
+        with OnOneDevice(), torch.no_grad(), monkeypatch.context() as patch:
+            for constructor in ("tensor", "as_tensor", "asarray"):  # they copy from the host
+                patch.delattr(torch, constructor)
             loop._advance(16)
     host = torch.zeros(3)
     with OnOneDevice(), pytest.raises(AssertionError, match="_to_copy"):
         host.to("meta")
+    with OnOneDevice(), pytest.raises(AssertionError, match="index"):
+        torch.empty(3, device="meta")[[0, 1]]
 
 
 @pytest.fixture
@@ -92,12 +99,12 @@ def graphs(monkeypatch):
     captured, last, advance = [], [], DecodeLoop._advance
 
     def advancing(loop, length):
-        last[:] = [loop, length]
+        last[:] = [weakref.ref(loop), length, loop.num_clips]
         advance(loop, length)
 
     class Graph:
         def replay(self):
-            advance(*self.body)
+            advance(self.body[0](), self.body[1])
 
     @contextmanager
     def capture(graph, pool, capture_error_mode):
@@ -112,10 +119,11 @@ def graphs(monkeypatch):
         "device": nullcontext,
         "Stream": lambda: stream,
         "stream": nullcontext,
-        "current_stream": lambda: stream,
+        "current_stream": lambda *device: stream,
         "graph_pool_handle": lambda: "pool",
         "CUDAGraph": Graph,
         "graph": capture,
+        "set_stream": lambda stream: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr("diverse_cfg.musicgen.loop.BUCKET", 8)
@@ -155,6 +163,58 @@ def test_graphs_are_kept_for_texts_that_fit_and_weights_that_change(graphs):
     assert len(graphs) == 6
 
 
+def test_batches_of_nearly_the_same_size_share_graphs(graphs):
+    """Seven clips by four are 4 + 3. Fault: every call captures both sizes again, and again."""
+    model = load_policy(tiny_musicgen())
+    weights = RolloutWeights.from_model(model)
+    condition = encode_text(model, tiny_processor(), PROMPTS).select([0, 1, 2, 3, 0, 1, 2])
+    for settings in (
+        {},
+        {"guidance_scale": 3.0, "negative_condition": condition.select([3, 2, 1, 0, 3, 2, 1])},
+    ):
+        before = len(graphs)
+        expected = sample_codes(model, condition, FRAMES, batch_size=7, **settings).codes
+        alone = len(graphs)
+        for _ in range(2):
+            codes = sample_codes(model, condition, FRAMES, batch_size=4, weights=weights, **settings).codes
+            assert torch.equal(codes, expected)
+        assert (alone - before, len(graphs) - alone) == (3, 3)
+    sample_codes(model, condition.select([0]), FRAMES, weights=weights)
+    assert len(graphs) == 15  # for one clip, four rows would be a waste
+
+
+def test_memory_is_given_back_without_the_garbage_collector(graphs, monkeypatch):
+    """Faults: a cycle keeps old caches beside new ones; a snapshot of one call outlives it; graphs of a loop that
+    fills the GPU stay there while the training step wants the memory."""
+    model = load_policy(tiny_musicgen())
+    condition = encode_text(model, tiny_processor(), PROMPTS)
+    loops, made = [], DecodeLoop.__init__
+
+    def making(loop, *args, **kwargs):
+        assert not any(other() for other in loops), "the loop before is still there"
+        made(loop, *args, **kwargs)
+        loops.append(weakref.ref(loop.decoder))  # which has the caches
+
+    monkeypatch.setattr(DecodeLoop, "__init__", making)
+    gc.collect()
+    gc.disable()
+    try:
+        weights = RolloutWeights.from_model(model)
+        for num_clips in (4, 1):
+            sample_codes(model, condition.select(slice(0, num_clips)), FRAMES, weights=weights)
+        assert loops[-1]() is not None
+        weights.loops.clear()
+        for function in (sample_codes, lambda *args: graph_codes(model, PROMPTS)):
+            function(model, condition, FRAMES)
+        assert not any(loop() for loop in loops)
+        monkeypatch.setattr("diverse_cfg.musicgen.rollout.may_be_kept", lambda nbytes, device: nbytes < 1000)
+        sample_codes(model, condition, FRAMES, weights=weights)
+        assert not weights.loops
+        assert not any(loop() for loop in loops)
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), KeyboardInterrupt()])
 def test_a_capture_that_is_cut_short_leaves_nothing_behind(graphs, error, monkeypatch):
     """Fault: the next batch replays the graphs that there are, and finds one missing."""
@@ -176,7 +236,7 @@ def test_a_capture_that_is_cut_short_leaves_nothing_behind(graphs, error, monkey
             graph_codes(model, PROMPTS, weights)
         assert not weights.loops
     assert torch.equal(graph_codes(model, PROMPTS, weights), expected)
-    sizes = {graph.body[0].decoder.num_clips for graph in graphs[2:]}
+    sizes = {graph.body[2] for graph in graphs[2:]}
     assert sizes == ({4} if isinstance(error, KeyboardInterrupt) else {2})
 
 
@@ -189,14 +249,18 @@ def test_a_graph_that_cannot_be_captured_is_reported_once(monkeypatch, caplog):
     def fail():
         raise RuntimeError("no stream here")
 
+    left_in = []
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *device: "the caller's")
+    monkeypatch.setattr(torch.cuda, "set_stream", left_in.append)
     monkeypatch.setattr(torch.cuda, "Stream", fail)
-    uniforms = keyed_uniforms(0, range(4), 4, FRAMES)
+    noise = keyed_noise(0, range(4), 4, FRAMES, model.decoder.config.vocab_size)
     weights = RolloutWeights.from_model(model)
     for _ in range(2):
         loop = DecodeLoop(weights, condition, 4, FRAMES, SamplingSettings(), mode="graph")
-        loop.run(uniforms)
+        loop.run(noise)
         assert loop.mode == "static"
     assert [record.getMessage().count("no stream here") for record in caplog.records] == [1]
+    assert left_in == ["the caller's"] * 2  # a capture that fails does not leave its own stream
     ours = sample_codes(model, condition, FRAMES).codes
     assert torch.equal(loop.codes[:FRAMES, :, 0].T, ours[:, 0])

@@ -71,12 +71,12 @@ def limited(monkeypatch):
     """Memory for three clips at once; the list of what was tried."""
     run, sizes = DecodeLoop.run, []
 
-    def running(loop, uniforms):
-        sizes.append(len(uniforms))
-        if len(uniforms) > 3:
-            run(loop, uniforms)  # the failure comes late, when everything has been written to
+    def running(loop, noise):
+        sizes.append(len(noise))
+        if len(noise) > 3:
+            run(loop, noise)  # the failure comes late, when everything has been written to
             raise sizes.error
-        run(loop, uniforms)
+        run(loop, noise)
 
     class Sizes(list):
         error = ERRORS[0]
@@ -117,7 +117,7 @@ def test_out_of_memory_halves_the_batch(error, limited, caplog, monkeypatch):
 
 
 def test_one_clip_that_does_not_fit_is_an_error_with_a_remedy(monkeypatch):
-    def never(loop, uniforms):
+    def never(loop, noise):
         raise ERRORS[2]
 
     monkeypatch.setattr(DecodeLoop, "run", never)
@@ -128,7 +128,7 @@ def test_one_clip_that_does_not_fit_is_an_error_with_a_remedy(monkeypatch):
 def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch):
     calls = []
 
-    def broken(loop, uniforms):
+    def broken(loop, noise):
         calls.append(1)
         raise RuntimeError("shapes do not match")
 
@@ -173,7 +173,14 @@ def test_broken_row_of_a_condition_is_named():
         ({"prompts": ["a", ""]}, "prompt 1 is ''"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"num_generations": 0}, "num_generations=0"),
-        ({"num_frames": 0}, "num_frames must be at least 1"),
+        ({"num_frames": 0}, "num_frames=0 must be an integer"),
+        ({"num_frames": 18.0}, "num_frames=18.0 must be an integer"),
+        ({"seed": 1.5}, "seed 1.5"),
+        ({"sample_ids": [0, 1, 2, 3.5]}, "sample id 3.5"),
+        (
+            {"rollout_backend": "transformers", "dtype": torch.bfloat16},
+            "dtype=torch.bfloat16 needs rollout_backend='fast'",
+        ),
         ({"num_frames": 126}, "126 needs 129 positions of 128: ask for at most 125"),
         ({"num_frames": 1501}, "1501 is 30.0 s; .*at most 1500"),
         ({"guidance_scale": 0.5}, "guidance_scale=0.5"),
@@ -205,3 +212,30 @@ def test_unknown_attention_is_refused():
     model.decoder.config._attn_implementation = "paged|sdpa"
     with pytest.raises(ValueError, match=r"paged\|sdpa.*rollout_backend"):
         generate(model)
+
+
+def test_without_a_seed_the_global_state_moves_only_when_there_are_clips(monkeypatch):
+    model = load_policy(tiny_musicgen())
+    state = torch.get_rng_state()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(DecodeLoop, "run", lambda loop, noise: (_ for _ in ()).throw(KeyboardInterrupt))
+        fast_generate(model, PROMPTS, processor=tiny_processor(), num_frames=FRAMES)
+    assert torch.equal(torch.get_rng_state(), state)
+    first, second = (
+        fast_generate(model, PROMPTS, processor=tiny_processor(), num_frames=FRAMES).codes for _ in range(2)
+    )
+    assert not torch.equal(first, second)
+    torch.set_rng_state(state)
+    again = fast_generate(model, PROMPTS, processor=tiny_processor(), num_frames=FRAMES).codes
+    assert torch.equal(again, first)
+
+
+def test_autocast_of_the_caller_does_not_reach_in():
+    model = load_policy(tiny_musicgen())
+    settings = {"processor": tiny_processor(), "num_frames": FRAMES, "seed": 2}
+    expected = fast_generate(model, PROMPTS, **settings)
+    with torch.autocast("cpu", torch.bfloat16):
+        clips = fast_generate(model, PROMPTS, **settings)
+    assert torch.equal(clips.codes, expected.codes)
+    assert clips.waveforms.dtype == torch.float32
+    assert torch.equal(clips.waveforms, expected.waveforms)
