@@ -15,14 +15,17 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 
 from diverse_cfg.atomic import write_text
-from diverse_cfg.evaluation.gallery import write_audio
+from diverse_cfg.evaluation.cache import digest
+from diverse_cfg.evaluation.gallery import kept_codes, write_audio
+from diverse_cfg.evaluation.generations import describe
 from diverse_cfg.evaluation.results import Estimate, Results
 from diverse_cfg.evaluation.sweep import Sweep
 from diverse_cfg.functional.statistics import bootstrap_mean, win_rate
@@ -104,7 +107,9 @@ def make_study(
 
     Raises:
         FileExistsError: the folder is there already.
-        ValueError: a system that is not there or failed, more prompts than there are, or too few clips.
+        ValueError: a system that is not there or failed, more prompts than there are, too few clips, a sweep
+            other than the one that made the results, or clips that its cache does not have: nothing is
+            generated.
     """
     folder = Path(folder)
     wanted = {"quality": num_quality, "diversity": num_diversity}
@@ -282,6 +287,40 @@ def _check_study(
         raise ValueError("the study has no trials: ask for quality, diversity, or both")
     if wanted["diversity"] and sweep.clips.num_generations < 2:
         raise ValueError("diversity is heard in pairs of clips: evaluate with num_generations >= 2")
+    _check_clips(results, sweep, dict.fromkeys(name for pair in pairs for name in pair))
+
+
+def _check_clips(results: Results, sweep: Sweep, names: Iterable[str]) -> None:
+    """The texts of a study come from the results and its audio from the sweep: refuse two that differ."""
+    again = "set it as it was, or run `diverse-cfg evaluate` with this configuration again"
+    clips = sweep.clips
+    if list(clips.prompts) != results.prompts:
+        for number, (ours, theirs) in enumerate(zip_longest(clips.prompts, results.prompts), start=1):
+            if ours != theirs:
+                raise ValueError(
+                    f"prompt {number} of the configuration is {ours!r} and of the results {theirs!r} (settings "
+                    f"prompts, prompts_split, prompt_column, num_prompts): {again}"
+                )
+    asked = {
+        "num_generations": clips.num_generations,
+        "num_frames": clips.num_frames,
+        "seeds": list(clips.seeds),
+    }
+    for name, value in asked.items():
+        found = results.settings.get(name, value)
+        if found != value:
+            setting = "num_frames (clip_seconds)" if name == "num_frames" else name
+            raise ValueError(f"{setting} is {value} in the configuration and {found} in the results: {again}")
+    recorded = results.settings.get("clips", {})
+    for name in names:
+        system = results[name].system
+        now = digest(describe(system, system.replicates[0], clips, clips.seeds[0]))
+        if now != recorded.get(name, [now])[0]:
+            raise ValueError(
+                f"system {name!r} is not what the results were made from: its weights, or how they are sampled, "
+                "have changed since; run `diverse-cfg evaluate` with this configuration again"
+            )
+        kept_codes(system, sweep)
 
 
 def _blind_copies(folder: Path, name: str, files: Sequence[str]) -> tuple[str, ...]:

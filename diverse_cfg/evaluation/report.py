@@ -8,13 +8,16 @@ from pathlib import Path
 from diverse_cfg.atomic import write_text
 from diverse_cfg.cards import Metric as CardMetric
 from diverse_cfg.cards import write_card, write_metrics
+from diverse_cfg.evaluation.cache import digest
 from diverse_cfg.evaluation.figures import front, merge_curve, trajectories
 from diverse_cfg.evaluation.gallery import Picture, write_audio, write_gallery
+from diverse_cfg.evaluation.generations import describe
 from diverse_cfg.evaluation.metrics import METRICS
 from diverse_cfg.evaluation.plotting import axis_label
 from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
 from diverse_cfg.evaluation.results import Estimate, Results
 from diverse_cfg.evaluation.signatures import Arms, signatures, to_markdown
+from diverse_cfg.evaluation.sweep import Sweep
 
 
 def evaluate(config: SweepConfig, *, progress: bool = True) -> Results:
@@ -35,6 +38,7 @@ def evaluate(config: SweepConfig, *, progress: bool = True) -> Results:
             raise ValueError(f"unknown metric {name!r} for an axis; known: {', '.join(METRICS)}")
     sweep, systems = build_sweep(config)
     results = sweep.run(systems, config.compare_to, progress=progress)
+    results.settings["clips"] = _clips(results, sweep)
     results.save(config.output)
     if not results.usable:
         write_text(Path(config.output) / "results.md", results.table() + "\n")
@@ -46,6 +50,18 @@ def evaluate(config: SweepConfig, *, progress: bool = True) -> Results:
         title = f"{len(results.systems)} systems on {len(results.prompts)} prompts"
         write_gallery(results, files, config.output, title=title, pictures=pictures)
     return results
+
+
+def _clips(results: Results, sweep: Sweep) -> dict[str, list[str]]:
+    """What identifies the clips of each system, by replicate and seed: the keys under which they are kept."""
+    return {
+        row.system.name: [
+            digest(describe(row.system, mixture, sweep.clips, seed))
+            for mixture in row.system.replicates
+            for seed in sweep.clips.seeds
+        ]
+        for row in results.usable
+    }
 
 
 def to_page(results: Results, pictures: Sequence[Picture], config: SweepConfig) -> str:

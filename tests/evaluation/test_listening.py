@@ -5,6 +5,7 @@ import csv
 import json
 import multiprocessing
 import time
+from dataclasses import replace
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
@@ -14,6 +15,7 @@ import soundfile
 import yaml
 
 from diverse_cfg.evaluation import listening
+from diverse_cfg.evaluation.cache import Cache
 from diverse_cfg.evaluation.listening import (
     KEY_FILE,
     VOTES_FILE,
@@ -24,6 +26,7 @@ from diverse_cfg.evaluation.listening import (
     win_rates,
 )
 from diverse_cfg.evaluation.listening_app import build_app, serve, view
+from diverse_cfg.evaluation.results import Results
 from diverse_cfg.evaluation.systems import System, single
 from diverse_cfg.evaluation.webmushra import export_study, import_ratings
 from tests.evaluation.worlds import save_sibling, small_sweep
@@ -210,6 +213,52 @@ def test_studies_that_cannot_be_made(evaluated, tmp_path, pairs, quality, divers
     with pytest.raises(ValueError, match=message):
         make_study(*evaluated, tmp_path / "study", pairs, num_quality=quality, num_diversity=diversity)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"prompts": (*PROMPTS[:2], "a trumpet", PROMPTS[3])},
+            "prompt 3 of the configuration is 'a trumpet' and",
+        ),
+        ({"prompts": tuple(PROMPTS[:3])}, "prompt 4 of the configuration is None"),
+        ({"num_generations": 4}, "num_generations is 4 in the configuration and 3 in the results"),
+        ({"num_frames": 13}, r"num_frames \(clip_seconds\) is 13 in the configuration and 12"),
+        ({"seeds": (1,)}, r"seeds is \[1\] in the configuration and \[0\]"),
+    ],
+)
+def test_a_study_of_other_clips_than_were_measured_is_refused(evaluated, tmp_path, changes, message):
+    """Catches the text of one prompt beside the audio of another: texts come from the results, audio from the
+    configuration."""
+    results, sweep = evaluated
+    other = replace(sweep, clips=replace(sweep.clips, **changes))
+    with pytest.raises(ValueError, match=message):
+        make_study(results, other, tmp_path / "study", [("base", "student")], num_quality=2, num_diversity=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_study_generates_nothing(evaluated, tmp_path, monkeypatch):
+    """Catches a study of new clips that nobody measured, when those of the evaluation are gone."""
+    results, sweep = evaluated
+    monkeypatch.setattr(
+        "diverse_cfg.evaluation.generations.fast_generate", lambda *_, **__: pytest.fail("generated")
+    )
+    pairs = [("base", "student")]
+    make_study(results, sweep, tmp_path / "study", pairs, num_quality=1, num_diversity=0)
+    empty = replace(sweep, cache=Cache(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=r"clips of system 'base' are not in .*cache.* evaluate"):
+        make_study(results, empty, tmp_path / "other", pairs, num_quality=1, num_diversity=0)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_model_that_was_written_over_is_not_heard_for_the_one_that_was_measured(evaluated, tmp_path):
+    results, sweep = evaluated
+    recorded = Results(
+        results.prompts, results.systems, {**results.settings, "clips": {"student": ["before"]}}
+    )
+    with pytest.raises(ValueError, match=r"system 'student' is not what the results were made from"):
+        make_study(recorded, sweep, tmp_path / "study", [("base", "student")], num_quality=1, num_diversity=0)
 
 
 def test_a_study_is_never_written_over(study, evaluated):

@@ -2,6 +2,7 @@
 end."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -154,6 +155,32 @@ def test_a_sweep_without_quality_or_diversity_has_no_front(root, tmp_path):
     assert results.metrics == ["validity"]
     assert not (tmp_path / "sweep" / "front.svg").exists()
     assert not (tmp_path / "sweep" / "index.html").exists()
+
+
+def test_a_listening_test_is_made_of_the_clips_that_were_measured(root, tmp_path, capsys):
+    """From the command line: other prompts in the configuration, or a retrained model, are refused."""
+    model = shutil.copytree(root / "student", tmp_path / "student")
+    systems = [{"name": "base", "model": str(root / "base")}, {"name": "student", "model": str(model)}]
+    values = settings(root, tmp_path / "sweep", systems=systems, metrics=["validity"], gallery_prompts=0)
+    (tmp_path / "other.txt").write_text("\n".join(reversed(PROMPTS)))
+
+    def listen(folder, **changes):
+        path = tmp_path / f"{folder}.yaml"
+        path.write_text(yaml.safe_dump(values | changes))
+        make = ["listen", "make", str(tmp_path / folder), "--config", str(path), "--pair", "base", "student"]
+        return main([*make, "--quality", "2", "--diversity", "0"]), capsys.readouterr()
+
+    code, said = listen("early")
+    assert code == 2 and "holds no results: run `diverse-cfg evaluate" in said.err
+    report.evaluate(SweepConfig.from_dict(values), progress=False)
+    code, said = listen("study")
+    assert code == 0 and "2 trials in" in said.out
+    code, said = listen("mixed", prompts=str(tmp_path / "other.txt"))
+    assert code == 2 and f"prompt 1 of the configuration is {PROMPTS[3]!r}" in said.err
+    save_sibling(model, seed=2)
+    code, said = listen("retrained")
+    assert code == 2 and "'student' is not what the results were made from" in said.err
+    assert [path.name for path in tmp_path.iterdir() if (path / "trials.json").exists()] == ["study"]
 
 
 def test_when_every_system_fails_the_error_says_why(root, tmp_path):
