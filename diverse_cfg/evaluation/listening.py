@@ -15,6 +15,7 @@ import json
 import os
 import random
 import shutil
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
@@ -75,7 +76,9 @@ class Vote:
     answer: str
 
     def __post_init__(self) -> None:
-        if self.answer not in ANSWERS:
+        if not isinstance(self.trial, str) or not isinstance(self.listener, str):
+            raise ValueError(f"trial={self.trial!r} and listener={self.listener!r} must be texts")
+        if not isinstance(self.answer, str) or self.answer not in ANSWERS:
             raise ValueError(f"answer={self.answer!r} must be one of {', '.join(ANSWERS)}")
         if not self.listener.strip():
             raise ValueError("a vote needs a listener: enter any name")
@@ -181,29 +184,65 @@ class Votes:
         Raises:
             ValueError: a trial that is not in the study, or that this listener has answered.
         """
-        if vote.trial not in self.trials:
-            raise ValueError(f"the study has no trial {vote.trial!r}")
-        line = json.dumps(asdict(vote), ensure_ascii=False) + "\n"
-        with open(self.path, "a+", encoding="utf-8") as file:
+        if not self.add_new([vote]):
+            raise ValueError(f"{vote.listener} has answered trial {vote.trial} already")
+
+    def add_new(self, votes: Sequence[Vote]) -> int:
+        """Append those votes that are not there yet, in one piece; they are on the disk when this returns.
+
+        Returns:
+            How many votes are new.
+
+        Raises:
+            ValueError: a trial that is not in the study; then none is appended.
+        """
+        unknown = [vote.trial for vote in votes if vote.trial not in self.trials]
+        if unknown:
+            raise ValueError(f"the study has no trial {unknown[0]!r}")
+        with open(self.path, "ab+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed
             file.seek(0)
-            text = file.read()
-            if (vote.trial, vote.listener) in {(v.trial, v.listener) for v in _parse(text)}:
-                raise ValueError(f"{vote.listener} has answered trial {vote.trial} already")
-            # A line that was cut off by a crash must not swallow this one.
-            file.write(line if not text or text.endswith("\n") else "\n" + line)
+            content = file.read()
+            answered = {(vote.trial, vote.listener) for vote in self._parse(content)}
+            new = [vote for vote in votes if (vote.trial, vote.listener) not in answered]
+            # ASCII: no name can end a line, and no line can be cut inside a letter.
+            lines = "".join(json.dumps(asdict(vote), ensure_ascii=True) + "\n" for vote in new)
+            # A line that was cut off by a crash must not swallow the next.
+            between = "\n" if lines and content and not content.endswith(b"\n") else ""
+            file.write((between + lines).encode("ascii"))
             file.flush()
             os.fsync(file.fileno())
+        return len(new)
 
     def all(self) -> list[Vote]:
-        """Every vote; a line that was cut off by a crash is left out."""
-        return _parse(self.path.read_text(encoding="utf-8")) if self.path.is_file() else []
+        """Every vote; lines that hold none (cut off by a crash, edited by hand) are left out with a warning."""
+        return self._parse(self.path.read_bytes()) if self.path.is_file() else []
+
+    def _parse(self, content: bytes) -> list[Vote]:
+        votes: dict[tuple[str, str], Vote] = {}
+        bad = []
+        for number, line in enumerate(content.split(b"\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                vote = Vote(**json.loads(line))
+                if vote.trial not in self.trials:
+                    raise ValueError(f"the study has no trial {vote.trial!r}")
+                if (vote.trial, vote.listener) in votes:
+                    raise ValueError(f"{vote.listener} has answered trial {vote.trial} in a line above")
+            except (ValueError, TypeError) as error:  # no JSON, no UTF-8, other names or values
+                bad.append(f"line {number} ({error})")
+            else:
+                votes[vote.trial, vote.listener] = vote
+        if bad:
+            warnings.warn(f"{self.path}: left out, for they hold no vote: {', '.join(bad)}", stacklevel=3)
+        return list(votes.values())
 
     def remaining(self, listener: str) -> list[Trial]:
         """Trials that a listener has not answered, in an order of their own."""
         answered = {vote.trial for vote in self.all() if vote.listener == listener}
         order = list(self.trials.values())
-        random.Random(listener).shuffle(order)
+        random.Random(listener.encode("utf-8", "surrogatepass")).shuffle(order)
         return [trial for trial in order if trial.id not in answered]
 
 
@@ -255,16 +294,6 @@ def _win_rate(kind: str, system: str, other: str, entries: list[tuple[str, float
     if distinct > 1:
         rate = Estimate(*bootstrap_mean(torch.tensor(values), prompts), num_prompts=distinct)
     return WinRate(kind, system, other, wins, ties, losses, rate)
-
-
-def _parse(text: str) -> list[Vote]:
-    votes = []
-    for line in text.splitlines():
-        try:
-            votes.append(Vote(**json.loads(line)))
-        except json.JSONDecodeError:
-            continue  # cut off by a crash; the listener is asked again
-    return votes
 
 
 def _check_study(

@@ -14,7 +14,6 @@ import pytest
 import soundfile
 import yaml
 
-from diverse_cfg.evaluation import listening
 from diverse_cfg.evaluation.cache import Cache
 from diverse_cfg.evaluation.listening import (
     KEY_FILE,
@@ -160,14 +159,56 @@ def test_a_second_click_counts_once(study):
     assert len(votes.all()) == 2
 
 
-def test_a_line_cut_off_by_a_crash_costs_one_vote_only(study):
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"trial": "abc", "lis',
+        '{"trial": "FIRST", "listener": "J\u00fc'.encode()[:-1],  # inside of a letter
+        b"null",
+        b"[1]",
+        b'{"foo": 1}',
+        b'{"trial": "FIRST", "listener": "ben", "answer": "up"}',
+        b'{"trial": "FIRST", "listener": "ben", "answer": []}',
+        b'{"trial": "FIRST", "listener": 5, "answer": "left"}',
+        b'{"trial": "unknown", "listener": "ben", "answer": "left"}',
+        b'{"trial": "FIRST", "listener": "anna", "answer": "right"}',  # twice
+    ],
+)
+def test_a_bad_line_costs_itself_only(study, line):
+    """Catches a file that one crash, or one edit by hand, makes unreadable for everybody."""
     first, second = load_trials(study)[:2]
     votes = Votes(study)
     votes.add(Vote(first.id, "anna", "left"))
-    with open(study / VOTES_FILE, "a", encoding="utf-8") as file:
-        file.write('{"trial": "abc", "lis')
-    votes.add(Vote(second.id, "anna", "right"))
-    assert [vote.trial for vote in votes.all()] == [first.id, second.id]
+    with open(study / VOTES_FILE, "ab") as file:
+        file.write(line.replace(b"FIRST", first.id.encode()))
+    with pytest.warns(UserWarning, match=r"votes\.jsonl: left out, .*: line 2 \("):
+        votes.add(Vote(second.id, "anna", "right"))
+    with pytest.warns(UserWarning, match="line 2"):
+        assert votes.all() == [Vote(first.id, "anna", "left"), Vote(second.id, "anna", "right")]
+    with pytest.warns(UserWarning, match="line 2"):
+        assert sum(rate.wins + rate.losses for rate in win_rates(study)) == 2
+
+
+@pytest.mark.parametrize("name", ["Jo\u2028e", "a\x85b", "J\u00fcrgen", "two\nlines", "\ud800", "\x1c"])
+def test_any_name_votes_once(study, name):
+    """Catches names that end a line for `splitlines`: their votes were lost, and could be cast again."""
+    name = f"x{name}"
+    trial, votes = load_trials(study)[0], Votes(study)
+    votes.add(Vote(trial.id, name, "left"))
+    assert votes.all() == [Vote(trial.id, name, "left")]
+    assert len(votes.remaining(name)) == 6
+    with pytest.raises(ValueError, match="already"):
+        votes.add(Vote(trial.id, name, "right"))
+
+
+def test_votes_with_letters_as_they_are_can_be_read(study):
+    """Files of earlier versions, in UTF-8."""
+    trial = load_trials(study)[0]
+    line = json.dumps(
+        {"trial": trial.id, "listener": "J\u00fcrgen\u2028", "answer": "left"}, ensure_ascii=False
+    )
+    (study / VOTES_FILE).write_text(line + "\n", encoding="utf-8")
+    assert Votes(study).all() == [Vote(trial.id, "J\u00fcrgen\u2028", "left")]
 
 
 def _vote_for_all(study, listener, barrier):
@@ -181,13 +222,13 @@ def _vote_for_all(study, listener, barrier):
 @pytest.mark.parametrize("names", [["anna", "ben", "cleo", "dora"], ["anna"] * 4])
 def test_listeners_at_once(study, names, monkeypatch):
     """Catches votes that are lost, and, without a lock, four windows of one listener that all count."""
-    parse = listening._parse
+    parse = Votes._parse
 
-    def slowly(text):  # between looking and writing
+    def slowly(votes, content):  # between looking and writing
         time.sleep(0.02)
-        return parse(text)
+        return parse(votes, content)
 
-    monkeypatch.setattr(listening, "_parse", slowly)
+    monkeypatch.setattr(Votes, "_parse", slowly)
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(len(names))
     processes = [context.Process(target=_vote_for_all, args=(study, name, barrier)) for name in names]
