@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
 from diverse_cfg.evaluation.results import Estimate, Results
 from diverse_cfg.evaluation.signatures import Arms, signatures, to_markdown
 from diverse_cfg.evaluation.sweep import Sweep
+from diverse_cfg.evaluation.systems import System
 
 
 def evaluate(config: SweepConfig, *, progress: bool = True) -> Results:
@@ -37,6 +39,7 @@ def evaluate(config: SweepConfig, *, progress: bool = True) -> Results:
         if name is not None and name not in METRICS:
             raise ValueError(f"unknown metric {name!r} for an axis; known: {', '.join(METRICS)}")
     sweep, systems = build_sweep(config)
+    _check_axes(config, sweep, systems)
     results = sweep.run(systems, config.compare_to, progress=progress)
     results.settings["clips"] = _clips(results, sweep)
     results.save(config.output)
@@ -50,6 +53,30 @@ def evaluate(config: SweepConfig, *, progress: bool = True) -> Results:
         title = f"{len(results.systems)} systems on {len(results.prompts)} prompts"
         write_gallery(results, files, config.output, title=title, pictures=pictures)
     return results
+
+
+def _check_axes(config: SweepConfig, sweep: Sweep, systems: Sequence[System]) -> None:
+    """Axes that the figures and findings of this sweep can be made of."""
+    measured = [metric.name for metric in sweep.chosen]
+    lerp = any(system.merge_weight is not None for system in systems)
+    for axis, name in (("x", config.x), ("y", config.y)):
+        if name is None:
+            continue
+        if name not in measured:
+            raise ValueError(
+                f"{axis}={name!r} is not measured here: add it to metrics, with what it needs, or take one of "
+                f"{', '.join(measured)}"
+            )
+        if METRICS[name].cells is None and (lerp or config.arms):
+            raise ValueError(
+                f"{axis}={name!r} is a number of all prompts together, and merges and arms are compared prompt "
+                "by prompt: take another metric"
+            )
+        if not METRICS[name].better and config.arms:
+            raise ValueError(
+                f"{axis}={name!r} is neither better when larger nor when smaller, and arms compare fronts: take "
+                "another metric"
+            )
 
 
 def _clips(results: Results, sweep: Sweep) -> dict[str, list[str]]:
@@ -149,7 +176,8 @@ def draw(
                 f"{_title(series)}: the merge weight is a knob. Dashed: the straight line between the ends."
             )
             pictures.append(Picture(f"{name}.svg", caption))
-    if any(row.system.step is not None for row in results.usable):
+    in_runs = Counter(row.system.series for row in results.usable if row.system.step is not None)
+    if max(in_runs.values(), default=0) > 1:  # one checkpoint alone is no path
         trajectories(results, x, y, folder / "trajectories")
         pictures.append(Picture("trajectories.svg", "Training runs in the plane of quality and diversity."))
     return pictures

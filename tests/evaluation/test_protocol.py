@@ -57,6 +57,9 @@ def settings(root, output, **changes):
     return values | changes
 
 
+ARMS = dict.fromkeys(("base", "guided", "quality", "diverse", "merges"), "base")
+
+
 def test_a_sweep_from_end_to_end(root, tmp_path, capsys):
     """The command writes every file, names what failed, and returns 2 for it."""
     values = settings(
@@ -121,6 +124,31 @@ def test_a_sweep_from_end_to_end(root, tmp_path, capsys):
         ({"heldout_encoder": None, "reference": "x"}, "reference needs heldout_encoder"),
         ({"arms": {"base": "base"}}, "arms needs base, guided"),
         ({"x": "beauty"}, "unknown metric 'beauty' for an axis"),
+        ({"x": "frechet"}, "x='frechet' is not measured here"),
+        ({"y": "validity", "metrics": ["silence"]}, r"y='validity' is not measured here.*silence"),
+        ({"x": "level", "arms": ARMS}, "x='level' is neither better"),
+        ({"x": "different_prompts_heldout", "arms": ARMS}, "is a number of all prompts together"),
+        ({"seeds": 0}, r"seeds=0 must be a list \(each entry an integer\)"),
+        ({"seeds": [0.5]}, r"seeds=\[0.5\] must be a list"),
+        ({"seeds": [True]}, r"seeds=\[True\] must be a list"),
+        ({"seeds": [-1]}, "seed -1 must be an integer from 0"),
+        ({"clip_seconds": "x"}, "clip_seconds='x' must be a finite number or nothing"),
+        ({"min_validity": "x"}, "min_validity='x' must be a finite number"),
+        ({"teacher_guidance_scale": "abc"}, "teacher_guidance_scale='abc' must be a finite number"),
+        ({"gallery_prompts": "a"}, "gallery_prompts='a' must be an integer"),
+        ({"metrics": 3}, "metrics=3 must be a list"),
+        ({"output": 3}, "output=3 must be text"),
+        ({"aesthetics": "no"}, "aesthetics='no' must be true or false"),
+        ({"systems": {"name": "a"}}, r"systems=.* must be a list \(each entry settings by name\)"),
+        ({"device": "foo"}, "device='foo' cannot be used"),
+        ({"compare_to": "base"}, "compare_to='base' must be a list"),
+        ({"compare_to": ["bas"]}, "compare_to names 'bas', which is no system here; known: base"),
+        ({"arms": ARMS | {"base": "bas"}}, "arms: base names 'bas', which is no system here"),
+        ({"arms": ARMS | {"uniform": "bas"}}, "arms: uniform names 'bas', which is no system here"),
+        ({"arms": ARMS | {"merges": "bas"}}, "arms: merges names 'bas', which is no series here"),
+        ({"arms": ARMS | {"sweeps": ["base", "bas"]}}, "arms: sweeps names 'bas', which is no series here"),
+        ({"arms": ARMS | {"sweeps": "base"}}, "arms: sweeps='base' must be a list"),
+        ({"arms": ARMS | {"quality": 5}}, "arms: quality=5 must be text"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_generated(
@@ -132,6 +160,15 @@ def test_wrong_settings_are_refused_before_anything_is_generated(
     with pytest.raises(ValueError, match=message):
         values = settings(root, tmp_path / "sweep") | changes
         report.evaluate(SweepConfig.from_dict(values), progress=False)
+
+
+def test_a_checkpoint_alone_is_no_path(root, tmp_path):
+    """Catches a figure that fails after the sweep: one system with a step has no trajectory."""
+    systems = [{"name": "base", "model": str(root / "base"), "step": 5}]
+    values = settings(root, tmp_path / "sweep", systems=systems, x="diversity_heldout", y="validity")
+    report.evaluate(SweepConfig.from_dict(values | {"gallery_prompts": 0}), progress=False)
+    assert (tmp_path / "sweep" / "front.svg").exists()
+    assert not (tmp_path / "sweep" / "trajectories.svg").exists()
 
 
 def test_missing_files_are_named(root, tmp_path):
