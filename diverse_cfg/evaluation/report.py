@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from diverse_cfg.atomic import write_text
 from diverse_cfg.cards import Metric as CardMetric
@@ -16,7 +17,7 @@ from diverse_cfg.evaluation.generations import describe
 from diverse_cfg.evaluation.metrics import METRICS
 from diverse_cfg.evaluation.plotting import axis_label
 from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
-from diverse_cfg.evaluation.results import Estimate, Results
+from diverse_cfg.evaluation.results import Estimate, Results, SystemResult
 from diverse_cfg.evaluation.signatures import Arms, signatures, to_markdown
 from diverse_cfg.evaluation.sweep import Sweep
 from diverse_cfg.evaluation.systems import System
@@ -42,6 +43,7 @@ def evaluate(config: SweepConfig, *, progress: bool = True) -> Results:
     _check_axes(config, sweep, systems)
     results = sweep.run(systems, config.compare_to, progress=progress)
     results.settings["clips"] = _clips(results, sweep)
+    results.settings["timed_on"] = _timed_on(results, sweep)
     results.save(config.output)
     if not results.usable:
         write_text(Path(config.output) / "results.md", results.table() + "\n")
@@ -79,16 +81,28 @@ def _check_axes(config: SweepConfig, sweep: Sweep, systems: Sequence[System]) ->
             )
 
 
+def _described(row: SystemResult, sweep: Sweep) -> list[dict[str, Any]]:
+    """Descriptions of a system's clips, by replicate and seed."""
+    return [
+        describe(row.system, mixture, sweep.clips, seed)
+        for mixture in row.system.replicates
+        for seed in sweep.clips.seeds
+    ]
+
+
 def _clips(results: Results, sweep: Sweep) -> dict[str, list[str]]:
-    """What identifies the clips of each system, by replicate and seed: the keys under which they are kept."""
-    return {
-        row.system.name: [
-            digest(describe(row.system, mixture, sweep.clips, seed))
-            for mixture in row.system.replicates
-            for seed in sweep.clips.seeds
-        ]
+    """What identifies the clips of each system: the keys under which they are kept."""
+    return {row.system.name: list(map(digest, _described(row, sweep))) for row in results.usable}
+
+
+def _timed_on(results: Results, sweep: Sweep) -> list[str]:
+    """Machines on which the clips were sampled and timed; kept clips may be another machine's."""
+    facts = [
+        sweep.cache.facts("generations", description)
         for row in results.usable
-    }
+        for description in _described(row, sweep)
+    ]
+    return sorted({found.get("machine", "a machine that was not recorded") for found in facts})
 
 
 def to_page(results: Results, pictures: Sequence[Picture], config: SweepConfig) -> str:
@@ -109,6 +123,9 @@ def to_page(results: Results, pictures: Sequence[Picture], config: SweepConfig) 
         f"each (sampling seeds {settings['seeds']}), 95 % intervals from a bootstrap over prompts; "
         f"{settings['machine']}; {versions}."
     )
+    if "seconds" in results.metrics and (machines := settings.get("timed_on")):
+        how += f" Sampling was timed on {'; '.join(machines)}."
+        how += " Times of different machines do not compare." if len(machines) > 1 else ""
     lines += ["## Numbers", "", results.table(), "", how]
     lines += ["", "## What the columns mean", ""]
     lines += [f"- **{METRICS[name].label}**: {METRICS[name].explanation}" for name in results.metrics]

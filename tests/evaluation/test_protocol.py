@@ -162,6 +162,21 @@ def test_wrong_settings_are_refused_before_anything_is_generated(
         report.evaluate(SweepConfig.from_dict(values), progress=False)
 
 
+def test_times_name_the_machine_that_took_them(root, tmp_path, monkeypatch):
+    """Catches kept times that are said to be this machine's: here a slower one sampled half of the clips."""
+    values = settings(root, tmp_path / "sweep", metrics=["seconds"], gallery_prompts=0)
+    monkeypatch.setattr("diverse_cfg.evaluation.generations.machine", lambda device: f"old one, {device}")
+    results = report.evaluate(SweepConfig.from_dict(values), progress=False)
+    assert results.settings["timed_on"] == ["old one, cpu"]
+    monkeypatch.undo()
+    student = {"name": "student", "model": str(root / "student")}
+    values["systems"] = [*values["systems"], student]
+    found = report.evaluate(SweepConfig.from_dict(values), progress=False).settings["timed_on"]
+    assert len(found) == 2 and "old one, cpu" in found and any("threads" in name for name in found)
+    page = (tmp_path / "sweep" / "results.md").read_text(encoding="utf-8")
+    assert "old one, cpu" in page and "Times of different machines do not compare." in page
+
+
 def test_a_checkpoint_alone_is_no_path(root, tmp_path):
     """Catches a figure that fails after the sweep: one system with a step has no trajectory."""
     systems = [{"name": "base", "model": str(root / "base"), "step": 5}]
