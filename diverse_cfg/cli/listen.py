@@ -94,9 +94,11 @@ def _count(args: argparse.Namespace) -> None:
     if not rates:
         print("no votes yet")
     for rate in rates:
+        whom = "new prompts and listeners" if rate.new_listeners else "new prompts, these listeners"
         print(
             f"{rate.kind}: {rate.system} against {rate.other}: win rate {rate.rate.text()} ({rate.wins} "
-            f"wins, {rate.ties} ties, {rate.losses} losses on {rate.rate.num_prompts} prompts)"
+            f"wins, {rate.ties} ties, {rate.losses} losses on {rate.rate.num_prompts} prompts by "
+            f"{rate.listeners} listeners{f'; 95 % interval for {whom}' if rate.rate.low is not None else ''})"
         )
 
 

@@ -22,6 +22,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 import torch
+from scipy.stats import beta
 
 from diverse_cfg.atomic import write_text
 from diverse_cfg.evaluation.cache import digest
@@ -254,7 +255,10 @@ class WinRate:
         kind: "quality" or "diversity".
         system, other: who against whom.
         wins, ties, losses: votes.
-        rate: (W + T/2) / (W + L + T), with an interval by prompt; without one for a single prompt.
+        rate: (W + T/2) / (W + L + T), with an interval; without one for a single prompt.
+        listeners: how many voted.
+        new_listeners: whether the interval holds for new listeners as well as new prompts; otherwise it holds
+            for new prompts and these listeners.
     """
 
     kind: str
@@ -264,36 +268,57 @@ class WinRate:
     ties: int
     losses: int
     rate: Estimate
+    listeners: int
+    new_listeners: bool
 
 
 def win_rates(folder: str | os.PathLike) -> list[WinRate]:
     """Count the votes of a study, each pair of systems once, the first of the alphabet against the other.
 
-    Several listeners of one prompt are one cluster of the bootstrap.
+    All votes on one prompt are one cluster of the bootstrap. Three listeners or more who answered everything
+    are resampled too, so that the interval holds for new listeners; otherwise it holds for these.
 
     Raises:
         FileNotFoundError: no study, or no key.
     """
     votes = Votes(folder)
     key: Mapping[str, Mapping[str, str]] = json.loads((votes.folder / KEY_FILE).read_text(encoding="utf-8"))
-    scores: dict[tuple[str, str, str], list[tuple[str, float]]] = {}
+    scores: dict[tuple[str, str, str], list[tuple[str, str, float]]] = {}
     for vote in votes.all():
         sides, trial = key[vote.trial], votes.trials[vote.trial]
         system, other = sorted(sides.values())
         right_won = ANSWERS[vote.answer]
         score = right_won if sides["right"] == system else 1 - right_won
-        scores.setdefault((trial.kind, system, other), []).append((trial.prompt, score))
+        scores.setdefault((trial.kind, system, other), []).append((trial.prompt, vote.listener, score))
     return [_win_rate(*names, entries) for names, entries in sorted(scores.items())]
 
 
-def _win_rate(kind: str, system: str, other: str, entries: list[tuple[str, float]]) -> WinRate:
-    prompts, values = [prompt for prompt, _ in entries], [score for _, score in entries]
+def _win_rate(kind: str, system: str, other: str, entries: list[tuple[str, str, float]]) -> WinRate:
+    prompts, names, values = (list(column) for column in zip(*entries, strict=True))
     wins, ties, losses = (values.count(score) for score in (1.0, 0.5, 0.0))
-    number, distinct = win_rate(wins, ties, losses), len(set(prompts))
-    rate = Estimate(number, num_prompts=distinct)
+    number, distinct, listeners = win_rate(wins, ties, losses), len(set(prompts)), len(set(names))
+    rate, crossed = Estimate(number, num_prompts=distinct), False
     if distinct > 1:
-        rate = Estimate(*bootstrap_mean(torch.tensor(values), prompts), num_prompts=distinct)
-    return WinRate(kind, system, other, wins, ties, losses, rate)
+        crossed = listeners >= 3 and len(set(zip(prompts, names, strict=True))) == distinct * listeners
+        interval = bootstrap_mean(torch.tensor(values), prompts, names if crossed else None)
+        rate = Estimate(*interval, num_prompts=distinct)
+        if rate.low == rate.high:  # nothing varies, so a bootstrap cannot tell how little is known
+            rate, crossed = Estimate(number, *_exact_interval(number, distinct), num_prompts=distinct), False
+    return WinRate(kind, system, other, wins, ties, losses, rate, listeners, crossed)
+
+
+def _exact_interval(rate: float, count: int) -> tuple[float, float]:
+    """95 % interval of a share of `count` independent prompts (Clopper & Pearson 1934), with k = rate·count.
+
+        low = B(0.025; k, count − k + 1),   high = B(0.975; k + 1, count − k)        (B: quantile of a Beta)
+
+    A tie counts as half a win, which errs on the wide side: no score between 0 and 1 varies more than a win
+    or loss of the same mean.
+    """
+    k = rate * count
+    low = 0.0 if k <= 0 else float(beta.ppf(0.025, k, count - k + 1))
+    high = 1.0 if k >= count else float(beta.ppf(0.975, k + 1, count - k))
+    return low, high
 
 
 def _check_study(

@@ -137,6 +137,71 @@ def test_one_answer_is_a_rate_without_interval(study):
     assert (rate.rate.estimate, rate.rate.low) == (0.5, None)
 
 
+def vote_all(study, answers):
+    """Votes on all quality trials: `answers[listener](number)` is who wins, "student", "base" or "same"."""
+    votes, key = Votes(study), key_of(study)
+    trials = [trial for trial in load_trials(study) if trial.kind == "quality"]
+    for listener, answer in answers.items():
+        for number, trial in enumerate(trials):
+            sides = {system: side for side, system in key[trial.id].items()} | {"same": "same"}
+            votes.add(Vote(trial.id, listener, sides[answer(number)]))
+    (rate,) = win_rates(study)
+    return rate
+
+
+def test_unanimous_votes_are_no_certainty(study):
+    """Catches the interval [1, 1]. Clopper & Pearson, four of four: 0.025^(1/4) = 0.398."""
+    rate = vote_all(study, {"anna": lambda _: "base"})
+    assert (rate.rate.estimate, rate.rate.high) == (1.0, 1.0)
+    assert rate.rate.low == pytest.approx(0.025 ** (1 / 4))
+    # More votes on the same prompts are no more prompts.
+    for name in ("ben", "cleo"):
+        votes, key = Votes(study), key_of(study)
+        for trial in votes.trials.values():
+            if trial.kind == "quality":
+                side = next(side for side, system in key[trial.id].items() if system == "base")
+                votes.add(Vote(trial.id, name, side))
+    (rate,) = win_rates(study)
+    assert rate.rate.low == pytest.approx(0.025 ** (1 / 4))
+    assert (rate.listeners, rate.new_listeners) == (3, False)
+
+
+# Of four prompts: none won 1 − 0.025^(1/4); two won as in tables of Clopper & Pearson.
+@pytest.mark.parametrize(
+    ("winner", "interval"), [("student", (0.0, 0.0, 0.6024)), ("same", (0.5, 0.0676, 0.9324))]
+)
+def test_votes_that_all_agree_have_an_interval(study, winner, interval):
+    rate = vote_all(study, {"anna": lambda _: winner}).rate
+    assert (rate.estimate, rate.low, rate.high) == pytest.approx(interval, abs=1e-4)
+
+
+def test_listeners_who_disagree_widen_the_interval(study):
+    """Catches listeners that are kept fixed: the interval of four who contradict each other is not that of
+    these four."""
+    answers = {"anna": "base", "ben": "base", "cleo": "student", "dora": "student"}
+    last = {"anna": "student", "dora": "base"}  # so that prompts differ a little
+    rate = vote_all(
+        study,
+        {
+            name: lambda n, name=name: last.get(name, answers[name]) if n == 3 else answers[name]
+            for name in answers
+        },
+    )
+    assert (rate.rate.estimate, rate.listeners, rate.new_listeners) == (0.5, 4, True)
+    assert rate.rate.low < 0.2 and rate.rate.high > 0.8
+
+
+def test_listeners_who_stopped_early_are_kept_as_they_are(study):
+    """Resampling listeners needs every answer of each: the count says for whom the interval holds."""
+    votes = Votes(study)
+    for name, count in (("anna", 4), ("ben", 4), ("cleo", 3)):
+        trials = [trial for trial in load_trials(study) if trial.kind == "quality"][:count]
+        for number, trial in enumerate(trials):
+            votes.add(Vote(trial.id, name, "left" if number else "same"))
+    (rate,) = win_rates(study)
+    assert (rate.listeners, rate.new_listeners) == (3, False)
+
+
 @pytest.mark.parametrize(
     ("trial", "listener", "answer", "message"),
     [
@@ -436,14 +501,24 @@ def test_ratings_become_votes(study, tmp_path):
         ([("anna", "unknown", "3", "left"), ("anna", "unknown", "3", "right")], "another study"),
         ([("anna", None, "3", "left")], "not both sides"),
         ([("anna", None, "NA", "left")], "line 2: 'NA' is no rating"),
+        (
+            [("anna", None, "9", "left"), ("anna", None, "-4", "right")],
+            "line 2: '9' is no rating from 1 to 5",
+        ),
+        ([("anna", None, "0", "left"), ("anna", None, "1", "right")], "line 2: '0' is no rating"),
         ([("", None, "3", "left")], "names no listener"),
     ],
 )
 def test_ratings_that_cannot_be_used(study, tmp_path, rows, message):
-    trial = load_trials(study)[0].id
-    path = write_ratings(tmp_path / "lms.csv", [(who, name or trial, *rest) for who, name, *rest in rows])
-    with pytest.raises(ValueError, match=message):
-        import_ratings(study, path)
+    """Nothing of such a file is added, the good ratings at its end neither."""
+    trial, other = (trial.id for trial in load_trials(study)[:2])
+    good = [("ben", other, "1", "left"), ("ben", other, "2", "right")]
+    rows = [(who, name or trial, *rest) for who, name, *rest in rows]
+    for number, order in enumerate((rows + good, good + rows)):
+        path = write_ratings(tmp_path / "lms.csv", order)
+        with pytest.raises(ValueError, match=message.replace("line 2", f"line {2 + 2 * number}")):
+            import_ratings(study, path)
+    assert Votes(study).all() == []
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match=r"no lms.csv"):
         import_ratings(study, tmp_path / "other.csv")
