@@ -168,7 +168,8 @@ def write_gallery(
             }
             for prompt in shown
         ],
-        "settings": results.settings,
+        "how": how_measured(results),
+        "beside": _beside(results),
         "target": TARGET_LUFS,
     }
     text = _environment().get_template("gallery.html.jinja").render(page)
@@ -184,8 +185,37 @@ def _table_row(row: SystemResult, names: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def how_measured(results: Results) -> str:
+    """What the table's numbers are means over, and what their intervals hold for."""
+    settings = results.settings
+    seeds, clips = len(settings["seeds"]), settings["num_generations"]
+    each = f"{clips} clips of each" + (f" under each of {seeds} sampling seeds" if seeds > 1 else "")
+    training = max((len(row.system.replicates) for row in results.usable), default=1)
+    drawn = "prompts"
+    if training > 1:
+        each += f", of students with up to {training} training seeds"
+    if training >= 3:
+        drawn += ", and over training seeds where a system has three or more"
+    return (
+        f"Means over {settings['num_prompts']} held-out prompts, {each}, with 95 % intervals from a bootstrap "
+        f"over {drawn}."
+    ) + (" Sampling times are resampled by batch." if "seconds" in results.metrics else "")
+
+
+def _beside(results: Results) -> str:
+    """Which clips the small numbers belong to."""
+    settings = results.settings
+    count = len(settings["seeds"]) * settings["num_generations"]
+    training = any(len(row.system.replicates) > 1 for row in results.usable)
+    whose = " of the system's first training seed" if training else ""
+    return (
+        f"The small numbers belong to all {count} clips{whose} for the prompt; the players hold the first of "
+        "them."
+    )
+
+
 def _of_prompt(row: SystemResult, prompt: int, names: Sequence[str]) -> str:
-    """The first replicate's numbers for one prompt: those of the clips beside them."""
+    """The first replicate's numbers for one prompt, over all its clips: the players hold the first of them."""
     parts = []
     for name in names:
         cells = row.cells.get(name)

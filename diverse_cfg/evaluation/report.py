@@ -12,7 +12,7 @@ from diverse_cfg.cards import Metric as CardMetric
 from diverse_cfg.cards import write_card, write_metrics
 from diverse_cfg.evaluation.cache import digest
 from diverse_cfg.evaluation.figures import front, merge_curve, trajectories
-from diverse_cfg.evaluation.gallery import Picture, write_audio, write_gallery
+from diverse_cfg.evaluation.gallery import Picture, how_measured, write_audio, write_gallery
 from diverse_cfg.evaluation.generations import describe
 from diverse_cfg.evaluation.metrics import METRICS
 from diverse_cfg.evaluation.plotting import axis_label
@@ -118,11 +118,7 @@ def to_page(results: Results, pictures: Sequence[Picture], config: SweepConfig) 
         lines += [f"![{picture.caption}]({picture.file})", "", picture.caption, ""]
     settings = results.settings
     versions = ", ".join(f"{name} {version}" for name, version in settings["versions"].items())
-    how = (
-        f"Means over {settings['num_prompts']} held-out prompts with {settings['num_generations']} clips "
-        f"each (sampling seeds {settings['seeds']}), 95 % intervals from a bootstrap over prompts; "
-        f"{settings['machine']}; {versions}."
-    )
+    how = f"{how_measured(results)} Sampling seeds {settings['seeds']}; {settings['machine']}; {versions}."
     if "seconds" in results.metrics and (machines := settings.get("timed_on")):
         how += f" Sampling was timed on {'; '.join(machines)}."
         how += " Times of different machines do not compare." if len(machines) > 1 else ""
