@@ -1,6 +1,7 @@
 """`diverse-cfg listen`: a blind listening test, from the clips of an evaluation to win rates."""
 
 import argparse
+from pathlib import Path
 
 from diverse_cfg.cli.command import Command, read_settings
 from diverse_cfg.cli.quiet import quiet_libraries
@@ -12,6 +13,7 @@ def add_listen_arguments(parser: argparse.ArgumentParser) -> None:
     make = actions.add_parser("make", help="write a study from the clips of an evaluation")
     make.add_argument("study", help="folder to create")
     make.add_argument("--config", required=True, help="YAML file of the evaluation that made the clips")
+    make.add_argument("--output", help="folder of the results, in place of the file's")
     make.add_argument(
         "--pair",
         nargs=2,
@@ -58,7 +60,13 @@ def _make(args: argparse.Namespace) -> None:
     from diverse_cfg.evaluation.results import Results
 
     quiet_libraries()
-    config = SweepConfig.from_dict(read_settings(args.config))
+    changed = {"output": args.output} if args.output else {}
+    config = SweepConfig.from_dict(read_settings(args.config) | changed)
+    if not (Path(config.output) / "metrics.json").is_file():
+        raise FileNotFoundError(
+            f"{config.output} holds no results: run `diverse-cfg evaluate --config {args.config}` first, or name "
+            "their folder with --output"
+        )
     results = Results.load(config.output)
     sweep, _ = build_sweep(config)
     folder = make_study(
@@ -86,9 +94,11 @@ def _count(args: argparse.Namespace) -> None:
     if not rates:
         print("no votes yet")
     for rate in rates:
+        whom = "new prompts and listeners" if rate.new_listeners else "new prompts, these listeners"
         print(
             f"{rate.kind}: {rate.system} against {rate.other}: win rate {rate.rate.text()} ({rate.wins} "
-            f"wins, {rate.ties} ties, {rate.losses} losses on {rate.rate.num_prompts} prompts)"
+            f"wins, {rate.ties} ties, {rate.losses} losses on {rate.rate.num_prompts} prompts by "
+            f"{rate.listeners} listeners{f'; 95 % interval for {whom}' if rate.rate.low is not None else ''})"
         )
 
 

@@ -10,15 +10,18 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from huggingface_hub import constants as hub_constants
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from torch import nn
 from transformers.utils import cached_file
 
 from diverse_cfg.atomic import replacing
@@ -26,21 +29,38 @@ from diverse_cfg.evaluation.systems import Mixture
 
 logger = logging.getLogger(__name__)
 
-# What decides which clips a model folder plays: weights, architecture, and how text is read.
-_MODEL_FILES = (
-    "*.safetensors",
-    "pytorch_model*.bin",
-    "state_dict.bin",  # AudioCraft's
-    "compression_state_dict.bin",
-    "config.json",
-    "encoder.json",
-    "judge.json",
-    "adapter_config.json",
-    "modules.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "spiece.model",
+# Files of a model folder that decide nothing; every other one is part of its hash, since no list of what does
+# is ever complete. Names in lower case.
+_DECIDES_NOTHING = (
+    "*.md",
+    "license*",
+    "notice*",
+    # How a model plays by default: who evaluates it says how.
+    "generation_config.json",
+    # What was written about it, by this package and its recipes.
+    "diverse_cfg.json",
+    "evaluation.json",
+    "done.json",
+    "*.yaml",
+    "*.log",
+    "*.csv",
+    "*.html",
+    "*.parquet",
+    "events.out.tfevents*",
+    # What training needs to go on.
+    "trainer_state.json",
+    "training_args.bin",
+    "optimizer*",
+    "scheduler*",
+    "scaler*",
+    "rng_state*",
+    # Pictures, sound, what Python compiled.
+    *("*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp", "*.pdf"),
+    *("*.wav", "*.flac", "*.mp3", "*.ogg"),
+    "*.pyc",
 )
+# How audio is read. A MusicGen reads text alone; of an encoder these files decide everything.
+_AUDIO_INPUT = ("preprocessor_config.json", "processor_config.json")
 
 
 def digest(value: Any) -> str:
@@ -52,7 +72,8 @@ def digest(value: Any) -> str:
 def content_digest(source: str | os.PathLike) -> str:
     """Hash of a model's or encoder's content: its files for a folder, the commit for a Hub id.
 
-    An adapter's hash contains that of its base.
+    An adapter's hash contains that of its base. Hidden files, cards, logs and the state of training do not
+    count.
 
     Raises:
         FileNotFoundError: neither a folder nor in the Hub's cache.
@@ -63,9 +84,8 @@ def content_digest(source: str | os.PathLike) -> str:
         if folder.is_absolute() or os.fspath(source).startswith((".", "~")) or len(folder.parts) > 2:
             raise FileNotFoundError(f"there is no folder {source}")
         return _hub_digest(os.fspath(source))
-    files = sorted(
-        {path for pattern in _MODEL_FILES for path in folder.rglob(pattern) if _belongs(path, folder)}
-    )
+    ignored = _DECIDES_NOTHING + (_AUDIO_INPUT if _is_musicgen(folder) else ())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and _belongs(path, folder, ignored))
     if not files:
         raise ValueError(f"{folder} holds no model: no weights and no configuration")
     parts = {str(path.relative_to(folder)): file_digest(path) for path in files}
@@ -80,6 +100,15 @@ def file_digest(path: Path) -> str:
     """Hash of a file's bytes; a file that has not changed is read once."""
     status = path.stat()
     return _file_digest(path, status.st_size, status.st_mtime_ns)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Hash of a model in memory: names, types, shapes and bytes of its parameters and buffers."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def mixture_digest(mixture: Mixture) -> str:
@@ -125,14 +154,37 @@ class Cache:
             )
         return arrays
 
-    def save(self, kind: str, description: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-        """Write arrays; a reader finds all of them or none."""
+    def facts(self, kind: str, description: Mapping[str, Any]) -> dict[str, Any]:
+        """What was noted about arrays when they were made; empty if nothing was, or they are not there."""
+        try:
+            with safe_open(self.path(kind, description), framework="numpy") as file:
+                return json.loads((file.metadata() or {}).get("facts", "{}"))
+        except (OSError, SafetensorError, json.JSONDecodeError):
+            return {}
+
+    def save(
+        self,
+        kind: str,
+        description: Mapping[str, Any],
+        arrays: Mapping[str, np.ndarray],
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write arrays; a reader finds all of them or none.
+
+        Args:
+            kind: folder.
+            description: everything that decides the arrays: their key.
+            arrays: what is kept.
+            facts: how they came to be, for readers; no part of the key.
+        """
         path = self.path(kind, description)
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        text = json.dumps(description, ensure_ascii=False)
+        metadata = {"description": json.dumps(description, ensure_ascii=False)}
+        if facts:
+            metadata["facts"] = json.dumps(facts, ensure_ascii=False)
         with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={"description": text})
+            save_file(tensors, temporary, metadata=metadata)
 
 
 def _difference(stored: Any, wanted: Mapping[str, Any]) -> str:
@@ -142,9 +194,25 @@ def _difference(stored: Any, wanted: Mapping[str, Any]) -> str:
     return "other settings (" + ", ".join(f"{name}={str(stored.get(name))[:40]!r}" for name in names) + ")"
 
 
-def _belongs(path: Path, folder: Path) -> bool:
-    """Checkpoints of a training run below a model folder are other models."""
-    return not any(part.startswith("checkpoint-") for part in path.relative_to(folder).parts[:-1])
+def _belongs(path: Path, folder: Path, ignored: Sequence[str]) -> bool:
+    """Whether a file is part of the model; checkpoints of a training run below its folder are other models."""
+    *folders, name = path.relative_to(folder).parts
+    hidden = any(part.startswith(".") for part in (*folders, name))
+    return not (
+        hidden
+        or any(part.startswith("checkpoint-") for part in folders)
+        or any(fnmatchcase(name.lower(), pattern) for pattern in ignored)
+    )
+
+
+def _is_musicgen(folder: Path) -> bool:
+    """Whether a folder holds a MusicGen, or an adapter of one."""
+    for name in ("config.json", "adapter_config.json"):
+        if (folder / name).is_file():
+            values = json.loads((folder / name).read_text(encoding="utf-8"))
+            mapped = (values.get("auto_mapping") or {}).get("base_model_class", "")
+            return values.get("model_type") == "musicgen" or mapped.startswith("Musicgen")
+    return False
 
 
 @lru_cache(maxsize=1024)

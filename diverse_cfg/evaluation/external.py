@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from diverse_cfg.evaluation.cache import content_digest
-from diverse_cfg.evaluation.features import Batch
+from diverse_cfg import rewards
+from diverse_cfg.embeddings import audio
+from diverse_cfg.evaluation.cache import content_digest, weights_digest
+from diverse_cfg.evaluation.features import Batch, code_digest
 from diverse_cfg.rewards import AestheticsReward, TextAdherenceReward
 
 AESTHETICS_AXES = {"aesthetics_ce": "CE", "aesthetics_pq": "PQ"}
@@ -25,7 +27,12 @@ class TextAdherenceFeature:
 
     def __init__(self, embedder: Any, source: str):
         self.score = TextAdherenceReward(embedder)
-        self.fingerprint = {"feature": "text", "encoder": embedder.name, "content": content_digest(source)}
+        self.fingerprint = {
+            "feature": "text",
+            "encoder": embedder.name,
+            "content": content_digest(source),
+            "code": code_digest(rewards.__name__, type(embedder).__module__, audio.__name__),
+        }
 
     def compute(self, batch: Batch) -> dict[str, np.ndarray]:
         scores = self.score(batch.prompts, sampling_rate=batch.sampling_rate, waveforms=batch.waveforms)
@@ -48,7 +55,14 @@ class AestheticsFeature:
             package = version("audiobox_aesthetics")
         except PackageNotFoundError:
             package = "none"
-        self.fingerprint = {"feature": name, "model": type(self.score.model).__name__, "package": package}
+        self.fingerprint = {
+            "feature": name,
+            "model": type(self.score.model).__name__,
+            "package": package,
+            "weights": weights_digest(self.score.model),
+            "scale": {key: float(value) for key, value in self.score.scale.items()},
+            "code": code_digest(rewards.__name__, audio.__name__),
+        }
 
     def compute(self, batch: Batch) -> dict[str, np.ndarray]:
         scores = self.score(sampling_rate=batch.sampling_rate, waveforms=batch.waveforms)

@@ -22,7 +22,9 @@ from diverse_cfg.evaluation.acoustics import rule_adherence, validity
 from diverse_cfg.evaluation.cache import Cache, content_digest, file_digest
 from diverse_cfg.evaluation.generations import Player, Progress
 from diverse_cfg.evaluation.systems import System
+from diverse_cfg.functional import codebooks, guidance
 from diverse_cfg.functional.guidance import guided_logits
+from diverse_cfg.musicgen import policy, sampling
 from diverse_cfg.musicgen.policy import code_logits, encode_text, null_condition
 from diverse_cfg.musicgen.sampling import SamplingSettings, sampling_logits
 from diverse_cfg.types import TextCondition
@@ -182,7 +184,7 @@ class DivergenceFeature:
             "feature": "divergence",
             "teacher": content_digest(source),
             "guidance_scale": float(guidance_scale),
-            "code": code_digest(__name__),
+            "code": code_digest(__name__, *(m.__name__ for m in (policy, codebooks, guidance, sampling))),
         }
 
     @torch.no_grad()

@@ -13,15 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from diverse_cfg.atomic import write_text
-from diverse_cfg.evaluation.generations import Player, generations
+from diverse_cfg.evaluation.generations import Player, describe
 from diverse_cfg.evaluation.loudness import TARGET_LUFS, normalised
 from diverse_cfg.evaluation.metrics import METRICS
 from diverse_cfg.evaluation.results import Estimate, Results, SystemResult
 from diverse_cfg.evaluation.sweep import Sweep
+from diverse_cfg.evaluation.systems import System
 from diverse_cfg.musicgen.files import write_wav
 
 _TEMPLATES = Path(__file__).parent.parent / "templates"
@@ -45,7 +47,8 @@ def write_audio(
 ) -> dict[tuple[str, int], list[str]]:
     """Write the first clips of the first prompts of every system as WAV files of one loudness.
 
-    Files that are there already are kept: they are named after the content of their clips.
+    Nothing is generated: the clips are those that were measured. Files that are there already are kept: they
+    are named after the content of their clips.
 
     Args:
         results: of the sweep; failed systems have no clips.
@@ -56,6 +59,9 @@ def write_audio(
 
     Returns:
         (system, prompt index) → paths relative to `folder`.
+
+    Raises:
+        ValueError: clips that are not in the cache.
     """
     folder = Path(folder)
     num_prompts = min(num_prompts, len(sweep.clips.prompts))
@@ -64,8 +70,8 @@ def write_audio(
     for index, row in enumerate(results.systems):
         if not row.ok:
             continue
+        codes = kept_codes(row.system, sweep)
         player = Player(row.system.replicates[0], sweep.device)
-        codes = generations(row.system, player, sweep.clips, sweep.clips.seeds[0], sweep.cache)["codes"]
         slug = re.sub(r"[^a-z0-9]+", "-", row.system.name.lower()).strip("-") or "system"
         place = Path("audio") / f"{index:02d}-{slug}"
         (folder / place).mkdir(parents=True, exist_ok=True)
@@ -75,6 +81,22 @@ def write_audio(
                 folder, place, prompt, codes[first : first + num_generations], player
             )
     return files
+
+
+def kept_codes(system: System, sweep: Sweep) -> np.ndarray:
+    """Codes [P·G, K, T] that the evaluation kept of a system: its first replicate under the first sampling seed.
+
+    Raises:
+        ValueError: they are not in the cache.
+    """
+    description = describe(system, system.replicates[0], sweep.clips, sweep.clips.seeds[0])
+    kept = sweep.cache.load("generations", description)
+    if kept is None:
+        raise ValueError(
+            f"the clips of system {system.name!r} are not in {sweep.cache.folder}: the cache was deleted, or "
+            "the model was written over; run `diverse-cfg evaluate` with this configuration again"
+        )
+    return kept["codes"]
 
 
 def _write_clips(folder: Path, place: Path, prompt: int, codes: Any, player: Player) -> list[str]:
@@ -146,7 +168,8 @@ def write_gallery(
             }
             for prompt in shown
         ],
-        "settings": results.settings,
+        "how": how_measured(results),
+        "beside": _beside(results),
         "target": TARGET_LUFS,
     }
     text = _environment().get_template("gallery.html.jinja").render(page)
@@ -162,8 +185,37 @@ def _table_row(row: SystemResult, names: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def how_measured(results: Results) -> str:
+    """What the table's numbers are means over, and what their intervals hold for."""
+    settings = results.settings
+    seeds, clips = len(settings["seeds"]), settings["num_generations"]
+    each = f"{clips} clips of each" + (f" under each of {seeds} sampling seeds" if seeds > 1 else "")
+    training = max((len(row.system.replicates) for row in results.usable), default=1)
+    drawn = "prompts"
+    if training > 1:
+        each += f", of students with up to {training} training seeds"
+    if training >= 3:
+        drawn += ", and over training seeds where a system has three or more"
+    return (
+        f"Means over {settings['num_prompts']} held-out prompts, {each}, with 95 % intervals from a bootstrap "
+        f"over {drawn}."
+    ) + (" Sampling times are resampled by batch." if "seconds" in results.metrics else "")
+
+
+def _beside(results: Results) -> str:
+    """Which clips the small numbers belong to."""
+    settings = results.settings
+    count = len(settings["seeds"]) * settings["num_generations"]
+    training = any(len(row.system.replicates) > 1 for row in results.usable)
+    whose = " of the system's first training seed" if training else ""
+    return (
+        f"The small numbers belong to all {count} clips{whose} for the prompt; the players hold the first of "
+        "them."
+    )
+
+
 def _of_prompt(row: SystemResult, prompt: int, names: Sequence[str]) -> str:
-    """The first replicate's numbers for one prompt: those of the clips beside them."""
+    """The first replicate's numbers for one prompt, over all its clips: the players hold the first of them."""
     parts = []
     for name in names:
         cells = row.cells.get(name)

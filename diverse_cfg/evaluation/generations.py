@@ -5,6 +5,7 @@ distributions and not by their luck. Codes are kept, audio is decoded again when
 80 times the space.
 """
 
+import platform
 import time
 import warnings
 from collections.abc import Callable
@@ -157,13 +158,25 @@ def describe(system: System, mixture: Mixture, clips: ClipSet, seed: int) -> dic
     }
 
 
+def machine(device: str) -> str:
+    """What times belong to: the GPU or the processor, and the number of threads."""
+    name = platform.processor() or platform.machine()
+    if torch.device(device).type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {device}, {torch.get_num_threads()} threads"
+
+
 def generations(
     system: System, player: Player, clips: ClipSet, seed: int, cache: Cache, progress: Progress | None = None
 ) -> dict[str, np.ndarray]:
     """Codes of one replicate under one seed, from the cache or newly sampled.
 
     Returns:
-        `codes` int32 [N, K, T], clips of a prompt adjacent; `seconds` per clip, of the sampling [N];
+        `codes` int32 [N, K, T], clips of a prompt adjacent; `seconds` per clip, of the sampling [N], on the
+        `machine` that the cache's facts name;
         `batch` of each clip [N], since clips of one batch share their time; `decoder_rows` per clip [N].
     """
     description = describe(system, player.mixture, clips, seed)
@@ -208,5 +221,5 @@ def generations(
         "batch": np.array(batches, dtype=np.int32),
         "decoder_rows": np.full(len(seconds), player.decoder_rows(system, clips.num_frames), dtype=np.int32),
     }
-    cache.save("generations", description, arrays)
+    cache.save("generations", description, arrays, {"machine": machine(player.device)})
     return arrays

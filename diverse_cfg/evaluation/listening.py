@@ -15,14 +15,19 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
+from scipy.stats import beta
 
 from diverse_cfg.atomic import write_text
-from diverse_cfg.evaluation.gallery import write_audio
+from diverse_cfg.evaluation.cache import digest
+from diverse_cfg.evaluation.gallery import kept_codes, write_audio
+from diverse_cfg.evaluation.generations import describe
 from diverse_cfg.evaluation.results import Estimate, Results
 from diverse_cfg.evaluation.sweep import Sweep
 from diverse_cfg.functional.statistics import bootstrap_mean, win_rate
@@ -72,7 +77,9 @@ class Vote:
     answer: str
 
     def __post_init__(self) -> None:
-        if self.answer not in ANSWERS:
+        if not isinstance(self.trial, str) or not isinstance(self.listener, str):
+            raise ValueError(f"trial={self.trial!r} and listener={self.listener!r} must be texts")
+        if not isinstance(self.answer, str) or self.answer not in ANSWERS:
             raise ValueError(f"answer={self.answer!r} must be one of {', '.join(ANSWERS)}")
         if not self.listener.strip():
             raise ValueError("a vote needs a listener: enter any name")
@@ -104,7 +111,9 @@ def make_study(
 
     Raises:
         FileExistsError: the folder is there already.
-        ValueError: a system that is not there or failed, more prompts than there are, or too few clips.
+        ValueError: a system that is not there or failed, more prompts than there are, too few clips, a sweep
+            other than the one that made the results, or clips that its cache does not have: nothing is
+            generated.
     """
     folder = Path(folder)
     wanted = {"quality": num_quality, "diversity": num_diversity}
@@ -176,29 +185,65 @@ class Votes:
         Raises:
             ValueError: a trial that is not in the study, or that this listener has answered.
         """
-        if vote.trial not in self.trials:
-            raise ValueError(f"the study has no trial {vote.trial!r}")
-        line = json.dumps(asdict(vote), ensure_ascii=False) + "\n"
-        with open(self.path, "a+", encoding="utf-8") as file:
+        if not self.add_new([vote]):
+            raise ValueError(f"{vote.listener} has answered trial {vote.trial} already")
+
+    def add_new(self, votes: Sequence[Vote]) -> int:
+        """Append those votes that are not there yet, in one piece; they are on the disk when this returns.
+
+        Returns:
+            How many votes are new.
+
+        Raises:
+            ValueError: a trial that is not in the study; then none is appended.
+        """
+        unknown = [vote.trial for vote in votes if vote.trial not in self.trials]
+        if unknown:
+            raise ValueError(f"the study has no trial {unknown[0]!r}")
+        with open(self.path, "ab+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed
             file.seek(0)
-            text = file.read()
-            if (vote.trial, vote.listener) in {(v.trial, v.listener) for v in _parse(text)}:
-                raise ValueError(f"{vote.listener} has answered trial {vote.trial} already")
-            # A line that was cut off by a crash must not swallow this one.
-            file.write(line if not text or text.endswith("\n") else "\n" + line)
+            content = file.read()
+            answered = {(vote.trial, vote.listener) for vote in self._parse(content)}
+            new = [vote for vote in votes if (vote.trial, vote.listener) not in answered]
+            # ASCII: no name can end a line, and no line can be cut inside a letter.
+            lines = "".join(json.dumps(asdict(vote), ensure_ascii=True) + "\n" for vote in new)
+            # A line that was cut off by a crash must not swallow the next.
+            between = "\n" if lines and content and not content.endswith(b"\n") else ""
+            file.write((between + lines).encode("ascii"))
             file.flush()
             os.fsync(file.fileno())
+        return len(new)
 
     def all(self) -> list[Vote]:
-        """Every vote; a line that was cut off by a crash is left out."""
-        return _parse(self.path.read_text(encoding="utf-8")) if self.path.is_file() else []
+        """Every vote; lines that hold none (cut off by a crash, edited by hand) are left out with a warning."""
+        return self._parse(self.path.read_bytes()) if self.path.is_file() else []
+
+    def _parse(self, content: bytes) -> list[Vote]:
+        votes: dict[tuple[str, str], Vote] = {}
+        bad = []
+        for number, line in enumerate(content.split(b"\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                vote = Vote(**json.loads(line))
+                if vote.trial not in self.trials:
+                    raise ValueError(f"the study has no trial {vote.trial!r}")
+                if (vote.trial, vote.listener) in votes:
+                    raise ValueError(f"{vote.listener} has answered trial {vote.trial} in a line above")
+            except (ValueError, TypeError) as error:  # no JSON, no UTF-8, other names or values
+                bad.append(f"line {number} ({error})")
+            else:
+                votes[vote.trial, vote.listener] = vote
+        if bad:
+            warnings.warn(f"{self.path}: left out, for they hold no vote: {', '.join(bad)}", stacklevel=3)
+        return list(votes.values())
 
     def remaining(self, listener: str) -> list[Trial]:
         """Trials that a listener has not answered, in an order of their own."""
         answered = {vote.trial for vote in self.all() if vote.listener == listener}
         order = list(self.trials.values())
-        random.Random(listener).shuffle(order)
+        random.Random(listener.encode("utf-8", "surrogatepass")).shuffle(order)
         return [trial for trial in order if trial.id not in answered]
 
 
@@ -210,7 +255,10 @@ class WinRate:
         kind: "quality" or "diversity".
         system, other: who against whom.
         wins, ties, losses: votes.
-        rate: (W + T/2) / (W + L + T), with an interval by prompt; without one for a single prompt.
+        rate: (W + T/2) / (W + L + T), with an interval; without one for a single prompt.
+        listeners: how many voted.
+        new_listeners: whether the interval holds for new listeners as well as new prompts; otherwise it holds
+            for new prompts and these listeners.
     """
 
     kind: str
@@ -220,46 +268,57 @@ class WinRate:
     ties: int
     losses: int
     rate: Estimate
+    listeners: int
+    new_listeners: bool
 
 
 def win_rates(folder: str | os.PathLike) -> list[WinRate]:
     """Count the votes of a study, each pair of systems once, the first of the alphabet against the other.
 
-    Several listeners of one prompt are one cluster of the bootstrap.
+    All votes on one prompt are one cluster of the bootstrap. Three listeners or more who answered everything
+    are resampled too, so that the interval holds for new listeners; otherwise it holds for these.
 
     Raises:
         FileNotFoundError: no study, or no key.
     """
     votes = Votes(folder)
     key: Mapping[str, Mapping[str, str]] = json.loads((votes.folder / KEY_FILE).read_text(encoding="utf-8"))
-    scores: dict[tuple[str, str, str], list[tuple[str, float]]] = {}
+    scores: dict[tuple[str, str, str], list[tuple[str, str, float]]] = {}
     for vote in votes.all():
         sides, trial = key[vote.trial], votes.trials[vote.trial]
         system, other = sorted(sides.values())
         right_won = ANSWERS[vote.answer]
         score = right_won if sides["right"] == system else 1 - right_won
-        scores.setdefault((trial.kind, system, other), []).append((trial.prompt, score))
+        scores.setdefault((trial.kind, system, other), []).append((trial.prompt, vote.listener, score))
     return [_win_rate(*names, entries) for names, entries in sorted(scores.items())]
 
 
-def _win_rate(kind: str, system: str, other: str, entries: list[tuple[str, float]]) -> WinRate:
-    prompts, values = [prompt for prompt, _ in entries], [score for _, score in entries]
+def _win_rate(kind: str, system: str, other: str, entries: list[tuple[str, str, float]]) -> WinRate:
+    prompts, names, values = (list(column) for column in zip(*entries, strict=True))
     wins, ties, losses = (values.count(score) for score in (1.0, 0.5, 0.0))
-    number, distinct = win_rate(wins, ties, losses), len(set(prompts))
-    rate = Estimate(number, num_prompts=distinct)
+    number, distinct, listeners = win_rate(wins, ties, losses), len(set(prompts)), len(set(names))
+    rate, crossed = Estimate(number, num_prompts=distinct), False
     if distinct > 1:
-        rate = Estimate(*bootstrap_mean(torch.tensor(values), prompts), num_prompts=distinct)
-    return WinRate(kind, system, other, wins, ties, losses, rate)
+        crossed = listeners >= 3 and len(set(zip(prompts, names, strict=True))) == distinct * listeners
+        interval = bootstrap_mean(torch.tensor(values), prompts, names if crossed else None)
+        rate = Estimate(*interval, num_prompts=distinct)
+        if rate.low == rate.high:  # nothing varies, so a bootstrap cannot tell how little is known
+            rate, crossed = Estimate(number, *_exact_interval(number, distinct), num_prompts=distinct), False
+    return WinRate(kind, system, other, wins, ties, losses, rate, listeners, crossed)
 
 
-def _parse(text: str) -> list[Vote]:
-    votes = []
-    for line in text.splitlines():
-        try:
-            votes.append(Vote(**json.loads(line)))
-        except json.JSONDecodeError:
-            continue  # cut off by a crash; the listener is asked again
-    return votes
+def _exact_interval(rate: float, count: int) -> tuple[float, float]:
+    """95 % interval of a share of `count` independent prompts (Clopper & Pearson 1934), with k = rate·count.
+
+        low = B(0.025; k, count − k + 1),   high = B(0.975; k + 1, count − k)        (B: quantile of a Beta)
+
+    A tie counts as half a win, which errs on the wide side: no score between 0 and 1 varies more than a win
+    or loss of the same mean.
+    """
+    k = rate * count
+    low = 0.0 if k <= 0 else float(beta.ppf(0.025, k, count - k + 1))
+    high = 1.0 if k >= count else float(beta.ppf(0.975, k + 1, count - k))
+    return low, high
 
 
 def _check_study(
@@ -282,6 +341,40 @@ def _check_study(
         raise ValueError("the study has no trials: ask for quality, diversity, or both")
     if wanted["diversity"] and sweep.clips.num_generations < 2:
         raise ValueError("diversity is heard in pairs of clips: evaluate with num_generations >= 2")
+    _check_clips(results, sweep, dict.fromkeys(name for pair in pairs for name in pair))
+
+
+def _check_clips(results: Results, sweep: Sweep, names: Iterable[str]) -> None:
+    """The texts of a study come from the results and its audio from the sweep: refuse two that differ."""
+    again = "set it as it was, or run `diverse-cfg evaluate` with this configuration again"
+    clips = sweep.clips
+    if list(clips.prompts) != results.prompts:
+        for number, (ours, theirs) in enumerate(zip_longest(clips.prompts, results.prompts), start=1):
+            if ours != theirs:
+                raise ValueError(
+                    f"prompt {number} of the configuration is {ours!r} and of the results {theirs!r} (settings "
+                    f"prompts, prompts_split, prompt_column, num_prompts): {again}"
+                )
+    asked = {
+        "num_generations": clips.num_generations,
+        "num_frames": clips.num_frames,
+        "seeds": list(clips.seeds),
+    }
+    for name, value in asked.items():
+        found = results.settings.get(name, value)
+        if found != value:
+            setting = "num_frames (clip_seconds)" if name == "num_frames" else name
+            raise ValueError(f"{setting} is {value} in the configuration and {found} in the results: {again}")
+    recorded = results.settings.get("clips", {})
+    for name in names:
+        system = results[name].system
+        now = digest(describe(system, system.replicates[0], clips, clips.seeds[0]))
+        if now != recorded.get(name, [now])[0]:
+            raise ValueError(
+                f"system {name!r} is not what the results were made from: its weights, or how they are sampled, "
+                "have changed since; run `diverse-cfg evaluate` with this configuration again"
+            )
+        kept_codes(system, sweep)
 
 
 def _blind_copies(folder: Path, name: str, files: Sequence[str]) -> tuple[str, ...]:

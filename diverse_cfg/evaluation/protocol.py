@@ -12,10 +12,10 @@
 generated.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
@@ -34,10 +34,12 @@ from diverse_cfg.evaluation.features import (
 )
 from diverse_cfg.evaluation.generations import ClipSet, Player
 from diverse_cfg.evaluation.reference import reference_embeddings
+from diverse_cfg.evaluation.settings import require_type
 from diverse_cfg.evaluation.signatures import Arms
 from diverse_cfg.evaluation.sweep import Sweep
 from diverse_cfg.evaluation.systems import System, expand_systems, single
 from diverse_cfg.musicgen.policy import frame_rate
+from diverse_cfg.musicgen.sampling import require_64_bits
 from diverse_cfg.prompts import load_prompts
 
 
@@ -104,12 +106,16 @@ class SweepConfig:
     def __post_init__(self) -> None:
         if not self.output:
             raise ValueError("output is missing: name the folder for the results")
+        for name, annotation in get_type_hints(SweepConfig).items():
+            require_type(name, getattr(self, name), annotation)
         if not 0 <= self.min_validity <= 1:
             raise ValueError(f"min_validity={self.min_validity} must lie between 0 and 1")
         for name in ("num_prompts", "num_generations"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if value is not None and value < 1:
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+        for seed in self.seeds:
+            require_64_bits("seeds: seed", seed)
         if self.arms is not None:
             known = [f.name for f in fields(Arms)]
             unknown = sorted(set(self.arms) - set(known))
@@ -118,6 +124,9 @@ class SweepConfig:
                     "arms needs base, guided, quality, diverse and merges, may have sweeps and uniform, "
                     f"got {', '.join(self.arms)}"
                 )
+            for name, annotation in get_type_hints(Arms).items():
+                if self.arms.get(name) is not None:
+                    require_type(f"arms: {name}", self.arms[name], annotation)
         for name in ("gallery_prompts", "gallery_generations"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 (no page) or more")
@@ -142,8 +151,9 @@ def build_sweep(config: SweepConfig) -> tuple[Sweep, list[System]]:
         ValueError, FileNotFoundError: whatever is wrong or missing.
     """
     systems = [_with_nano(system) for system in expand_systems([_with_nano_role(e) for e in config.systems])]
+    _check_names(config, systems)
+    device = _device(config.device)
     prompts = held_out_prompts(config)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     cache = Cache(Path(config.output) / "cache")
     teacher = model_path(config.teacher or systems[0].replicates[0][0][0])
     player = Player(single(teacher)[0], device)
@@ -190,6 +200,35 @@ def held_out_prompts(config: SweepConfig) -> list[str]:
             f"{source} has {len(prompts)} different prompts, num_prompts={config.num_prompts}: lower it"
         )
     return prompts[: config.num_prompts]
+
+
+def _check_names(config: SweepConfig, systems: Sequence[System]) -> None:
+    """Systems and series that other settings name must be among those that are evaluated."""
+    names, series = [system.name for system in systems], list(dict.fromkeys(s.series for s in systems))
+    arms = config.arms or {}
+    wanted = [("compare_to", name, "system", names) for name in config.compare_to]
+    for part in ("base", "guided", "quality", "diverse", "uniform"):
+        if arms.get(part) is not None:
+            wanted.append((f"arms: {part}", arms[part], "system", names))
+    for part, found in (("merges", [arms.get("merges")]), ("sweeps", arms.get("sweeps") or ())):
+        wanted += [(f"arms: {part}", name, "series", series) for name in found if name is not None]
+    for setting, name, kind, known in wanted:
+        if name not in known:
+            raise ValueError(f"{setting} names {name!r}, which is no {kind} here; known: {', '.join(known)}")
+
+
+def _device(name: str | None) -> str:
+    """A device that this machine has."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device={name!r} cannot be used ({reason}): leave it out, or take cpu or cuda"
+        ) from error
+    return name
 
 
 def model_path(model: str) -> str:

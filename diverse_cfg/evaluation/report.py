@@ -2,19 +2,25 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from diverse_cfg.atomic import write_text
 from diverse_cfg.cards import Metric as CardMetric
 from diverse_cfg.cards import write_card, write_metrics
+from diverse_cfg.evaluation.cache import digest
 from diverse_cfg.evaluation.figures import front, merge_curve, trajectories
-from diverse_cfg.evaluation.gallery import Picture, write_audio, write_gallery
+from diverse_cfg.evaluation.gallery import Picture, how_measured, write_audio, write_gallery
+from diverse_cfg.evaluation.generations import describe
 from diverse_cfg.evaluation.metrics import METRICS
 from diverse_cfg.evaluation.plotting import axis_label
 from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
-from diverse_cfg.evaluation.results import Estimate, Results
+from diverse_cfg.evaluation.results import Estimate, Results, SystemResult
 from diverse_cfg.evaluation.signatures import Arms, signatures, to_markdown
+from diverse_cfg.evaluation.sweep import Sweep
+from diverse_cfg.evaluation.systems import System
 
 
 def evaluate(config: SweepConfig, *, progress: bool = True) -> Results:
@@ -34,7 +40,10 @@ def evaluate(config: SweepConfig, *, progress: bool = True) -> Results:
         if name is not None and name not in METRICS:
             raise ValueError(f"unknown metric {name!r} for an axis; known: {', '.join(METRICS)}")
     sweep, systems = build_sweep(config)
+    _check_axes(config, sweep, systems)
     results = sweep.run(systems, config.compare_to, progress=progress)
+    results.settings["clips"] = _clips(results, sweep)
+    results.settings["timed_on"] = _timed_on(results, sweep)
     results.save(config.output)
     if not results.usable:
         write_text(Path(config.output) / "results.md", results.table() + "\n")
@@ -46,6 +55,54 @@ def evaluate(config: SweepConfig, *, progress: bool = True) -> Results:
         title = f"{len(results.systems)} systems on {len(results.prompts)} prompts"
         write_gallery(results, files, config.output, title=title, pictures=pictures)
     return results
+
+
+def _check_axes(config: SweepConfig, sweep: Sweep, systems: Sequence[System]) -> None:
+    """Axes that the figures and findings of this sweep can be made of."""
+    measured = [metric.name for metric in sweep.chosen]
+    lerp = any(system.merge_weight is not None for system in systems)
+    for axis, name in (("x", config.x), ("y", config.y)):
+        if name is None:
+            continue
+        if name not in measured:
+            raise ValueError(
+                f"{axis}={name!r} is not measured here: add it to metrics, with what it needs, or take one of "
+                f"{', '.join(measured)}"
+            )
+        if METRICS[name].cells is None and (lerp or config.arms):
+            raise ValueError(
+                f"{axis}={name!r} is a number of all prompts together, and merges and arms are compared prompt "
+                "by prompt: take another metric"
+            )
+        if not METRICS[name].better and config.arms:
+            raise ValueError(
+                f"{axis}={name!r} is neither better when larger nor when smaller, and arms compare fronts: take "
+                "another metric"
+            )
+
+
+def _described(row: SystemResult, sweep: Sweep) -> list[dict[str, Any]]:
+    """Descriptions of a system's clips, by replicate and seed."""
+    return [
+        describe(row.system, mixture, sweep.clips, seed)
+        for mixture in row.system.replicates
+        for seed in sweep.clips.seeds
+    ]
+
+
+def _clips(results: Results, sweep: Sweep) -> dict[str, list[str]]:
+    """What identifies the clips of each system: the keys under which they are kept."""
+    return {row.system.name: list(map(digest, _described(row, sweep))) for row in results.usable}
+
+
+def _timed_on(results: Results, sweep: Sweep) -> list[str]:
+    """Machines on which the clips were sampled and timed; kept clips may be another machine's."""
+    facts = [
+        sweep.cache.facts("generations", description)
+        for row in results.usable
+        for description in _described(row, sweep)
+    ]
+    return sorted({found.get("machine", "a machine that was not recorded") for found in facts})
 
 
 def to_page(results: Results, pictures: Sequence[Picture], config: SweepConfig) -> str:
@@ -61,11 +118,10 @@ def to_page(results: Results, pictures: Sequence[Picture], config: SweepConfig) 
         lines += [f"![{picture.caption}]({picture.file})", "", picture.caption, ""]
     settings = results.settings
     versions = ", ".join(f"{name} {version}" for name, version in settings["versions"].items())
-    how = (
-        f"Means over {settings['num_prompts']} held-out prompts with {settings['num_generations']} clips "
-        f"each (sampling seeds {settings['seeds']}), 95 % intervals from a bootstrap over prompts; "
-        f"{settings['machine']}; {versions}."
-    )
+    how = f"{how_measured(results)} Sampling seeds {settings['seeds']}; {settings['machine']}; {versions}."
+    if "seconds" in results.metrics and (machines := settings.get("timed_on")):
+        how += f" Sampling was timed on {'; '.join(machines)}."
+        how += " Times of different machines do not compare." if len(machines) > 1 else ""
     lines += ["## Numbers", "", results.table(), "", how]
     lines += ["", "## What the columns mean", ""]
     lines += [f"- **{METRICS[name].label}**: {METRICS[name].explanation}" for name in results.metrics]
@@ -133,7 +189,8 @@ def draw(
                 f"{_title(series)}: the merge weight is a knob. Dashed: the straight line between the ends."
             )
             pictures.append(Picture(f"{name}.svg", caption))
-    if any(row.system.step is not None for row in results.usable):
+    in_runs = Counter(row.system.series for row in results.usable if row.system.step is not None)
+    if max(in_runs.values(), default=0) > 1:  # one checkpoint alone is no path
         trajectories(results, x, y, folder / "trajectories")
         pictures.append(Picture("trajectories.svg", "Training runs in the plane of quality and diversity."))
     return pictures

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from diverse_cfg.evaluation.settings import require_type
 from diverse_cfg.merging.weights import parse_sweep, resolve_weights
 from diverse_cfg.musicgen.loading import is_distilled
 from diverse_cfg.musicgen.sampling import SamplingSettings
@@ -20,19 +21,19 @@ ROLES = ("base", "guided", "student", "merge")
 Mixture = tuple[tuple[str, float], ...]
 """Checkpoints with their weights; one checkpoint of weight 1 is a plain model."""
 
-_ENTRY_KEYS = (
-    "name",
-    "model",
-    "checkpoints",
-    "merge_weight",
-    "weights",
-    "guidance_scale",
-    "temperature",
-    "top_k",
-    "role",
-    "series",
-    "step",
-)
+_ENTRY_TYPES: dict[str, Any] = {
+    "name": str,
+    "model": str | list[str],
+    "checkpoints": list[str | list[str]],
+    "merge_weight": str | float | list[float],
+    "weights": list[float] | None,
+    "guidance_scale": float | list[float],
+    "temperature": float | list[float],
+    "top_k": int | list[int],
+    "role": str | None,
+    "series": str | None,
+    "step": int | None,
+}
 _GRID_KEYS = {"guidance_scale": "γ", "temperature": "T", "top_k": "k"}
 
 
@@ -123,19 +124,23 @@ def expand_systems(entries: Sequence[Mapping[str, Any]]) -> list[System]:
 
 
 def _expand(entry: Mapping[str, Any]) -> list[System]:
-    if not isinstance(entry, Mapping) or not str(entry.get("name", "")).strip():
+    if not isinstance(entry, Mapping) or not str(entry.get("name") or "").strip():
         raise ValueError(f"every system needs a name, got {entry!r}")
-    name = str(entry["name"])
-    unknown = sorted(set(entry) - set(_ENTRY_KEYS))
+    name = entry["name"]
+    unknown = [str(key) for key in entry if key not in _ENTRY_TYPES]
     if unknown:
         raise ValueError(
-            f"system {name!r} has no setting {', '.join(unknown)}; known: {', '.join(_ENTRY_KEYS)}"
+            f"system {name!r} has no setting {', '.join(unknown)}; known: {', '.join(_ENTRY_TYPES)}"
         )
+    for key, value in entry.items():
+        require_type(f"system {name!r}: {key}", value, _ENTRY_TYPES[key])
+        if value in ([], ()):
+            raise ValueError(f"system {name!r}: {key}={value!r} is empty: name at least one, or leave it out")
     if ("model" in entry) == ("checkpoints" in entry):
         raise ValueError(f"system {name!r} needs either a model or checkpoints to merge")
     grid = {key: _listed(entry[key]) for key in _GRID_KEYS if key in entry}
     varied = [key for key, values in grid.items() if len(values) > 1]
-    series = str(entry.get("series", name))
+    series = entry.get("series") or name
     systems = []
     for suffix, weight, replicates in _models(name, entry):
         for point in itertools.product(*grid.values()):

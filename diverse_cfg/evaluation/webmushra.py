@@ -88,7 +88,7 @@ def export_study(folder: str | os.PathLike, output: str | os.PathLike, test_id: 
 
 def import_ratings(folder: str | os.PathLike, path: str | os.PathLike) -> int:
     """Add the ratings of webMUSHRA's `lms.csv` to the votes of the study; votes that are there already are
-    kept.
+    kept. The whole file is checked first: all of its votes are added, or none.
 
     Args:
         folder: of the study.
@@ -98,11 +98,10 @@ def import_ratings(folder: str | os.PathLike, path: str | os.PathLike) -> int:
         How many votes are new.
 
     Raises:
-        ValueError: not such a CSV, ratings of another study, or a trial of which only one side was rated.
+        ValueError: not such a CSV, ratings of another study or off the scale, or a trial of which only one
+            side was rated.
     """
-    votes = Votes(folder)
-    known = {(vote.trial, vote.listener) for vote in votes.all()}
-    new = 0
+    votes, found = Votes(folder), []
     for (listener, trial), ratings in _ratings(Path(path)).items():
         if trial not in votes.trials:
             raise ValueError(
@@ -113,11 +112,9 @@ def import_ratings(folder: str | os.PathLike, path: str | os.PathLike) -> int:
                 f"{path}: {listener} rated {' and '.join(ratings)} of trial {trial}, and not both sides"
             )
         difference = ratings["right"] - ratings["left"]
-        if (trial, listener) not in known:
-            answer = "same" if not difference else "right" if difference > 0 else "left"
-            votes.add(Vote(trial, listener, answer))
-            new += 1
-    return new
+        answer = "same" if not difference else "right" if difference > 0 else "left"
+        found.append(Vote(trial, listener, answer))
+    return votes.add_new(found)
 
 
 def _ratings(path: Path) -> dict[tuple[str, str], dict[str, int]]:
@@ -125,17 +122,14 @@ def _ratings(path: Path) -> dict[tuple[str, str], dict[str, int]]:
     found: dict[tuple[str, str], dict[str, int]] = {}
     with open(path, newline="", encoding="utf-8") as file:
         for line, row in enumerate(_rows(csv.DictReader(file), path), start=2):
-            try:
-                trial, side, rating = row["trial_id"], row["stimuli"], int(row["stimuli_rating"])
-            except ValueError:
-                raise ValueError(
-                    f"{path}, line {line}: {row['stimuli_rating']!r} is no rating from 1 to 5"
-                ) from None
+            trial, side, text = row["trial_id"], row["stimuli"], (row["stimuli_rating"] or "").strip()
+            if text not in ("1", "2", "3", "4", "5"):
+                raise ValueError(f"{path}, line {line}: {text!r} is no rating from 1 to 5")
             about = [value for key, value in row.items() if key not in _COLUMNS and value]
             listener = " / ".join(about)
             if not listener:
                 raise ValueError(f"{path}, line {line} names no listener: the questionnaire asks for one")
-            found.setdefault((listener, trial), {})[side] = rating
+            found.setdefault((listener, trial), {})[side] = int(text)
     return found
 
 

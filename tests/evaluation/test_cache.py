@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
-from diverse_cfg.evaluation.cache import Cache, content_digest, digest, mixture_digest
+from diverse_cfg.evaluation.cache import Cache, content_digest, digest, mixture_digest, weights_digest
 from tests.tiny import save_tiny
 
 
@@ -78,6 +80,82 @@ def test_the_content_of_a_model_decides_not_its_place(tmp_path):
     (copied / "checkpoint-10").mkdir()
     shutil.copy(tmp_path / "other" / "model.safetensors", copied / "checkpoint-10")
     assert content_digest(first) == content_digest(copied)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "preprocessor_config.json",
+        "sentence_bert_config.json",
+        "config_sentence_transformers.json",
+        "1_Pooling/config.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "added_tokens.json",
+        "special_tokens_map.json",
+        "custom_module.py",
+        "model.onnx",
+    ],
+)
+def test_every_file_of_an_encoder_is_in_its_key(tmp_path, name):
+    """Catches a list of what matters that forgets something: other mel bands, the embeddings of before."""
+    (tmp_path / "config.json").write_text('{"model_type": "clap"}')
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("1")
+    before = content_digest(tmp_path)
+    path.write_text("2, and longer")
+    assert content_digest(tmp_path) != before
+
+
+def test_what_decides_no_clip_is_in_no_key(tmp_path):
+    """Catches keys that change, and hours of generating again, because of a card or a log."""
+    folder = Path(save_tiny(tmp_path / "model"))
+    before = content_digest(folder)
+    for name in ("README.md", "diverse_cfg.json", "trainer_state.json", "optimizer.pt", "training_args.bin"):
+        (folder / name).write_text("{}")
+    for name in ("training_curves.PNG", "samples/0.wav", ".git/config", ".cache/huggingface/x.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    for name in ("generation_config.json", "processor_config.json", "preprocessor_config.json"):
+        (folder / name).write_text('{"changed": true}')  # of a MusicGen, which reads no audio
+    assert content_digest(folder) == before
+    (folder / "added_tokens.json").write_text("{}")
+    assert content_digest(folder) != before
+
+
+def test_old_adapters_are_their_weights(tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    base = save_tiny(tmp_path / "base")
+    config = {"base_model_name_or_path": base, "auto_mapping": {"base_model_class": "MusicgenForCausalLM"}}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (adapter / "adapter_model.bin").write_bytes(b"one")
+    before = content_digest(adapter)
+    (adapter / "processor_config.json").write_text("{}")
+    assert content_digest(adapter) == before
+    (adapter / "adapter_model.bin").write_bytes(b"two")
+    assert content_digest(adapter) != before
+
+
+def test_a_model_in_memory_is_its_weights():
+    one, other = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    before = weights_digest(one)
+    assert before != weights_digest(other)
+    other.load_state_dict(one.state_dict())
+    assert before == weights_digest(other)
+    assert before != weights_digest(one.to(torch.bfloat16))
+
+
+def test_facts_are_kept_beside_the_key(tmp_path):
+    cache, description = Cache(tmp_path), {"a": 1}
+    assert cache.facts("generations", description) == {}
+    cache.save("generations", description, {"x": np.zeros(1)}, {"machine": "a, 2 threads"})
+    assert cache.facts("generations", description) == {"machine": "a, 2 threads"}
+    assert cache.load("generations", description) is not None
+    cache.save("generations", description, {"x": np.zeros(1)})
+    assert cache.facts("generations", description) == {}
 
 
 def test_a_model_that_is_written_over_is_noticed(tmp_path):

@@ -1,6 +1,7 @@
 """Features: divergence to the teacher against a slow loop, silence, and codecs that do not fit."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from diverse_cfg.evaluation.features import (
     EmbeddingFeature,
     RulesFeature,
     ValidityFeature,
+    code_digest,
 )
 from diverse_cfg.evaluation.generations import Player
 from diverse_cfg.evaluation.systems import System, single
@@ -218,3 +220,25 @@ def test_aesthetics_have_an_axis_each():
     np.testing.assert_allclose(enjoyment.compute(one)["score"], [6.0, 5.2], atol=0.05)
     np.testing.assert_allclose(quality.compute(one)["score"], [6.5, 6.9], atol=0.05)
     assert enjoyment.fingerprint != quality.fingerprint
+
+
+def test_judges_from_elsewhere_are_known_by_their_weights_and_code(tmp_path):
+    """Catches scores of a model that was exchanged under the same name, or of a rule that was changed."""
+    first, second = Judge(), Judge()
+    second.register_buffer("bias", torch.ones(1))
+    one, two = (AestheticsFeature("aesthetics_ce", judge, "cpu").fingerprint for judge in (first, second))
+    assert one != two and one == AestheticsFeature("aesthetics_ce", Judge(), "cpu").fingerprint
+    second = Judge()
+    second.target_transform["CE"]["std"] = 3.0
+    assert AestheticsFeature("aesthetics_ce", second, "cpu").fingerprint != one
+    text = TextAdherenceFeature(TwoTowers(), encoder_folder(tmp_path / "e")).fingerprint
+    assert text["code"] == code_digest("diverse_cfg.rewards", __name__, "diverse_cfg.embeddings.audio")
+
+
+@pytest.mark.parametrize("name", ["musicgen.policy", "musicgen.sampling", "functional.guidance"])
+def test_the_divergence_belongs_to_the_code_that_computes_it(tmp_path, monkeypatch, name):
+    folder = save_tiny(tmp_path / "base")
+    before = DivergenceFeature(Memory(tiny_musicgen()), folder, 3.0).fingerprint
+    (tmp_path / "changed.py").write_text("# another rule")
+    monkeypatch.setattr(sys.modules[f"diverse_cfg.{name}"], "__file__", str(tmp_path / "changed.py"))
+    assert DivergenceFeature(Memory(tiny_musicgen()), folder, 3.0).fingerprint != before

@@ -7,6 +7,7 @@ import signal
 import struct
 import subprocess
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 from diverse_cfg.evaluation.gallery import Picture, write_audio, write_gallery
 from diverse_cfg.evaluation.generations import Player
 from diverse_cfg.evaluation.loudness import loudness
+from diverse_cfg.evaluation.results import Results
 from diverse_cfg.evaluation.systems import System, single
 from tests.evaluation.worlds import save_sibling, small_sweep
 from tests.tiny import PROMPTS, save_tiny
@@ -82,6 +84,24 @@ def test_failures_are_on_the_page(page):
     text = (page / "index.html").read_text(encoding="utf-8")
     assert "failed: FileNotFoundError: there is no folder" in text
     assert [text.count(prompt) for prompt in PROMPTS] == [1, 1, 0, 0]
+
+
+def test_the_page_says_what_its_numbers_rest_on(page, evaluated, tmp_path):
+    """Catches "3 clips of each, over prompts" above numbers of two sampling and three training seeds."""
+    text = (page / "index.html").read_text(encoding="utf-8")
+    assert "Means over 4 held-out prompts, 3 clips of each, with" in text
+    assert "from a bootstrap over prompts. " in text
+    assert "belong to all 3 clips for the prompt; the players hold the first of them." in text
+    rows = [
+        replace(row, system=replace(row.system, replicates=row.system.replicates * count))
+        for row, count in zip(evaluated[1].systems, (1, 3, 1), strict=True)
+    ]
+    several = Results(evaluated[1].prompts, rows, {**evaluated[1].settings, "seeds": [0, 1]})
+    write_gallery(several, {}, tmp_path / "several", title="x")
+    text = (tmp_path / "several" / "index.html").read_text(encoding="utf-8")
+    assert "3 clips of each under each of 2 sampling seeds, of students with up to 3 training seeds" in text
+    assert "bootstrap over prompts, and over training seeds where a system has three or more." in text
+    assert "belong to all 6 clips of the system&#39;s first training seed for the prompt" in text
 
 
 def test_clips_are_played_at_one_loudness(evaluated, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import csv
 import json
 import multiprocessing
 import time
+from dataclasses import replace
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
@@ -13,7 +14,7 @@ import pytest
 import soundfile
 import yaml
 
-from diverse_cfg.evaluation import listening
+from diverse_cfg.evaluation.cache import Cache
 from diverse_cfg.evaluation.listening import (
     KEY_FILE,
     VOTES_FILE,
@@ -24,6 +25,7 @@ from diverse_cfg.evaluation.listening import (
     win_rates,
 )
 from diverse_cfg.evaluation.listening_app import build_app, serve, view
+from diverse_cfg.evaluation.results import Results
 from diverse_cfg.evaluation.systems import System, single
 from diverse_cfg.evaluation.webmushra import export_study, import_ratings
 from tests.evaluation.worlds import save_sibling, small_sweep
@@ -135,6 +137,71 @@ def test_one_answer_is_a_rate_without_interval(study):
     assert (rate.rate.estimate, rate.rate.low) == (0.5, None)
 
 
+def vote_all(study, answers):
+    """Votes on all quality trials: `answers[listener](number)` is who wins, "student", "base" or "same"."""
+    votes, key = Votes(study), key_of(study)
+    trials = [trial for trial in load_trials(study) if trial.kind == "quality"]
+    for listener, answer in answers.items():
+        for number, trial in enumerate(trials):
+            sides = {system: side for side, system in key[trial.id].items()} | {"same": "same"}
+            votes.add(Vote(trial.id, listener, sides[answer(number)]))
+    (rate,) = win_rates(study)
+    return rate
+
+
+def test_unanimous_votes_are_no_certainty(study):
+    """Catches the interval [1, 1]. Clopper & Pearson, four of four: 0.025^(1/4) = 0.398."""
+    rate = vote_all(study, {"anna": lambda _: "base"})
+    assert (rate.rate.estimate, rate.rate.high) == (1.0, 1.0)
+    assert rate.rate.low == pytest.approx(0.025 ** (1 / 4))
+    # More votes on the same prompts are no more prompts.
+    for name in ("ben", "cleo"):
+        votes, key = Votes(study), key_of(study)
+        for trial in votes.trials.values():
+            if trial.kind == "quality":
+                side = next(side for side, system in key[trial.id].items() if system == "base")
+                votes.add(Vote(trial.id, name, side))
+    (rate,) = win_rates(study)
+    assert rate.rate.low == pytest.approx(0.025 ** (1 / 4))
+    assert (rate.listeners, rate.new_listeners) == (3, False)
+
+
+# Of four prompts: none won 1 − 0.025^(1/4); two won as in tables of Clopper & Pearson.
+@pytest.mark.parametrize(
+    ("winner", "interval"), [("student", (0.0, 0.0, 0.6024)), ("same", (0.5, 0.0676, 0.9324))]
+)
+def test_votes_that_all_agree_have_an_interval(study, winner, interval):
+    rate = vote_all(study, {"anna": lambda _: winner}).rate
+    assert (rate.estimate, rate.low, rate.high) == pytest.approx(interval, abs=1e-4)
+
+
+def test_listeners_who_disagree_widen_the_interval(study):
+    """Catches listeners that are kept fixed: the interval of four who contradict each other is not that of
+    these four."""
+    answers = {"anna": "base", "ben": "base", "cleo": "student", "dora": "student"}
+    last = {"anna": "student", "dora": "base"}  # so that prompts differ a little
+    rate = vote_all(
+        study,
+        {
+            name: lambda n, name=name: last.get(name, answers[name]) if n == 3 else answers[name]
+            for name in answers
+        },
+    )
+    assert (rate.rate.estimate, rate.listeners, rate.new_listeners) == (0.5, 4, True)
+    assert rate.rate.low < 0.2 and rate.rate.high > 0.8
+
+
+def test_listeners_who_stopped_early_are_kept_as_they_are(study):
+    """Resampling listeners needs every answer of each: the count says for whom the interval holds."""
+    votes = Votes(study)
+    for name, count in (("anna", 4), ("ben", 4), ("cleo", 3)):
+        trials = [trial for trial in load_trials(study) if trial.kind == "quality"][:count]
+        for number, trial in enumerate(trials):
+            votes.add(Vote(trial.id, name, "left" if number else "same"))
+    (rate,) = win_rates(study)
+    assert (rate.listeners, rate.new_listeners) == (3, False)
+
+
 @pytest.mark.parametrize(
     ("trial", "listener", "answer", "message"),
     [
@@ -157,14 +224,56 @@ def test_a_second_click_counts_once(study):
     assert len(votes.all()) == 2
 
 
-def test_a_line_cut_off_by_a_crash_costs_one_vote_only(study):
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"trial": "abc", "lis',
+        '{"trial": "FIRST", "listener": "J\u00fc'.encode()[:-1],  # inside of a letter
+        b"null",
+        b"[1]",
+        b'{"foo": 1}',
+        b'{"trial": "FIRST", "listener": "ben", "answer": "up"}',
+        b'{"trial": "FIRST", "listener": "ben", "answer": []}',
+        b'{"trial": "FIRST", "listener": 5, "answer": "left"}',
+        b'{"trial": "unknown", "listener": "ben", "answer": "left"}',
+        b'{"trial": "FIRST", "listener": "anna", "answer": "right"}',  # twice
+    ],
+)
+def test_a_bad_line_costs_itself_only(study, line):
+    """Catches a file that one crash, or one edit by hand, makes unreadable for everybody."""
     first, second = load_trials(study)[:2]
     votes = Votes(study)
     votes.add(Vote(first.id, "anna", "left"))
-    with open(study / VOTES_FILE, "a", encoding="utf-8") as file:
-        file.write('{"trial": "abc", "lis')
-    votes.add(Vote(second.id, "anna", "right"))
-    assert [vote.trial for vote in votes.all()] == [first.id, second.id]
+    with open(study / VOTES_FILE, "ab") as file:
+        file.write(line.replace(b"FIRST", first.id.encode()))
+    with pytest.warns(UserWarning, match=r"votes\.jsonl: left out, .*: line 2 \("):
+        votes.add(Vote(second.id, "anna", "right"))
+    with pytest.warns(UserWarning, match="line 2"):
+        assert votes.all() == [Vote(first.id, "anna", "left"), Vote(second.id, "anna", "right")]
+    with pytest.warns(UserWarning, match="line 2"):
+        assert sum(rate.wins + rate.losses for rate in win_rates(study)) == 2
+
+
+@pytest.mark.parametrize("name", ["Jo\u2028e", "a\x85b", "J\u00fcrgen", "two\nlines", "\ud800", "\x1c"])
+def test_any_name_votes_once(study, name):
+    """Catches names that end a line for `splitlines`: their votes were lost, and could be cast again."""
+    name = f"x{name}"
+    trial, votes = load_trials(study)[0], Votes(study)
+    votes.add(Vote(trial.id, name, "left"))
+    assert votes.all() == [Vote(trial.id, name, "left")]
+    assert len(votes.remaining(name)) == 6
+    with pytest.raises(ValueError, match="already"):
+        votes.add(Vote(trial.id, name, "right"))
+
+
+def test_votes_with_letters_as_they_are_can_be_read(study):
+    """Files of earlier versions, in UTF-8."""
+    trial = load_trials(study)[0]
+    line = json.dumps(
+        {"trial": trial.id, "listener": "J\u00fcrgen\u2028", "answer": "left"}, ensure_ascii=False
+    )
+    (study / VOTES_FILE).write_text(line + "\n", encoding="utf-8")
+    assert Votes(study).all() == [Vote(trial.id, "J\u00fcrgen\u2028", "left")]
 
 
 def _vote_for_all(study, listener, barrier):
@@ -178,13 +287,13 @@ def _vote_for_all(study, listener, barrier):
 @pytest.mark.parametrize("names", [["anna", "ben", "cleo", "dora"], ["anna"] * 4])
 def test_listeners_at_once(study, names, monkeypatch):
     """Catches votes that are lost, and, without a lock, four windows of one listener that all count."""
-    parse = listening._parse
+    parse = Votes._parse
 
-    def slowly(text):  # between looking and writing
+    def slowly(votes, content):  # between looking and writing
         time.sleep(0.02)
-        return parse(text)
+        return parse(votes, content)
 
-    monkeypatch.setattr(listening, "_parse", slowly)
+    monkeypatch.setattr(Votes, "_parse", slowly)
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(len(names))
     processes = [context.Process(target=_vote_for_all, args=(study, name, barrier)) for name in names]
@@ -210,6 +319,52 @@ def test_studies_that_cannot_be_made(evaluated, tmp_path, pairs, quality, divers
     with pytest.raises(ValueError, match=message):
         make_study(*evaluated, tmp_path / "study", pairs, num_quality=quality, num_diversity=diversity)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"prompts": (*PROMPTS[:2], "a trumpet", PROMPTS[3])},
+            "prompt 3 of the configuration is 'a trumpet' and",
+        ),
+        ({"prompts": tuple(PROMPTS[:3])}, "prompt 4 of the configuration is None"),
+        ({"num_generations": 4}, "num_generations is 4 in the configuration and 3 in the results"),
+        ({"num_frames": 13}, r"num_frames \(clip_seconds\) is 13 in the configuration and 12"),
+        ({"seeds": (1,)}, r"seeds is \[1\] in the configuration and \[0\]"),
+    ],
+)
+def test_a_study_of_other_clips_than_were_measured_is_refused(evaluated, tmp_path, changes, message):
+    """Catches the text of one prompt beside the audio of another: texts come from the results, audio from the
+    configuration."""
+    results, sweep = evaluated
+    other = replace(sweep, clips=replace(sweep.clips, **changes))
+    with pytest.raises(ValueError, match=message):
+        make_study(results, other, tmp_path / "study", [("base", "student")], num_quality=2, num_diversity=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_study_generates_nothing(evaluated, tmp_path, monkeypatch):
+    """Catches a study of new clips that nobody measured, when those of the evaluation are gone."""
+    results, sweep = evaluated
+    monkeypatch.setattr(
+        "diverse_cfg.evaluation.generations.fast_generate", lambda *_, **__: pytest.fail("generated")
+    )
+    pairs = [("base", "student")]
+    make_study(results, sweep, tmp_path / "study", pairs, num_quality=1, num_diversity=0)
+    empty = replace(sweep, cache=Cache(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=r"clips of system 'base' are not in .*cache.* evaluate"):
+        make_study(results, empty, tmp_path / "other", pairs, num_quality=1, num_diversity=0)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_model_that_was_written_over_is_not_heard_for_the_one_that_was_measured(evaluated, tmp_path):
+    results, sweep = evaluated
+    recorded = Results(
+        results.prompts, results.systems, {**results.settings, "clips": {"student": ["before"]}}
+    )
+    with pytest.raises(ValueError, match=r"system 'student' is not what the results were made from"):
+        make_study(recorded, sweep, tmp_path / "study", [("base", "student")], num_quality=1, num_diversity=0)
 
 
 def test_a_study_is_never_written_over(study, evaluated):
@@ -346,14 +501,24 @@ def test_ratings_become_votes(study, tmp_path):
         ([("anna", "unknown", "3", "left"), ("anna", "unknown", "3", "right")], "another study"),
         ([("anna", None, "3", "left")], "not both sides"),
         ([("anna", None, "NA", "left")], "line 2: 'NA' is no rating"),
+        (
+            [("anna", None, "9", "left"), ("anna", None, "-4", "right")],
+            "line 2: '9' is no rating from 1 to 5",
+        ),
+        ([("anna", None, "0", "left"), ("anna", None, "1", "right")], "line 2: '0' is no rating"),
         ([("", None, "3", "left")], "names no listener"),
     ],
 )
 def test_ratings_that_cannot_be_used(study, tmp_path, rows, message):
-    trial = load_trials(study)[0].id
-    path = write_ratings(tmp_path / "lms.csv", [(who, name or trial, *rest) for who, name, *rest in rows])
-    with pytest.raises(ValueError, match=message):
-        import_ratings(study, path)
+    """Nothing of such a file is added, the good ratings at its end neither."""
+    trial, other = (trial.id for trial in load_trials(study)[:2])
+    good = [("ben", other, "1", "left"), ("ben", other, "2", "right")]
+    rows = [(who, name or trial, *rest) for who, name, *rest in rows]
+    for number, order in enumerate((rows + good, good + rows)):
+        path = write_ratings(tmp_path / "lms.csv", order)
+        with pytest.raises(ValueError, match=message.replace("line 2", f"line {2 + 2 * number}")):
+            import_ratings(study, path)
+    assert Votes(study).all() == []
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match=r"no lms.csv"):
         import_ratings(study, tmp_path / "other.csv")

@@ -2,6 +2,7 @@
 end."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -54,6 +55,9 @@ def settings(root, output, **changes):
         "device": "cpu",
     }
     return values | changes
+
+
+ARMS = dict.fromkeys(("base", "guided", "quality", "diverse", "merges"), "base")
 
 
 def test_a_sweep_from_end_to_end(root, tmp_path, capsys):
@@ -120,6 +124,31 @@ def test_a_sweep_from_end_to_end(root, tmp_path, capsys):
         ({"heldout_encoder": None, "reference": "x"}, "reference needs heldout_encoder"),
         ({"arms": {"base": "base"}}, "arms needs base, guided"),
         ({"x": "beauty"}, "unknown metric 'beauty' for an axis"),
+        ({"x": "frechet"}, "x='frechet' is not measured here"),
+        ({"y": "validity", "metrics": ["silence"]}, r"y='validity' is not measured here.*silence"),
+        ({"x": "level", "arms": ARMS}, "x='level' is neither better"),
+        ({"x": "different_prompts_heldout", "arms": ARMS}, "is a number of all prompts together"),
+        ({"seeds": 0}, r"seeds=0 must be a list \(each entry an integer\)"),
+        ({"seeds": [0.5]}, r"seeds=\[0.5\] must be a list"),
+        ({"seeds": [True]}, r"seeds=\[True\] must be a list"),
+        ({"seeds": [-1]}, "seed -1 must be an integer from 0"),
+        ({"clip_seconds": "x"}, "clip_seconds='x' must be a finite number or nothing"),
+        ({"min_validity": "x"}, "min_validity='x' must be a finite number"),
+        ({"teacher_guidance_scale": "abc"}, "teacher_guidance_scale='abc' must be a finite number"),
+        ({"gallery_prompts": "a"}, "gallery_prompts='a' must be an integer"),
+        ({"metrics": 3}, "metrics=3 must be a list"),
+        ({"output": 3}, "output=3 must be text"),
+        ({"aesthetics": "no"}, "aesthetics='no' must be true or false"),
+        ({"systems": {"name": "a"}}, r"systems=.* must be a list \(each entry settings by name\)"),
+        ({"device": "foo"}, "device='foo' cannot be used"),
+        ({"compare_to": "base"}, "compare_to='base' must be a list"),
+        ({"compare_to": ["bas"]}, "compare_to names 'bas', which is no system here; known: base"),
+        ({"arms": ARMS | {"base": "bas"}}, "arms: base names 'bas', which is no system here"),
+        ({"arms": ARMS | {"uniform": "bas"}}, "arms: uniform names 'bas', which is no system here"),
+        ({"arms": ARMS | {"merges": "bas"}}, "arms: merges names 'bas', which is no series here"),
+        ({"arms": ARMS | {"sweeps": ["base", "bas"]}}, "arms: sweeps names 'bas', which is no series here"),
+        ({"arms": ARMS | {"sweeps": "base"}}, "arms: sweeps='base' must be a list"),
+        ({"arms": ARMS | {"quality": 5}}, "arms: quality=5 must be text"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_generated(
@@ -131,6 +160,30 @@ def test_wrong_settings_are_refused_before_anything_is_generated(
     with pytest.raises(ValueError, match=message):
         values = settings(root, tmp_path / "sweep") | changes
         report.evaluate(SweepConfig.from_dict(values), progress=False)
+
+
+def test_times_name_the_machine_that_took_them(root, tmp_path, monkeypatch):
+    """Catches kept times that are said to be this machine's: here a slower one sampled half of the clips."""
+    values = settings(root, tmp_path / "sweep", metrics=["seconds"], gallery_prompts=0)
+    monkeypatch.setattr("diverse_cfg.evaluation.generations.machine", lambda device: f"old one, {device}")
+    results = report.evaluate(SweepConfig.from_dict(values), progress=False)
+    assert results.settings["timed_on"] == ["old one, cpu"]
+    monkeypatch.undo()
+    student = {"name": "student", "model": str(root / "student")}
+    values["systems"] = [*values["systems"], student]
+    found = report.evaluate(SweepConfig.from_dict(values), progress=False).settings["timed_on"]
+    assert len(found) == 2 and "old one, cpu" in found and any("threads" in name for name in found)
+    page = (tmp_path / "sweep" / "results.md").read_text(encoding="utf-8")
+    assert "old one, cpu" in page and "Times of different machines do not compare." in page
+
+
+def test_a_checkpoint_alone_is_no_path(root, tmp_path):
+    """Catches a figure that fails after the sweep: one system with a step has no trajectory."""
+    systems = [{"name": "base", "model": str(root / "base"), "step": 5}]
+    values = settings(root, tmp_path / "sweep", systems=systems, x="diversity_heldout", y="validity")
+    report.evaluate(SweepConfig.from_dict(values | {"gallery_prompts": 0}), progress=False)
+    assert (tmp_path / "sweep" / "front.svg").exists()
+    assert not (tmp_path / "sweep" / "trajectories.svg").exists()
 
 
 def test_missing_files_are_named(root, tmp_path):
@@ -154,6 +207,32 @@ def test_a_sweep_without_quality_or_diversity_has_no_front(root, tmp_path):
     assert results.metrics == ["validity"]
     assert not (tmp_path / "sweep" / "front.svg").exists()
     assert not (tmp_path / "sweep" / "index.html").exists()
+
+
+def test_a_listening_test_is_made_of_the_clips_that_were_measured(root, tmp_path, capsys):
+    """From the command line: other prompts in the configuration, or a retrained model, are refused."""
+    model = shutil.copytree(root / "student", tmp_path / "student")
+    systems = [{"name": "base", "model": str(root / "base")}, {"name": "student", "model": str(model)}]
+    values = settings(root, tmp_path / "sweep", systems=systems, metrics=["validity"], gallery_prompts=0)
+    (tmp_path / "other.txt").write_text("\n".join(reversed(PROMPTS)))
+
+    def listen(folder, **changes):
+        path = tmp_path / f"{folder}.yaml"
+        path.write_text(yaml.safe_dump(values | changes))
+        make = ["listen", "make", str(tmp_path / folder), "--config", str(path), "--pair", "base", "student"]
+        return main([*make, "--quality", "2", "--diversity", "0"]), capsys.readouterr()
+
+    code, said = listen("early")
+    assert code == 2 and "holds no results: run `diverse-cfg evaluate" in said.err
+    report.evaluate(SweepConfig.from_dict(values), progress=False)
+    code, said = listen("study")
+    assert code == 0 and "2 trials in" in said.out
+    code, said = listen("mixed", prompts=str(tmp_path / "other.txt"))
+    assert code == 2 and f"prompt 1 of the configuration is {PROMPTS[3]!r}" in said.err
+    save_sibling(model, seed=2)
+    code, said = listen("retrained")
+    assert code == 2 and "'student' is not what the results were made from" in said.err
+    assert [path.name for path in tmp_path.iterdir() if (path / "trials.json").exists()] == ["study"]
 
 
 def test_when_every_system_fails_the_error_says_why(root, tmp_path):

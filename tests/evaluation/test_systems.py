@@ -64,6 +64,19 @@ def test_a_system_survives_its_file():
         ({"name": "a", "model": "x", "guidance_scale": 0.5, "role": "base"}, "guidance_scale=0.5"),
         ({"name": "a", "model": "x", "temperature": -1, "role": "base"}, "temperature=-1"),
         ({"name": "a", "model": "x", "role": "hero"}, "role='hero'"),
+        ({"name": 5, "model": "x"}, "name=5 must be text"),
+        ({"name": "a", "model": None}, "'a': model=None must be text or a list"),
+        ({"name": "a", "model": []}, r"'a': model=\[\] is empty"),
+        ({"name": "a", "model": "x", "guidance_scale": []}, r"guidance_scale=\[\] is empty"),
+        (
+            {"name": "a", "model": "x", "guidance_scale": "3"},
+            "'a': guidance_scale='3' must be a finite number",
+        ),
+        ({"name": "a", "model": "x", "temperature": [1, True]}, "temperature=.* must be a finite number or"),
+        ({"name": "a", "model": "x", "top_k": 1.5}, "top_k=1.5 must be an integer"),
+        ({"name": "a", "model": "x", "series": ["s"]}, "series=.* must be text"),
+        ({"name": "a", "model": "x", "step": "x"}, "step='x' must be an integer"),
+        ({"name": "a", "checkpoints": ["x", 3]}, "checkpoints=.* must be a list"),
     ],
 )
 def test_wrong_entries_are_named(entry, message):
