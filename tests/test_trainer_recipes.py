@@ -9,6 +9,7 @@ import torch
 import yaml
 from transformers import AutoConfig
 
+from diverse_cfg.assets import nano_path
 from diverse_cfg.cli import main
 from diverse_cfg.embeddings.contrastive import ContrastiveConfig, ContrastiveEmbedder, ContrastiveEncoder
 from diverse_cfg.evaluation.protocol import SweepConfig
@@ -44,7 +45,7 @@ def standins(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory):
-    """A small encoder of audio in the place of CLAP."""
+    """A small encoder of audio instead of CLAP."""
     torch.manual_seed(0)
     config = ContrastiveConfig(hidden_size=16, num_layers=1, num_heads=2, dim=8)
     folder = tmp_path_factory.mktemp("encoder") / "encoder"
@@ -110,6 +111,30 @@ def test_training_recipe_runs_on_a_stand_in(tmp_path, monkeypatch, path, standin
     assert load_policy(tmp_path / "run").generation_config.guidance_scale == 1.0
     assert load_processor(tmp_path / "run").feature_extractor.sampling_rate == 32_000
     assert (tmp_path / "run" / "adapter_config.json").is_file() == bool(recipe.get("use_peft"))
+
+
+@pytest.mark.slow
+def test_nano_recipe_runs_with_its_own_names(tmp_path, monkeypatch):
+    """Fault: `teacher_model: nano` or an encoder's short name reaches the loaders as if it were a folder."""
+    monkeypatch.chdir(RECIPES.parent)
+    path = RECIPES / "nano" / "diversity.yaml"
+    assert (read(path)["teacher_model"], read(path)["dataset_name"]) == ("nano", "nano")
+    arguments = {
+        "model_name_or_path": "nano",  # instead of the quality student, which another recipe writes
+        "output_dir": str(tmp_path / "run"),
+        "diversity_embedder": "within-encoder",
+        "monitor_embedder": "eval-encoder",
+        "num_generations": "3",
+        "per_device_train_batch_size": "3",
+        "max_steps": "1",
+        "eval_on_start": "false",
+        "eval_strategy": "no",
+        "report_to": "none",
+    }
+    flags = [part for name, value in arguments.items() for part in (f"--{name}", value)]
+    assert main(["train", "--config", str(path), *flags]) == 0
+    provenance = json.loads((tmp_path / "run" / "diverse_cfg.json").read_text())
+    assert Path(provenance["base_model"]) == nano_path()
 
 
 @pytest.mark.parametrize("path", MERGE, ids=identity)

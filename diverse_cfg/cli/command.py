@@ -47,6 +47,16 @@ def prompt_source(value: str) -> str:
     return str(nano_path("prompts"))
 
 
+def embedder_source(value: str) -> str:
+    """An encoder as `load_embedder` takes it; `reward-encoder`, `within-encoder` and `eval-encoder` are
+    nano's."""
+    if not value.endswith("-encoder") or Path(value).exists():
+        return value
+    from diverse_cfg.assets import NANO_PARTS, nano_path
+
+    return str(nano_path(value)) if value in NANO_PARTS else value
+
+
 def read_settings(path: str | os.PathLike) -> dict[str, Any]:
     """Settings of a `--config` file; paths in it are relative to the working directory.
 

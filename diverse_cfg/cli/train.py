@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diverse_cfg.cli.command import Command, model_source, prompt_source, read_settings
+from diverse_cfg.cli.command import Command, embedder_source, model_source, prompt_source, read_settings
 
 USAGE = (
     "diverse-cfg train [--config recipe.yaml] --model_name_or_path MODEL --dataset_name PROMPTS "
@@ -83,6 +83,7 @@ def train(args: TrainArguments, config) -> None:
     from diverse_cfg.trainer import CFGDiversityTrainer
 
     model = model_source(args.model_name_or_path)
+    _resolve_nano(config)
     prompts = load_prompts(
         prompt_source(args.dataset_name), split=args.dataset_train_split, column=args.dataset_prompt_column
     )
@@ -102,6 +103,15 @@ def train(args: TrainArguments, config) -> None:
     # Left to the interpreter's exit, or while another process still talks, gloo's threads now and then abort.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+
+
+def _resolve_nano(config) -> None:
+    """Replace nano's own names in the settings by the folders that they stand for, in place."""
+    if config.teacher_model is not None:
+        config.teacher_model = model_source(config.teacher_model)
+    for name in ("diversity_embedder", "monitor_embedder"):
+        if (value := getattr(config, name)) is not None:
+            setattr(config, name, embedder_source(value))
 
 
 def _check_reward_names(names: list[str]) -> None:

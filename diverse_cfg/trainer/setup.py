@@ -63,7 +63,7 @@ def prepare_policy(
     model.
 
     Raises:
-        ValueError: a `PeftModel`, or whatever `load_policy` refuses.
+        ValueError: a `PeftModel`, the command line's `nano`, or whatever `load_policy` refuses.
     """
     if isinstance(model, PeftModel):
         raise ValueError(
@@ -75,6 +75,8 @@ def prepare_policy(
         policy = unwrap(model)
         zero_dropout(policy)
     else:
+        if os.fspath(model) == "nano" and not os.path.isdir(model):
+            raise ValueError("there is no folder nano; in Python use diverse_cfg.nano_path()")
         policy = load_policy(os.fspath(model))
     freeze_encoders(policy)
     policy.audio_encoder.float()
