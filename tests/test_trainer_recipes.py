@@ -1,7 +1,10 @@
 """Every recipe, found by glob: it parses, names what exists, and runs on a stand-in of its model."""
 
+import argparse
+import importlib
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from diverse_cfg.assets import nano_path
 from diverse_cfg.cli import main
 from diverse_cfg.embeddings.contrastive import ContrastiveConfig, ContrastiveEmbedder, ContrastiveEncoder
 from diverse_cfg.evaluation.protocol import SweepConfig
+from diverse_cfg.merging import parse_sweep
 from diverse_cfg.musicgen.loading import load_policy, load_processor
 from diverse_cfg.prompts import load_prompts
 from tests.standins import SIZES, save_standin
@@ -154,15 +158,62 @@ def test_merge_recipe_with_a_wrong_name_is_refused(tmp_path, tiny_folder, capsys
     assert main(arguments) == 2 and "no setting wieght" in capsys.readouterr().err
 
 
+def number_of_systems(entry):
+    """Guidance scales times merge weights of one entry of a protocol."""
+    scales, weights = entry.get("guidance_scale", 1), entry.get("merge_weight", "1:1:1")
+    return (len(scales) if isinstance(scales, list) else 1) * len(parse_sweep(weights))
+
+
 @pytest.mark.parametrize("path", EVALUATE, ids=identity)
 def test_evaluation_recipe_is_a_protocol(path):
     """Fault: a name that the protocol does not know, or systems that the other recipes do not write."""
     config = SweepConfig.from_dict(read(path))
+    if said := re.search(r"(\d+) systems", path.read_text(encoding="utf-8")):
+        assert int(said[1]) == sum(map(number_of_systems, config.systems))
     written = {read(other)["output_dir"] for other in TRAIN if other.parent == path.parent}
     bases = {read(other)["model_name_or_path"] for other in TRAIN if other.parent == path.parent}
     for system in config.systems:
         models = system.get("checkpoints", [system.get("model")])
         assert set(models) <= written | bases, system["name"]
+
+
+def documented_programs():
+    """Every `python recipes/…` of the pages, with its arguments; a line break inside backticks is a space."""
+    found = []
+    for page in (RECIPES / "README.md", RECIPES / "nano" / "README.md"):
+        text = page.read_text(encoding="utf-8")
+        inline = [" ".join(code.split()) for code in re.findall(r"`(python [^`]+)`", text)]
+        blocks = re.findall(r"^(python [^#\n]+)", text, flags=re.MULTILINE)
+        found += [shlex.split(line) for line in (*inline, *blocks)]
+    return sorted({tuple(line[1:]) for line in found if line[1].startswith("recipes/")})
+
+
+@pytest.mark.parametrize("line", documented_programs(), ids=" ".join)
+def test_documented_programs_take_their_arguments(line, nano_recipe, monkeypatch):
+    """Fault: a page that tells to run a program without an argument that it requires."""
+    program, *arguments = line
+    parse = argparse.ArgumentParser.parse_args
+
+    class Parsed(Exception):
+        pass
+
+    def parse_only(parser, argv=None, namespace=None):
+        raise Parsed(parse(parser, argv, namespace))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+    module = importlib.import_module(Path(program).stem)
+    assert Path(module.__file__) == RECIPES.parent / program
+    with pytest.raises(Parsed):
+        module.main(arguments)
+
+
+def test_the_documented_programs_are_found():
+    assert {Path(line[0]).stem for line in documented_programs()} >= {
+        "build",
+        "verify",
+        "estimators",
+        "report",
+    }
 
 
 @pytest.mark.parametrize("path", LAUNCH, ids=identity)
