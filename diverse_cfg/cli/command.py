@@ -30,8 +30,14 @@ class Command:
 
 
 def model_source(value: str) -> str:
-    """A model argument as the loaders take it: `nano` stands for the base that is shipped with us."""
+    """A model argument as the loaders take it: `nano` stands for the base that is shipped with us.
+
+    Raises:
+        ValueError: neither a folder nor a Hub id.
+    """
     if value != "nano":
+        if "/" not in value and not Path(value).exists():
+            raise ValueError(f"there is no folder {value} (a Hub id is owner/name, the shipped base is nano)")
         return value
     from diverse_cfg.assets import nano_path
 
