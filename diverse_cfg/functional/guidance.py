@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 from diverse_cfg.functional._checks import promote, require_same_shape
