@@ -133,16 +133,21 @@ class RewardHackingAlarm(TrainerCallback):
     * reward hacking: the rewarded diversity rose, the distance under the second encoder did not follow;
     * quality: a reward that is not diversity fell below its best by more than two standard errors;
     * teacher hacking: the divergence to the teacher falls while such a quality falls too (arXiv 2502.02671);
-    * KL budget: the student is farther from the guided teacher than where it started.
+    * KL budget: the student is `kl_limit` times farther from the guided teacher than where it started.
 
     Args:
         quality: names of the reward functions that judge quality.
         min_rise: relative rise of the reward from which the second encoder is expected to move.
         follow: share of that relative rise which it must show.
+        kl_limit: multiple of the first divergence. 1 fits a run from the unguided base, which must not get
+            farther from the teacher; one that buys diversity from a β = 0 student moves away on purpose.
     """
 
-    def __init__(self, quality: list[str], min_rise: float = 0.1, follow: float = 0.25):
+    def __init__(
+        self, quality: list[str], min_rise: float = 0.1, follow: float = 0.25, kl_limit: float = 1.0
+    ):
         self.quality = quality
+        self.kl_limit = kl_limit
         self.min_rise = min_rise
         self.follow = follow
         self.first: dict[str, float] | None = None
@@ -181,10 +186,11 @@ class RewardHackingAlarm(TrainerCallback):
                 f"teacher hacking: the divergence to the teacher fell by {-closer:.0%} while "
                 f"{', '.join(falling)} fell too; stop earlier, or use more prompts"
             )
-        if closer is not None and closer > 0:
+        if closer is not None and now["kl/clip"] > self.kl_limit * first["kl/clip"]:
+            times = "" if self.kl_limit == 1 else f"{self.kl_limit:g} × "
             alarms.append(
-                f"KL budget: {now['kl/clip']:.1f} nats per clip from the guided teacher, "
-                f"{first['kl/clip']:.1f} at the start; lower diversity_coef or learning_rate"
+                f"KL budget: {now['kl/clip']:.1f} nats per clip from the guided teacher, more than "
+                f"{times}the {first['kl/clip']:.1f} of the start; lower diversity_coef or learning_rate"
             )
         return alarms
 

@@ -35,7 +35,7 @@ PAPER = "arxiv:2410.06084"
 # Licences of weights whose card cannot be read without a network.
 _KNOWN_LICENSES = {"facebook/musicgen-": "cc-by-nc-4.0"}
 _TEMPLATES = Path(__file__).parent / "templates"
-_TRANSFORMERS_TOP_K = 50  # what `generate` falls back to when a configuration names none
+TRANSFORMERS_TOP_K = 50  # what `generate` falls back to when a configuration names none
 MARK = "<!-- written by diverse-cfg; delete this line to keep your own edits -->"
 _GENERATED = (MARK, "# Model Card for Model ID", "<!-- This model card has been generated automatically")
 _DEFAULT_PROMPT = "a calm piano piece"
@@ -158,7 +158,7 @@ def render_card(
         raise ValueError(f"{folder} has no diverse_cfg.json, so that a card could only guess what it is")
     adapter = (folder / "adapter_config.json").is_file()
     name = repo_id or folder.resolve().name
-    base = base_model or _base_name(folder, provenance)
+    base = base_model or base_name(folder, provenance)
     license = license or base_license(base, folder)
     evaluation = _read_json(folder / METRICS_FILE) or {}
     metrics = [Metric(**metric) for metric in evaluation.get("metrics", [])]
@@ -337,7 +337,8 @@ def _read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not valid JSON ({error})") from error
 
 
-def _base_name(folder: Path, provenance: Provenance) -> str | None:
+def base_name(folder: Path, provenance: Provenance) -> str | None:
+    """Id or folder of the base that a folder records; for an adapter, what PEFT loads it onto."""
     adapter = _read_json(folder / "adapter_config.json") or {}
     return adapter.get("base_model_name_or_path") or provenance.base_model
 
@@ -394,5 +395,5 @@ def _fast_settings(folder: Path, provenance: Provenance) -> dict[str, Any] | Non
         return None
     generation = _generation(folder)
     settings = {"num_frames": frames, "temperature": generation.get("temperature", 1.0)}
-    settings["top_k"] = generation.get("top_k", _TRANSFORMERS_TOP_K)
+    settings["top_k"] = generation.get("top_k", TRANSFORMERS_TOP_K)
     return settings | {name: generation[name] for name in ("top_p", "min_p") if name in generation}

@@ -75,6 +75,10 @@ def _format(path: Path) -> str | None:
 
 
 def _from_hub(name: str, split: str) -> Dataset:
+    if name == "nano":
+        raise FileNotFoundError(
+            'there is no prompt file or folder nano; in Python use diverse_cfg.nano_path("prompts")'
+        )
     from datasets import Dataset, load_dataset
     from datasets.exceptions import DatasetNotFoundError
 

@@ -128,7 +128,7 @@ class AestheticsReward:
                 from audiobox_aesthetics.model.aes import AesMultiOutput
             except ImportError as error:
                 raise ImportError(
-                    "AestheticsReward needs audiobox_aesthetics: pip install 'diverse-cfg[eval]', then "
+                    "AestheticsReward needs audiobox_aesthetics: pip install '.[eval]' in a clone, then "
                     "pip install --no-deps audiobox_aesthetics"
                 ) from error
             model = AesMultiOutput.from_pretrained("facebook/audiobox-aesthetics")

@@ -74,8 +74,8 @@ BASE = {
 }
 
 
-def alarms(**changes):
-    callback = RewardHackingAlarm(["adherence"])
+def alarms(kl_limit=1.0, **changes):
+    callback = RewardHackingAlarm(["adherence"], kl_limit=kl_limit)
     now = BASE | {f"eval_{key}": value for key, value in changes.items()}
     for metrics in (BASE, now):
         callback.on_evaluate(None, STATE, None, metrics=metrics)
@@ -100,6 +100,13 @@ def test_a_healthy_run_raises_nothing():
 def test_each_alarm_rings_for_its_reason(changes, words):
     raised = alarms(**changes)
     assert len(raised) == 1 and words in raised[0]
+
+
+def test_a_student_that_buys_diversity_has_a_budget():
+    """Fault: an alarm at every evaluation of the usual path, which starts next to the teacher and leaves it."""
+    assert alarms(kl_limit=4.0, **{"kl/clip": 150.0}) == []
+    raised = alarms(kl_limit=4.0, **{"kl/clip": 170.0})
+    assert len(raised) == 1 and "KL budget: 170.0" in raised[0] and "4 × the 40.0" in raised[0]
 
 
 def test_teacher_hacking_needs_both_signs():

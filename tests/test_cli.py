@@ -173,3 +173,31 @@ def test_freed_memory_is_used_again():
         return int(subprocess.run(command, env=plain | variables, capture_output=True, check=True).stdout)
 
     assert 10 * page_faults() < page_faults(MALLOC_ARENA_MAX="8")
+
+
+def test_names_of_nano_stand_for_its_folders(tmp_path, monkeypatch):
+    """Fault: an encoder's short name taken for a Hub id, or a folder of one's own hidden by it."""
+    from diverse_cfg.assets import nano_path
+    from diverse_cfg.cli.command import embedder_source
+
+    monkeypatch.chdir(tmp_path)
+    for part in ("reward-encoder", "within-encoder", "eval-encoder"):
+        assert embedder_source(part) == str(nano_path(part))
+    assert embedder_source("someone/eval-encoder") == "someone/eval-encoder"
+    (tmp_path / "eval-encoder").mkdir()
+    assert embedder_source("eval-encoder") == "eval-encoder"
+
+
+def test_python_is_told_where_nano_is(tmp_path):
+    """Fault: the command line's `nano` in Python searched on the Hub, with an error that names no remedy."""
+    import diverse_cfg
+    from diverse_cfg.config import CFGDiversityConfig
+
+    args = CFGDiversityConfig(output_dir=str(tmp_path / "run"), report_to="none")
+    for call in (
+        lambda: diverse_cfg.load_prompts("nano"),
+        lambda: diverse_cfg.merge_checkpoints(["nano", "nano"], 0.5, tmp_path / "merged"),
+        lambda: diverse_cfg.CFGDiversityTrainer("nano", args=args, train_dataset=["a calm tune"]),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=r"use diverse_cfg\.nano_path\("):
+            call()

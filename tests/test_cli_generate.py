@@ -7,6 +7,7 @@ import soundfile
 from transformers import GenerationConfig
 
 import diverse_cfg.musicgen.files as files
+from diverse_cfg.cli import generate as command
 from diverse_cfg.cli import main
 from diverse_cfg.provenance import Provenance, write_provenance
 from tests.tiny import save_tiny
@@ -132,3 +133,18 @@ def test_wrong_input_is_one_line(tiny_folder, tmp_path, capsys, flags, message):
     assert error.startswith("diverse-cfg: error: ")
     assert message in error
     assert not list(tmp_path.glob("out/*.wav"))
+
+
+def test_a_used_folder_is_refused_before_the_model_is_loaded(tmp_path, monkeypatch, capsys):
+    """Fault: minutes of loading a large model for an error that was there from the start."""
+    (tmp_path / "song.wav").write_bytes(b"")
+    monkeypatch.setattr(command, "_load", lambda *_: pytest.fail("loaded"))
+    arguments = ["generate", "--model", "nano", "--prompt", "a tune", "--output", str(tmp_path)]
+    assert main(arguments) == 2 and "is not empty" in capsys.readouterr().err
+
+
+def test_a_missing_folder_is_said_first(tmp_path, capsys):
+    """Fault: a typing error answered with three formats of checkpoints."""
+    arguments = ["generate", "--model", "nothere", "--prompt", "a tune", "--output", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.startswith("diverse-cfg: error: there is no folder nothere")

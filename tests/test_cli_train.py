@@ -42,7 +42,8 @@ def test_a_recipe_sets_and_a_flag_overrides(parsed, tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        (RECIPE + "diversty_coef: 5\n", "'--diversty_coef'"),
+        (RECIPE + "diversty_coef: 5\n", "no setting --diversty_coef; did you mean --diversity_coef?"),
+        (RECIPE + "qqq: 5\n", "no setting --qqq; see diverse-cfg train --help"),
         (RECIPE + "guidance_scale: 0.5\n", "guidance_scale=0.5 must be"),
         (RECIPE.replace("-50}", "-50, cap: 1}"), "guards has no field cap"),
         ("- a\n- b\n", "must hold settings by name (name: value), not a list"),
@@ -76,12 +77,39 @@ def test_a_missing_setting_shows_a_short_usage(parsed, capsys):
     assert len(error.splitlines()) < 10
 
 
+def test_a_mistyped_flag_names_the_nearest(parsed, capsys):
+    assert main(["train", "--learnin_rate=1e-4", "--output_dir", "run"]) == 2
+    assert "no setting --learnin_rate; did you mean --learning_rate?" in capsys.readouterr().err
+
+
+def test_the_output_folder_is_asked_for(parsed, tmp_path, capsys):
+    """Fault: a student in `trainer_output`, which nobody named."""
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--config", str(tmp_path / "recipe.yaml")])
+    assert stop.value.code == 2 and "--output_dir" in capsys.readouterr().err
+    (tmp_path / "recipe.yaml").write_text(RECIPE + "output_dir: run\n")
+    assert main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 0
+
+
+def test_a_tracker_that_is_not_installed_is_one_line(parsed, tmp_path, monkeypatch, capsys):
+    """Fault: a traceback of transformers after the model was loaded."""
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    flags = ["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "run")]
+    assert main(["train", *flags, "--report_to", "wandb"]) == 2
+    assert "report_to=wandb needs the package wandb: pip install wandb" in capsys.readouterr().err
+    assert parsed == []
+
+
 def test_help_comes_from_the_real_parser(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["train", "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert "--diversity_coef" in text and "--learning_rate" in text and "--dataset_name" in text
+    own, others = text.split("TRL's and transformers'")
+    assert "--diversity_coef" in own and "--dataset_name" in own and "--output_dir" in own
+    assert "--adam_epsilon" in others and "(default: 5.0)" in own and "(default: None)" not in text
 
 
 def config_for(output, resume=None, process_index=0):
@@ -105,7 +133,7 @@ def test_where_training_continues(tmp_path):
     assert command._checkpoint(config_for(run, "False", process_index=1)) is None
     assert command._checkpoint(config_for(run, "true")) == str(run / "checkpoint-10")
     assert command._checkpoint(config_for(run, str(run / "checkpoint-5"))) == str(run / "checkpoint-5")
-    with pytest.raises(ValueError, match="is no folder; pass true"):
+    with pytest.raises(ValueError, match="is not a folder; pass true"):
         command._checkpoint(config_for(run, "checkpoint-7"))
 
 

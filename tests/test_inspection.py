@@ -85,3 +85,9 @@ def test_without_its_base_a_student_is_still_described(world):
 def test_what_is_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         inspect_checkpoint(tmp_path)
+
+
+def test_buffers_are_no_parameters(tiny_folder, tiny_model):
+    """Fault: the codec's running statistics counted as weights."""
+    wanted = sum(parameter.numel() for parameter in tiny_model.parameters())
+    assert inspect_checkpoint(tiny_folder)["num_parameters"] == wanted

@@ -23,7 +23,11 @@ BLOCKS = [
 EXECUTED = [block for block in BLOCKS if block[0] in ("bash", "python")]
 
 # Shorter runs of the same commands. Each must still occur, so that the list cannot outlive the text.
-SHORTER = {"--max_steps 160": "--max_steps 2", "num_prompts: 24": "num_prompts: 2"}
+SHORTER = {
+    "--max_steps 160": "--max_steps 2",
+    "num_prompts: 24": "num_prompts: 2",
+    "--quality 20": "--quality 1 --diversity 1",
+}
 # What a console block may hold: set-up on a machine with a network, and what needs a Hub account.
 CONSOLE = re.compile(
     r"git clone \S+|make (demo|test)|pip install .*|accelerate launch .*|diverse-cfg publish .*"

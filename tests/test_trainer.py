@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from importlib.metadata import version
 
 import pytest
@@ -10,10 +11,11 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, MusicgenForConditionalGeneration, pipeline
 
+from diverse_cfg.callbacks import RewardHackingAlarm
 from diverse_cfg.config import GuardConfig
 from diverse_cfg.functional.guidance import guided_logits
 from diverse_cfg.musicgen.policy import code_logits, encode_text, load_policy
-from diverse_cfg.provenance import read_provenance
+from diverse_cfg.provenance import Provenance, read_provenance, write_provenance
 from diverse_cfg.rewards import DiversityReward
 from diverse_cfg.trainer import CFGDiversityTrainer
 from diverse_cfg.trainer.advantages import Advantages
@@ -429,3 +431,32 @@ def test_a_wrong_number_of_embeddings_is_named(tmp_path):
     trainer = tiny_trainer(tmp_path, reward=DiversityReward(Half()))
     with pytest.raises(ValueError, match=r"'codes' returned shape .* for 8 clips"):
         trainer.train()
+
+
+def test_the_divergence_budget_depends_on_the_start(tmp_path, tiny_folder):
+    """Fault: a run from a student, which starts next to its teacher, held to a divergence that never grows."""
+    held_out = {"eval_strategy": "steps", "alarms": True, "diversity_coef": 0.0}
+    for settings, limit in (({}, 1.0), ({"teacher_model": tiny_folder}, 4.0)):
+        args = tiny_args(tmp_path, **held_out, **settings)
+        trainer = CFGDiversityTrainer(
+            tiny_musicgen(), [], args, PROMPTS, PROMPTS, processing_class=tiny_processor()
+        )
+        found = [c for c in trainer.callback_handler.callbacks if isinstance(c, RewardHackingAlarm)]
+        assert [alarm.kl_limit for alarm in found] == [limit]
+
+
+def test_guidance_is_not_applied_twice(tmp_path, tiny_folder):
+    """Fault: a student that continues as its own teacher, which already has the guidance inside."""
+    student = tmp_path / "student"
+    shutil.copytree(tiny_folder, student)
+    write_provenance(student, Provenance("student", base_model=tiny_folder, guidance_scale=3.0))
+    with pytest.raises(
+        ValueError, match=r"student is distilled already.*set teacher_model \(--teacher_model\)"
+    ):
+        tiny_trainer(tmp_path, model=str(student))
+    with pytest.raises(ValueError, match="distilled already, and as its own teacher"):
+        tiny_trainer(tmp_path, model=load_policy(student))
+    with pytest.raises(ValueError, match=r"teacher_model=.*student is distilled already"):
+        tiny_trainer(tmp_path, model=tiny_folder, teacher_model=str(student))
+    tiny_trainer(tmp_path, model=str(student), teacher_model=tiny_folder)
+    tiny_trainer(tmp_path, model=str(student), guidance_scale=1.0)

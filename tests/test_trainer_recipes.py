@@ -1,7 +1,10 @@
 """Every recipe, found by glob: it parses, names what exists, and runs on a stand-in of its model."""
 
+import argparse
+import importlib
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,9 +12,11 @@ import torch
 import yaml
 from transformers import AutoConfig
 
+from diverse_cfg.assets import nano_path
 from diverse_cfg.cli import main
 from diverse_cfg.embeddings.contrastive import ContrastiveConfig, ContrastiveEmbedder, ContrastiveEncoder
 from diverse_cfg.evaluation.protocol import SweepConfig
+from diverse_cfg.merging import parse_sweep
 from diverse_cfg.musicgen.loading import load_policy, load_processor
 from diverse_cfg.prompts import load_prompts
 from tests.standins import SIZES, save_standin
@@ -44,7 +49,7 @@ def standins(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory):
-    """A small encoder of audio in the place of CLAP."""
+    """A small encoder of audio instead of CLAP."""
     torch.manual_seed(0)
     config = ContrastiveConfig(hidden_size=16, num_layers=1, num_heads=2, dim=8)
     folder = tmp_path_factory.mktemp("encoder") / "encoder"
@@ -112,6 +117,30 @@ def test_training_recipe_runs_on_a_stand_in(tmp_path, monkeypatch, path, standin
     assert (tmp_path / "run" / "adapter_config.json").is_file() == bool(recipe.get("use_peft"))
 
 
+@pytest.mark.slow
+def test_nano_recipe_runs_with_its_own_names(tmp_path, monkeypatch):
+    """Fault: `teacher_model: nano` or an encoder's short name reaches the loaders as if it were a folder."""
+    monkeypatch.chdir(RECIPES.parent)
+    path = RECIPES / "nano" / "diversity.yaml"
+    assert (read(path)["teacher_model"], read(path)["dataset_name"]) == ("nano", "nano")
+    arguments = {
+        "model_name_or_path": "nano",  # instead of the quality student, which another recipe writes
+        "output_dir": str(tmp_path / "run"),
+        "diversity_embedder": "within-encoder",
+        "monitor_embedder": "eval-encoder",
+        "num_generations": "3",
+        "per_device_train_batch_size": "3",
+        "max_steps": "1",
+        "eval_on_start": "false",
+        "eval_strategy": "no",
+        "report_to": "none",
+    }
+    flags = [part for name, value in arguments.items() for part in (f"--{name}", value)]
+    assert main(["train", "--config", str(path), *flags]) == 0
+    provenance = json.loads((tmp_path / "run" / "diverse_cfg.json").read_text())
+    assert Path(provenance["base_model"]) == nano_path()
+
+
 @pytest.mark.parametrize("path", MERGE, ids=identity)
 def test_merge_recipe_runs(tmp_path, monkeypatch, path, tiny_folder):
     """Fault: a name that the command does not know, or checkpoints that the training recipes do not write."""
@@ -129,15 +158,62 @@ def test_merge_recipe_with_a_wrong_name_is_refused(tmp_path, tiny_folder, capsys
     assert main(arguments) == 2 and "no setting wieght" in capsys.readouterr().err
 
 
+def number_of_systems(entry):
+    """Guidance scales times merge weights of one entry of a protocol."""
+    scales, weights = entry.get("guidance_scale", 1), entry.get("merge_weight", "1:1:1")
+    return (len(scales) if isinstance(scales, list) else 1) * len(parse_sweep(weights))
+
+
 @pytest.mark.parametrize("path", EVALUATE, ids=identity)
 def test_evaluation_recipe_is_a_protocol(path):
     """Fault: a name that the protocol does not know, or systems that the other recipes do not write."""
     config = SweepConfig.from_dict(read(path))
+    if said := re.search(r"(\d+) systems", path.read_text(encoding="utf-8")):
+        assert int(said[1]) == sum(map(number_of_systems, config.systems))
     written = {read(other)["output_dir"] for other in TRAIN if other.parent == path.parent}
     bases = {read(other)["model_name_or_path"] for other in TRAIN if other.parent == path.parent}
     for system in config.systems:
         models = system.get("checkpoints", [system.get("model")])
         assert set(models) <= written | bases, system["name"]
+
+
+def documented_programs():
+    """Every `python recipes/…` of the pages, with its arguments; a line break inside backticks is a space."""
+    found = []
+    for page in (RECIPES / "README.md", RECIPES / "nano" / "README.md"):
+        text = page.read_text(encoding="utf-8")
+        inline = [" ".join(code.split()) for code in re.findall(r"`(python [^`]+)`", text)]
+        blocks = re.findall(r"^(python [^#\n]+)", text, flags=re.MULTILINE)
+        found += [shlex.split(line) for line in (*inline, *blocks)]
+    return sorted({tuple(line[1:]) for line in found if line[1].startswith("recipes/")})
+
+
+@pytest.mark.parametrize("line", documented_programs(), ids=" ".join)
+def test_documented_programs_take_their_arguments(line, nano_recipe, monkeypatch):
+    """Fault: a page that tells to run a program without an argument that it requires."""
+    program, *arguments = line
+    parse = argparse.ArgumentParser.parse_args
+
+    class Parsed(Exception):
+        pass
+
+    def parse_only(parser, argv=None, namespace=None):
+        raise Parsed(parse(parser, argv, namespace))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+    module = importlib.import_module(Path(program).stem)
+    assert Path(module.__file__) == RECIPES.parent / program
+    with pytest.raises(Parsed):
+        module.main(arguments)
+
+
+def test_the_documented_programs_are_found():
+    assert {Path(line[0]).stem for line in documented_programs()} >= {
+        "build",
+        "verify",
+        "estimators",
+        "report",
+    }
 
 
 @pytest.mark.parametrize("path", LAUNCH, ids=identity)

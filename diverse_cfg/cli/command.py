@@ -30,8 +30,14 @@ class Command:
 
 
 def model_source(value: str) -> str:
-    """A model argument as the loaders take it: `nano` stands for the base that is shipped with us."""
+    """A model argument as the loaders take it: `nano` stands for the base that is shipped with us.
+
+    Raises:
+        ValueError: neither a folder nor a Hub id.
+    """
     if value != "nano":
+        if "/" not in value and not Path(value).exists():
+            raise ValueError(f"there is no folder {value} (a Hub id is owner/name, the shipped base is nano)")
         return value
     from diverse_cfg.assets import nano_path
 
@@ -45,6 +51,16 @@ def prompt_source(value: str) -> str:
     from diverse_cfg.assets import nano_path
 
     return str(nano_path("prompts"))
+
+
+def embedder_source(value: str) -> str:
+    """An encoder as `load_embedder` takes it; `reward-encoder`, `within-encoder` and `eval-encoder` are
+    nano's."""
+    if not value.endswith("-encoder") or Path(value).exists():
+        return value
+    from diverse_cfg.assets import NANO_PARTS, nano_path
+
+    return str(nano_path(value)) if value in NANO_PARTS else value
 
 
 def read_settings(path: str | os.PathLike) -> dict[str, Any]:

@@ -17,13 +17,13 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-encoder",
         metavar="T5",
-        help="reading AudioCraft's: folder or Hub id of the T5, where it is not found by its name; writing it: "
-        "the name of the T5 that AudioCraft shall load",
+        help="to transformers: folder or Hub id of the T5, if it is not found by its name; to audiocraft: the "
+        "name of the T5 that AudioCraft is to load",
     )
     parser.add_argument(
         "--dtype",
         choices=["float32", "float16", "bfloat16"],
-        help="of the language model in AudioCraft's format (default: float32; its releases are float16)",
+        help="of the language model, with --to audiocraft (default: float32; AudioCraft's releases are float16)",
     )
 
 

@@ -1,4 +1,4 @@
-"""`diverse-cfg demo`: the whole method on the shipped base, with a page to listen and look at the end."""
+"""`diverse-cfg demo`: the whole method on the shipped base, with a listening page at the end."""
 
 import argparse
 

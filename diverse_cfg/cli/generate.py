@@ -1,6 +1,7 @@
 """`diverse-cfg generate`: clips of any MusicGen as WAV files, sampled as the model's own settings say."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from diverse_cfg.cli.command import Command, model_source, prompt_source
@@ -50,7 +51,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance-scale", type=float, metavar="γ", help="default: the model's own; 1 is no guidance"
     )
-    parser.add_argument("--negative-prompt", help="text to be guided away from, in the place of no text")
+    parser.add_argument("--negative-prompt", help="text to be guided away from, instead of no text")
     parser.add_argument("--temperature", type=float, help="default: the model's own, or 1; 0 is greedy")
     parser.add_argument(
         "--top-k", type=int, help=f"default: the model's own, or {USUAL_TOP_K}; 0 keeps all codes"
@@ -87,6 +88,10 @@ def run_generate(args: argparse.Namespace) -> None:
         )
     if args.seconds is not None and not args.seconds > 0:
         raise ValueError(f"--seconds {args.seconds} must be positive")
+
+    output = Path(args.output)
+    if not args.resume and output.is_dir() and any(output.iterdir()):  # before the model is loaded
+        raise ValueError(f"{output} is not empty: choose another --output, or add --resume to go on with it")
 
     import torch
 

@@ -24,20 +24,23 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
         help="weight of the second of two: (1 − λ)·first + λ·second",
     )
     how.add_argument(
-        "--uniform", action="store_true", help="the plain average, also what happens when nothing is said"
+        "--uniform", action="store_true", help="the plain average (the default without any weights)"
     )
     how.add_argument("--weights", type=float, nargs="+", metavar="w", help="one weight per checkpoint")
     how.add_argument(
         "--sweep", metavar="START:STOP:STEP", help="several λ at once, e.g. 0:1:0.05, one folder each"
     )
     parser.add_argument("-o", "--output", help="folder to create (a sweep continues in an existing one)")
-    parser.add_argument("--base", help="the adapters' base, where it is not what they name")
+    parser.add_argument("--base", help="the adapters' base, if it differs from the one that they name")
     parser.add_argument(
         "--dtype",
-        help="float32, bfloat16, float16 or float64; by default the widest a checkpoint is stored in",
+        help="float32, bfloat16, float16 or float64 (default: the widest in which a checkpoint is stored)",
     )
     parser.add_argument(
-        "--format", choices=["full", "adapter"], default="full", help="a complete model or one adapter"
+        "--format",
+        choices=["full", "adapter"],
+        default="full",
+        help="what to write: a full model, or one adapter (default: full)",
     )
     parser.add_argument("--extrapolate", action="store_true", help="allow weights outside [0, 1]")
     parser.add_argument("--unnormalized", action="store_true", help="allow weights that do not sum to 1")

@@ -5,11 +5,13 @@ The command only parses, builds, trains and saves. On several devices it is the 
 """
 
 import argparse
+import difflib
+import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diverse_cfg.cli.command import Command, model_source, prompt_source, read_settings
+from diverse_cfg.cli.command import Command, embedder_source, model_source, prompt_source, read_settings
 
 USAGE = (
     "diverse-cfg train [--config recipe.yaml] --model_name_or_path MODEL --dataset_name PROMPTS "
@@ -17,6 +19,13 @@ USAGE = (
 )
 
 REWARDS = ("text_adherence", "aesthetics_ce", "aesthetics_cu", "aesthetics_pc", "aesthetics_pq")
+
+# Any of these packages serves the tracker.
+_TRACKERS = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+}
 
 
 @dataclass
@@ -62,17 +71,62 @@ def run_train(args: argparse.Namespace) -> None:
 
     from diverse_cfg.config import CFGDiversityConfig
 
-    kinds: Any = (
-        TrainArguments,
-        CFGDiversityConfig,
-    )  # TRL's annotation does not see that both are dataclasses
-    parser = TrlParser(kinds, prog="diverse-cfg train", usage=USAGE, allow_abbrev=False)
+    # TRL's annotation does not see that both are dataclasses.
+    kinds: Any = (TrainArguments, CFGDiversityConfig)
+    parser = TrlParser(
+        kinds, prog="diverse-cfg train", usage=USAGE, allow_abbrev=False, formatter_class=_Help
+    )
+    _own_settings_first(parser, CFGDiversityConfig)
     if args.rest and args.rest[-1] == "--config":
         raise ValueError("--config needs the path of a YAML file")
+    names = [part.partition("=")[0] for part in args.rest if part.startswith("--")]
     if "--config" in args.rest:
-        read_settings(args.rest[args.rest.index("--config") + 1])  # not every TRL says plainly what is wrong
+        recipe = read_settings(args.rest[args.rest.index("--config") + 1])
+        names += [f"--{name}" for name in recipe if name != "env"]
+    _check_names(names, parser)
     train_args, config = parser.parse_args_and_config(args.rest)
+    _check_trackers(config.report_to or [])
     train(train_args, config)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Says a default, but not that it is None: what happens then is in the text."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def _own_settings_first(parser: argparse.ArgumentParser, config_class: type) -> None:
+    """What this method adds or changes before the two hundred settings of a trainer; `output_dir` is asked
+    for."""
+    own = {*TrainArguments.__annotations__, *config_class.__annotations__, "output_dir"}
+    ours, theirs = parser.add_argument_group("this method"), parser._optionals
+    for action in [action for action in theirs._group_actions if action.dest in own]:
+        theirs._group_actions.remove(action)
+        ours._group_actions.append(action)
+        action.required |= action.dest == "output_dir"
+    theirs.title = "TRL's and transformers'"
+    parser._action_groups.remove(ours)
+    parser._action_groups.insert(0, ours)
+
+
+def _check_names(names: list[str], parser: argparse.ArgumentParser) -> None:
+    known = {"--config", *parser._option_string_actions}
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            remedy = f"did you mean {near[0]}?" if near else "see diverse-cfg train --help"
+            raise ValueError(f"train has no setting {name}; {remedy}")
+
+
+def _check_trackers(names: list[str]) -> None:
+    for name in names:
+        packages = _TRACKERS.get(name, ())
+        if packages and not any(importlib.util.find_spec(package) for package in packages):
+            raise ValueError(
+                f"report_to={name} needs the package {packages[0]}: pip install {packages[0]}, or choose "
+                "another (none: --report_to none)"
+            )
 
 
 def train(args: TrainArguments, config) -> None:
@@ -83,6 +137,7 @@ def train(args: TrainArguments, config) -> None:
     from diverse_cfg.trainer import CFGDiversityTrainer
 
     model = model_source(args.model_name_or_path)
+    _resolve_nano(config)
     prompts = load_prompts(
         prompt_source(args.dataset_name), split=args.dataset_train_split, column=args.dataset_prompt_column
     )
@@ -102,6 +157,15 @@ def train(args: TrainArguments, config) -> None:
     # Left to the interpreter's exit, or while another process still talks, gloo's threads now and then abort.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+
+
+def _resolve_nano(config) -> None:
+    """Replace nano's own names in the settings by the folders that they stand for, in place."""
+    if config.teacher_model is not None:
+        config.teacher_model = model_source(config.teacher_model)
+    for name in ("diversity_embedder", "monitor_embedder"):
+        if (value := getattr(config, name)) is not None:
+            setattr(config, name, embedder_source(value))
 
 
 def _check_reward_names(names: list[str]) -> None:
@@ -152,7 +216,7 @@ def _checkpoint(config) -> str | None:
     if wanted and str(wanted).lower() not in ("true", "false"):
         if not Path(wanted).is_dir():
             raise ValueError(
-                f"resume_from_checkpoint={wanted!r} is no folder; pass true for the last checkpoint"
+                f"resume_from_checkpoint={wanted!r} is not a folder; pass true for the last checkpoint"
             )
         return str(wanted)
     if wanted and str(wanted).lower() == "true":

@@ -145,7 +145,7 @@ def _stored(args: argparse.Namespace) -> "Recordings":
 
 
 def _sampled(args: argparse.Namespace) -> "Recordings":
-    """Clips that --model plays now."""
+    """Clips that --model generates now."""
     import torch
     from tqdm import tqdm
 
@@ -194,7 +194,7 @@ def _code_recordings(args: argparse.Namespace, config, clips: list, prompts: lis
     if len(clips[0]) != config.decoder.num_codebooks:
         raise ValueError(
             f"the clips have {len(clips[0])} codebooks, {args.model} has {config.decoder.num_codebooks}: name "
-            "the model that played them"
+            "the model that generated them"
         )
     return CodeRecordings(
         clips,

@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 from diverse_cfg.functional._checks import promote, require_same_shape
@@ -61,36 +60,3 @@ def expand_scale(guidance_scale: Tensor, like: Tensor) -> Tensor:
             f"guidance_scale has shape {tuple(guidance_scale.shape)}, which does not broadcast to "
             f"{tuple(like.shape)}, the logits' shape without the vocabulary"
         ) from None
-
-
-def interval_schedule(
-    num_frames: int, guidance_scale: float, start: float = 0.0, stop: float = 1.0, outside: float = 1.0
-) -> Tensor:
-    """Guidance on a part of the clip only: a schedule over frames for `guided_logits`.
-
-        γ_t = γ for start ≤ t / T < stop, and `outside` elsewhere
-
-    Guidance acts mostly on the first part of a generation (arXiv 2404.07724 and 2312.12487 for diffusion).
-
-    Args:
-        num_frames: T, frames of the clip.
-        guidance_scale: γ inside the interval.
-        start: first guided frame, as a fraction of the clip.
-        stop: end of the guided frames, as a fraction of the clip.
-        outside: γ of the other frames; 1 is no guidance.
-
-    Returns:
-        γ_t [T], float32.
-
-    Raises:
-        ValueError: T < 1, or not 0 ≤ start < stop ≤ 1.
-    """
-    if num_frames < 1:
-        raise ValueError(f"num_frames must be at least 1, got {num_frames}")
-    if not 0 <= start < stop <= 1:
-        raise ValueError(
-            f"need 0 <= start < stop <= 1 (fractions of the clip), got start={start}, stop={stop}"
-        )
-    position = torch.arange(num_frames, dtype=torch.float64) / num_frames
-    inside = (position >= start) & (position < stop)
-    return torch.where(inside, guidance_scale, outside).float()

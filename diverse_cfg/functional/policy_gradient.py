@@ -110,34 +110,6 @@ def clipped_surrogate_loss(
     return -torch.minimum(ratios * advantages, ratios.clamp(low, high) * advantages)
 
 
-def clipped_codes(
-    logps: Tensor,
-    old_logps: Tensor,
-    advantages: Tensor,
-    epsilon: float = 0.2,
-    epsilon_high: float | None = None,
-) -> Tensor:
-    """Which codes `clipped_surrogate_loss` leaves without a gradient; their share is worth logging.
-
-    Args:
-        logps: [N, K, T].
-        old_logps: [N, K, T].
-        advantages: [N] or [N, K, T].
-        epsilon: ε.
-        epsilon_high: ε_high; None takes `epsilon`.
-
-    Returns:
-        Boolean mask [N, K, T].
-
-    Raises:
-        ValueError: shapes do not fit, or an epsilon is not positive.
-    """
-    low, high = clip_bounds(epsilon, epsilon_high)
-    logps, advantages = _per_code(advantages, logps)
-    ratios = importance_ratios(logps, old_logps).detach()
-    return ((ratios > high) & (advantages > 0)) | ((ratios < low) & (advantages < 0))
-
-
 def clip_bounds(epsilon: float, epsilon_high: float | None) -> tuple[float, float]:
     """The interval (1 − ε, 1 + ε_high) that ratios are clipped to; raises on values that make none."""
     high = epsilon if epsilon_high is None else epsilon_high

@@ -338,6 +338,8 @@ def locate(source: str | os.PathLike, near: Path | None = None) -> Path:
             return Path(transformers_folder(candidate))
         if candidate.is_file():
             raise ValueError(f"{source} is a file: pass the model's folder")
+    if os.fspath(source) == "nano":
+        raise FileNotFoundError("there is no folder nano; in Python use diverse_cfg.nano_path()")
     try:
         folder = Path(snapshot_download(os.fspath(source), allow_patterns=_FILES))
         if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():

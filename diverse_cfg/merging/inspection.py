@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, MusicgenForConditionalGeneration
 
 from diverse_cfg.merging.checkpoints import (
     AdapterCheckpoint,
@@ -150,7 +150,9 @@ def _generation_guidance(checkpoint: Checkpoint) -> float | None:
 
 def _size(checkpoint: FullCheckpoint | AdapterCheckpoint) -> dict[str, Any]:
     if isinstance(checkpoint, FullCheckpoint):
-        infos = list(checkpoint.tensors.values())
+        with torch.device("meta"):  # the files hold the codec's buffers too
+            model = MusicgenForConditionalGeneration(checkpoint.config)
+        infos = [checkpoint.tensors[name] for name, _ in model.named_parameters()]
     else:
         infos = [info for pair in checkpoint.factors.values() for info in pair] + list(
             checkpoint.replaced.values()

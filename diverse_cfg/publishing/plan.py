@@ -33,6 +33,8 @@ _ALWAYS = (
 )
 _FULL = ("config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+# The last parts of `nano_path()`, in whichever environment a model was trained.
+_NANO_BASE = ("assets", "nano", "base")
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{20,}\b")
 
 
@@ -111,12 +113,14 @@ def plan_upload(
     """
     folder = Path(folder)
     _require_repo_id(repo_id)
-    if read_provenance(folder) is None:
+    provenance = read_provenance(folder)
+    if provenance is None:
         raise ValueError(
             f"{folder} has no {PROVENANCE_FILE}: publish what `train` or `merge` wrote (a training "
             "checkpoint inside it is not complete)"
         )
     adapter = (folder / "adapter_config.json").is_file()
+    _require_recorded_base(folder, cards.base_name(folder, provenance), base_model)
     _require_unguided(folder)
     if not layout.has_processor(folder):
         raise ValueError(
@@ -167,9 +171,22 @@ def _require_repo_id(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is no Hub repository id: {error}") from None
+        raise ValueError(f"{repo_id!r} is not a Hub repository id: {error}") from None
     if "/" not in repo_id:
         raise ValueError(f"{repo_id!r} lacks its owner: write user/{repo_id}")
+
+
+def _require_recorded_base(folder: Path, recorded: str | None, base_model: str | None) -> None:
+    """Refuse another base than the recorded one; a folder of this machine may be a copy of any."""
+    if base_model is None or recorded in (None, base_model):
+        return
+    nano = Path(recorded).parts[-3:] == _NANO_BASE
+    if nano or cards.is_hub_id(recorded):
+        comes_from = "nano, the base that is shipped with diverse-cfg" if nano else recorded
+        raise ValueError(
+            f"{folder} comes from {comes_from}, not from {base_model}, and its card would say so: leave out "
+            f"base_model (--base-model), or correct base_model in its {PROVENANCE_FILE}"
+        )
 
 
 def _require_unguided(folder: Path) -> None:

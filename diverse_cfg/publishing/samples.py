@@ -4,13 +4,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from diverse_cfg.cards import SAMPLES_FILE, Sample, write_samples
+from diverse_cfg.cards import SAMPLES_FILE, TRANSFORMERS_TOP_K, Sample, write_samples
 from diverse_cfg.musicgen import layout
 from diverse_cfg.musicgen.files import generate_files
 from diverse_cfg.musicgen.loading import load_policy, load_processor
-
-# What transformers falls back to where a generation config names none.
-_TRANSFORMERS_TOP_K = 50
 
 
 def add_samples(folder: str | os.PathLike, prompts: Sequence[str], *, seed: int = 0) -> list[Sample]:
@@ -41,7 +38,7 @@ def add_samples(folder: str | os.PathLike, prompts: Sequence[str], *, seed: int 
         processor=load_processor(folder),
         num_frames=tokens - layout.num_frames_to_tokens(0, model.config),
         temperature=1.0 if settings.temperature is None else settings.temperature,
-        top_k=_TRANSFORMERS_TOP_K if settings.top_k is None else settings.top_k,
+        top_k=TRANSFORMERS_TOP_K if settings.top_k is None else settings.top_k,
         top_p=1.0 if settings.top_p is None else settings.top_p,
         min_p=0.0 if settings.min_p is None else settings.min_p,
         seed=seed,

@@ -30,6 +30,7 @@ from diverse_cfg.musicgen.policy import (
     LORA_TARGET_MODULES,
     frame_rate,
     freeze_encoders,
+    is_distilled,
     load_policy,
     unwrap,
     zero_dropout,
@@ -63,7 +64,7 @@ def prepare_policy(
     model.
 
     Raises:
-        ValueError: a `PeftModel`, or whatever `load_policy` refuses.
+        ValueError: a `PeftModel`, the command line's `nano`, or whatever `load_policy` refuses.
     """
     if isinstance(model, PeftModel):
         raise ValueError(
@@ -75,6 +76,8 @@ def prepare_policy(
         policy = unwrap(model)
         zero_dropout(policy)
     else:
+        if os.fspath(model) == "nano" and not os.path.isdir(model):
+            raise ValueError("there is no folder nano; in Python use diverse_cfg.nano_path()")
         policy = load_policy(os.fspath(model))
     freeze_encoders(policy)
     policy.audio_encoder.float()
@@ -84,6 +87,37 @@ def prepare_policy(
         # products.
         policy.decoder.set_attn_implementation("eager")
     return policy
+
+
+def check_teacher(model: str | os.PathLike | nn.Module, args: CFGDiversityConfig) -> None:
+    """Refuse to guide a teacher that has its guidance inside.
+
+    Raises:
+        ValueError: the teacher is a student, a merge or an adapter of one, and γ > 1.
+    """
+    if args.guidance_scale == 1:
+        return
+    if args.teacher_model is not None:
+        if is_distilled(args.teacher_model):
+            raise ValueError(
+                f"teacher_model={args.teacher_model} is distilled already, and guidance_scale="
+                f"{args.guidance_scale:g} would guide it twice: name its base, or set guidance_scale to 1"
+            )
+        return
+    if isinstance(model, nn.Module):
+        name, distilled = "the model", getattr(unwrap(model), "is_distilled", False)
+    else:
+        name, distilled = os.fspath(model), is_distilled(model)
+    if distilled:
+        raise ValueError(
+            f"{name} is distilled already, and as its own teacher would be guided twice: set teacher_model "
+            "(--teacher_model) to the base that it was distilled from, or guidance_scale to 1"
+        )
+
+
+def has_own_teacher(base_model: str | None, args: CFGDiversityConfig) -> bool:
+    """Whether the teacher is another model than the student's start."""
+    return args.teacher_model is not None and not same_model(args.teacher_model, base_model)
 
 
 def base_model_name(model: str | os.PathLike | nn.Module) -> str | None:

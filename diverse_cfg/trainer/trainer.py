@@ -47,6 +47,10 @@ from diverse_cfg.trainer.sharding import check_sharding
 from diverse_cfg.trainer.teacher import Teacher, frozen_copy, share_encoders
 from diverse_cfg.types import Rollout, TextCondition
 
+# How many times its first divergence a run that continues a student may reach before an alarm rings. On the
+# nano base that is halfway back to the unguided base.
+_KL_LIMIT = 4.0
+
 
 class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
     """Diversity-rewarded CFG distillation of MusicGen (arXiv 2410.06084), with TRL's interface.
@@ -100,6 +104,7 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
             raise ValueError(f"args is a {type(args).__name__}; pass a CFGDiversityConfig")
         peft_config = setup.lora_config(peft_config)
         setup.check_pushing(args, peft_config, self._base_model)
+        setup.check_teacher(model, args)
         policy = setup.prepare_policy(model, args)
         self._num_frames = setup.clip_frames(policy, args.clip_seconds)
         setup.check_codebooks(policy, args.diversity_codebooks)
@@ -142,7 +147,7 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
 
         Taken before TRL wraps `policy.forward`: a later copy would run the original's weights.
         """
-        if args.teacher_model is not None and not setup.same_model(args.teacher_model, base_model):
+        if setup.has_own_teacher(base_model, args):
             return share_encoders(load_policy(args.teacher_model), policy)
         return None if lora else frozen_copy(policy)
 
@@ -190,9 +195,9 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
             self.add_callback(AudioSamplesCallback(lambda: self._evaluation_clips))
         if args.alarms and self.eval_dataset is not None:
             named = zip(self.reward_func_names, self.reward_funcs, strict=True)
-            self.add_callback(
-                RewardHackingAlarm([name for name, function in named if not is_pairwise(function)])
-            )
+            quality = [name for name, function in named if not is_pairwise(function)]
+            kl_limit = _KL_LIMIT if setup.has_own_teacher(self._base_model, args) else 1.0
+            self.add_callback(RewardHackingAlarm(quality, kl_limit=kl_limit))
 
     @property
     def _on_policy(self) -> bool:

@@ -143,7 +143,7 @@ def to_markdown(rows: list[dict[str, str | float]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=HERE / "results" / "estimators.csv")
     parser.add_argument("--page", type=Path, default=HERE / "README.md", help="has the section `estimators`")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     rows = compare(gradients(arguments.student, arguments.batches, arguments.seed))
     with replacing(arguments.output) as temporary, temporary.open("w", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")

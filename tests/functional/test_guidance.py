@@ -1,10 +1,10 @@
-"""Guided logits and schedules."""
+"""Guided logits."""
 
 import numpy as np
 import pytest
 import torch
 
-from diverse_cfg.functional.guidance import guided_logits, interval_schedule
+from diverse_cfg.functional.guidance import guided_logits
 from tests import oracles
 
 
@@ -53,13 +53,3 @@ def test_bad_input_is_named():
         guided_logits(torch.zeros(2, 5), torch.zeros(2, 5), float("nan"))
     with pytest.raises(ValueError, match=r"\(5,\), which does not broadcast to \(2,\)"):
         guided_logits(torch.zeros(2, 5), torch.zeros(2, 5), torch.ones(5))
-
-
-def test_interval_schedule():
-    """Catches an interval whose borders are off by a frame."""
-    assert interval_schedule(10, 3.0, 0.2, 0.5).tolist() == [1, 1, 3, 3, 3, 1, 1, 1, 1, 1]
-    assert interval_schedule(4, 2.5).tolist() == [2.5] * 4
-    with pytest.raises(ValueError, match=r"start=0\.5, stop=0\.5"):
-        interval_schedule(10, 3.0, 0.5, 0.5)
-    with pytest.raises(ValueError, match="num_frames"):
-        interval_schedule(0, 3.0)

@@ -7,6 +7,7 @@ import soundfile
 import yaml
 
 from diverse_cfg import publishing
+from diverse_cfg.assets import nano_path
 from diverse_cfg.cards import Sample, write_samples
 from diverse_cfg.merging import merge_checkpoints
 from diverse_cfg.provenance import Provenance, write_provenance
@@ -120,6 +121,29 @@ def test_what_is_not_fit_to_be_published(world, tmp_path, damage, message):
     with pytest.raises(ValueError, match=message) as caught:
         plan_upload(folder, "me/m", **LICENSE)
     assert TOKEN not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "message"),
+    [
+        (str(nano_path()), "comes from nano, the base that is shipped"),
+        ("facebook/musicgen-large", "comes from facebook/musicgen-large, not from facebook/musicgen-small"),
+        ("facebook/musicgen-small", None),
+        ("/models/small", None),
+    ],
+)
+def test_a_base_that_the_model_does_not_come_from_is_refused(world, tmp_path, recorded, message):
+    """Fault: a card that names another base, with its licence, than the weights were trained from."""
+    folder = made.copy(world["merged"], tmp_path / "m")
+    write_provenance(folder, Provenance("student", base_model=recorded))
+    if message is None:
+        assert (
+            "facebook/musicgen-small"
+            in plan_upload(folder, "me/m", base_model="facebook/musicgen-small").card
+        )
+        return
+    with pytest.raises(ValueError, match=message):
+        plan_upload(folder, "me/m", base_model="facebook/musicgen-small")
 
 
 @pytest.mark.parametrize("repo_id", ["merged", "me/", "me/a b", "a/b/c", "me/.x"])
