@@ -149,6 +149,7 @@ def sample_codes(
     return_logps: bool = False,
     negative_condition: TextCondition | None = None,
     batch_size: int | None = None,
+    rollout_backend: str = "fast",
     names: Sequence[str] | None = None,
     weights: RolloutWeights | None = None,
     dtype: torch.dtype | None = None,
@@ -172,6 +173,7 @@ def sample_codes(
         return_logps: record the log-probability of every code under the distribution it was drawn from.
         negative_condition: N rows in the place of the null prompt.
         batch_size: see `fast_generate`.
+        rollout_backend: see `fast_generate`; stock `generate` computes in the caller's autocast, if any.
         names: what an error calls each row [N], such as its prompt.
         weights: a snapshot to sample from; refresh it when the model has changed.
         dtype: of a snapshot taken now.
@@ -180,11 +182,12 @@ def sample_codes(
         Rollout without waveforms.
 
     Raises:
-        ValueError: no rows, settings out of range, or more frames than the model can play.
+        ValueError: no rows, settings out of range, an unknown backend, or more frames than the model can play.
         FloatingPointError: logits that are not finite; names row and step.
         torch.OutOfMemoryError: not even one clip fits.
     """
     settings = SamplingSettings(guidance_scale, temperature, top_k, top_p, min_p)
+    _check_backend(rollout_backend)
     _check_length(model, num_frames)
     if len(condition) == 0:
         raise ValueError("the condition has no rows: there is nothing to sample")
@@ -193,12 +196,19 @@ def sample_codes(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     uniforms = _uniforms(model, seed, _checked_ids(sample_ids, len(condition)), num_frames)
-    snapshot = weights or RolloutWeights.from_model(model, dtype)
+    snapshot = None
+    if rollout_backend == "fast":
+        snapshot = weights or RolloutWeights.from_model(model, dtype)
+    elif negative_condition is not None:  # stock `generate` wants texts of one length
+        longest = max(c.attention_mask.shape[1] for c in (condition, negative_condition))
+        condition, negative_condition = _padded(condition, longest), _padded(negative_condition, longest)
     names = names or [f"row {row} of the condition" for row in range(len(condition))]
 
     def sample(rows: slice) -> tuple[Tensor, Tensor]:
         avoided = None if negative_condition is None else negative_condition.select(rows)
         text = condition.select(rows)
+        if snapshot is None:
+            return generate_codes(model, text, num_frames, settings, uniforms[rows], avoided, names[rows])
         return _sample(snapshot, text, num_frames, settings, uniforms[rows], avoided, names[rows])
 
     codes, logps = _batched(model, snapshot, len(condition), num_frames, settings, batch_size, sample)
@@ -263,14 +273,18 @@ def check_request(
     for name, value in (("num_generations", num_generations), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
-    if rollout_backend not in ROLLOUT_BACKENDS:
-        raise ValueError(f"rollout_backend={rollout_backend!r} must be one of {', '.join(ROLLOUT_BACKENDS)}")
+    _check_backend(rollout_backend)
     if negative_prompt is not None:
         require_prompts([negative_prompt])
         if not settings.guided:
             raise ValueError(
                 f"negative_prompt={negative_prompt!r} needs guidance: set guidance_scale above 1"
             )
+
+
+def _check_backend(rollout_backend: str) -> None:
+    if rollout_backend not in ROLLOUT_BACKENDS:
+        raise ValueError(f"rollout_backend={rollout_backend!r} must be one of {', '.join(ROLLOUT_BACKENDS)}")
 
 
 def _batched(
