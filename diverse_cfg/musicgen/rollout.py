@@ -25,6 +25,7 @@ from diverse_cfg.types import Rollout, TextCondition
 __all__ = [
     "RolloutWeights",
     "SamplingSettings",
+    "check_backend",
     "check_request",
     "decode_codes",
     "fast_generate",
@@ -187,7 +188,7 @@ def sample_codes(
         torch.OutOfMemoryError: not even one clip fits.
     """
     settings = SamplingSettings(guidance_scale, temperature, top_k, top_p, min_p)
-    _check_backend(rollout_backend)
+    check_backend(rollout_backend)
     _check_length(model, num_frames)
     if len(condition) == 0:
         raise ValueError("the condition has no rows: there is nothing to sample")
@@ -273,7 +274,7 @@ def check_request(
     for name, value in (("num_generations", num_generations), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
-    _check_backend(rollout_backend)
+    check_backend(rollout_backend)
     if negative_prompt is not None:
         require_prompts([negative_prompt])
         if not settings.guided:
@@ -282,7 +283,8 @@ def check_request(
             )
 
 
-def _check_backend(rollout_backend: str) -> None:
+def check_backend(rollout_backend: str) -> None:
+    """Raise `ValueError` for a backend that does not exist."""
     if rollout_backend not in ROLLOUT_BACKENDS:
         raise ValueError(f"rollout_backend={rollout_backend!r} must be one of {', '.join(ROLLOUT_BACKENDS)}")
 
