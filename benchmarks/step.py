@@ -44,13 +44,10 @@ from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.embeddings import load_embedder
 from diverse_cfg.embeddings.contrastive import ContrastiveConfig, ContrastiveEmbedder, ContrastiveEncoder
 from diverse_cfg.musicgen.loading import load_policy, load_processor
-from diverse_cfg.musicgen.reference import generate_codes
-from diverse_cfg.musicgen.sampling import SamplingSettings, keyed_uniforms
 from diverse_cfg.rewards import DiversityReward
 from diverse_cfg.trainer import CFGDiversityTrainer
 from diverse_cfg.trainer import rollouts as rollouts_module
 from diverse_cfg.trainer import trainer as trainer_module
-from diverse_cfg.types import Rollout
 
 # In the order of a step. "student" includes the loss and its gradient with respect to the logits.
 PARTS = (
@@ -65,7 +62,8 @@ PARTS = (
     "optimizer",
     "other",
 )
-BACKENDS = ("stock", "ours")
+ROLLOUT_BACKENDS = {"stock": "transformers", "ours": "fast"}
+BACKENDS = tuple(ROLLOUT_BACKENDS)
 
 
 class Clock:
@@ -133,6 +131,7 @@ class Turns(TrainerCallback):
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         self.backend = BACKENDS[state.global_step % 2]
+        args.rollout_backend = ROLLOUT_BACKENDS[self.backend]
         if not state.global_step:
             optimizer.step = self.clock.timed("optimizer", optimizer.step)
         self.memory.start()
@@ -187,19 +186,6 @@ def build(shape: str) -> tuple[Any, Any, Any]:
     return policy, processor, ContrastiveEmbedder(ContrastiveEncoder(paper))
 
 
-def stock_codes(
-    policy: Any, condition: Any, num_frames: int, args: CFGDiversityConfig, **settings: Any
-) -> Rollout:
-    """In the place of `sample_codes`: the same clips from `generate`."""
-    config = policy.decoder.config
-    uniforms = keyed_uniforms(settings["seed"], settings["sample_ids"], config.num_codebooks, num_frames)
-    sampling = SamplingSettings(settings["guidance_scale"], settings["temperature"])
-    cast = torch.autocast(policy.device.type, torch.bfloat16) if args.bf16 else contextlib.nullcontext()
-    with cast:
-        codes, _ = generate_codes(policy, condition, num_frames, sampling, uniforms.to(policy.device))
-    return Rollout(codes, None, None, policy.config.audio_encoder.sampling_rate)
-
-
 def measure(case: dict, args: argparse.Namespace) -> list[dict]:
     """One row per backend, stock first."""
     policy, processor, embedder = build(args.shape)
@@ -235,33 +221,23 @@ def measure(case: dict, args: argparse.Namespace) -> list[dict]:
         )
         memory.start()
         memory.loaded = memory.peak_mb() or 0.0
-        with instrumented(trainer, turns, settings):
+        with instrumented(trainer, turns):
             trainer.train()
     return summary(case, turns.steps[2:], memory.loaded)
 
 
 class instrumented:
-    """While active, the trainer's calls are timed, and its clips come from the backend whose turn it is."""
+    """While active, the trainer's calls are timed."""
 
-    def __init__(self, trainer: CFGDiversityTrainer, turns: Turns, settings: CFGDiversityConfig):
+    def __init__(self, trainer: CFGDiversityTrainer, turns: Turns):
         self.places: list[tuple[Any, str, Any]] = []
         timed = turns.clock.timed
-        ours, refresh = rollouts_module.sample_codes, trainer._rollout_weights
-
-        def sample(policy, condition, num_frames, **arguments):
-            if turns.backend == "ours":
-                return ours(policy, condition, num_frames, **arguments)
-            return stock_codes(policy, condition, num_frames, settings, **arguments)
-
-        def weights(*arguments):
-            return refresh(*arguments) if turns.backend == "ours" else None
-
         self.new = [
             (rollouts_module, "encode_text", timed("text", rollouts_module.encode_text)),
-            (rollouts_module, "sample_codes", timed("rollout", sample)),
+            (rollouts_module, "sample_codes", timed("rollout", rollouts_module.sample_codes)),
             (rollouts_module, "decode_codes", timed("decode", rollouts_module.decode_codes)),
             (trainer_module, "student_terms", timed("student", trainer_module.student_terms)),
-            (trainer, "_rollout_weights", timed("refresh", weights)),
+            (trainer, "_rollout_weights", timed("refresh", trainer._rollout_weights)),
             (trainer, "_measure", lambda: (0.0, 0.0)),  # the estimate at the start
             (trainer, "_teacher", _Callable(timed("teacher", trainer._teacher), trainer._teacher)),
             (trainer.accelerator, "backward", timed("backward", trainer.accelerator.backward)),

@@ -14,6 +14,8 @@ import torch
 from transformers.trainer_utils import HubStrategy
 from trl import RLOOConfig
 
+from diverse_cfg.musicgen.rollout import ROLLOUT_BACKENDS
+
 DIVERGENCES = ("reverse_kl", "forward_kl", "generalized_jsd")
 ROLLOUT_SOURCES = ("student", "teacher", "mix")
 
@@ -125,6 +127,8 @@ class CFGDiversityConfig(RLOOConfig):
         loss_chunk_size: decoder steps whose distributions are held at once.
         rollout_batch_size: clips sampled at once. None: up to 64 on a CPU and 256 on a GPU, fewer when their
             caches would take too much memory.
+        rollout_backend: "fast", the package's own loop, or "transformers", stock `generate`: the same clips up
+            to rounding, slowly, and also from a model that the loop refuses. Not with FSDP.
         audio_samples: clips written to disk and to the trackers at every evaluation.
         alarms: warn at evaluation when the reward is being hacked (see `callbacks.RewardHackingAlarm`).
         guards: nested group, see `GuardConfig`.
@@ -217,6 +221,10 @@ class CFGDiversityConfig(RLOOConfig):
     )
     rollout_batch_size: int | None = field(
         default=None, metadata={"help": "Clips sampled at once. Default: as many as memory allows."}
+    )
+    rollout_backend: str = field(
+        default="fast",
+        metadata={"help": "fast, or transformers for stock generate: the same clips, slowly."},
     )
     audio_samples: int = field(default=4, metadata={"help": "Clips kept at every evaluation; 0 is off."})
     alarms: bool = field(
@@ -369,5 +377,6 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "audio_samples": (_non_negative, "0 (off) or more"),
     "loss_chunk_size": (lambda value: value >= 1, "at least 1"),
     "rollout_batch_size": (_unset_or_positive, "at least 1"),
+    "rollout_backend": (ROLLOUT_BACKENDS.__contains__, f"one of {', '.join(ROLLOUT_BACKENDS)}"),
     "temperature": (lambda value: 0 < value < math.inf, "positive"),
 }

@@ -5,13 +5,17 @@ import math
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from diverse_cfg.musicgen.decoders import EagerDecoder
 from diverse_cfg.musicgen.loop import DecodeLoop
 from diverse_cfg.musicgen.policy import encode_text, unwrap
 from diverse_cfg.musicgen.rollout import RolloutWeights, sample_codes
-from tests.tiny import PROMPTS, tiny_processor
-from tests.training import tiny_trainer
+from diverse_cfg.trainer import rollouts
+from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
+from tests.training import losses, tiny_args, tiny_trainer
 
 LORA = LoraConfig(r=2, lora_alpha=4)
 
@@ -94,3 +98,95 @@ def test_training_goes_on_with_smaller_rollouts_when_memory_runs_out(tmp_path, m
     )
     assert caplog.text.count("going on with 4 clips at once") == 1
     assert sizes.count(8) <= 3 and sizes[-6:] == [4] * 6  # eight twice for the estimate, once for the failure
+
+
+SETTINGS = {
+    "student": {},
+    "teacher": {"rollout_source": "teacher", "diversity_coef": 0.0},
+    "mix, negative prompt": {"rollout_source": "mix", "negative_prompt": "sad"},
+    "lora, mix": {"rollout_source": "mix", "peft_config": LORA},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "stereo": {"model": 2},
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_both_backends_train_alike(tmp_path, monkeypatch, case):
+    """Faults: the reference plays another policy (adapters, guidance, an old student), or inherits settings of
+    the checkpoint; a fused copy is built although nothing samples from it."""
+    settings = SETTINGS[case] | {"max_steps": 1}
+
+    def trainer(backend):
+        model = tiny_musicgen(SETTINGS[case].get("model", 1))
+        return tiny_trainer(tmp_path, **settings | {"model": model}, rollout_backend=backend)
+
+    fast = trainer("fast")
+    before = [play(fast, is_teacher) for is_teacher in (False, True)]
+    fast.train()
+    reference = trainer("transformers")
+    monkeypatch.setattr(RolloutWeights, "from_model", None)
+    assert all(torch.equal(play(reference, i), clips) for i, clips in enumerate(before))
+    reference.train()
+    assert losses(reference) == pytest.approx(losses(fast), abs=1e-5)
+    assert torch.equal(play(reference), play(fast)) and not torch.equal(play(fast), before[0])
+    assert not reference._fused_weights
+
+
+def test_the_reference_computes_in_the_runs_dtype(tmp_path):
+    """Fault: stock rollouts in float32 for a student that is trained in bfloat16."""
+    trainer, seen = tiny_trainer(tmp_path, rollout_backend="transformers", bf16=True), set()
+    unwrap(trainer.model).decoder.lm_heads[0].register_forward_hook(lambda *call: seen.add(call[-1].dtype))
+    play(trainer)
+    assert seen == {torch.bfloat16}
+
+
+def test_an_unknown_backend_is_refused_before_anything_is_loaded(tmp_path):
+    with pytest.raises(ValueError, match="rollout_backend='vllm' must be one of fast, transformers"):
+        tiny_args(tmp_path, rollout_backend="vllm")
+
+
+def test_a_model_that_the_loop_refuses_trains_with_the_reference(tmp_path):
+    """Fault: the remedy that the refusal names is not there."""
+    AttentionInterface.register("own_attention", sdpa_attention_forward)
+    AttentionMaskInterface.register("own_attention", sdpa_mask)
+
+    def train(backend, attention):
+        trainer = tiny_trainer(tmp_path, max_steps=1, rollout_backend=backend)
+        unwrap(trainer.model).decoder.set_attn_implementation(attention)
+        trainer.train()
+        return losses(trainer)
+
+    with pytest.raises(ValueError, match=r"own_attention.*use rollout_backend='transformers'"):
+        train("fast", "own_attention")
+    assert train("transformers", "own_attention") == pytest.approx(train("fast", "sdpa"), abs=1e-5)
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("source", ["student", "teacher", "mix"])
+def test_every_process_gathers_the_weights_as_often(tmp_path, monkeypatch, source, peft_config):
+    """Faults: a process without clips of the teacher (or of the student) skips a gathering that the others wait
+    in, for ever; weights are gathered for a teacher's copy that is there already."""
+    coef = 0.0 if source == "teacher" else 5.0
+    whole, gathered = rollouts.whole_weights, []
+
+    def gathering(model):
+        gathered.append(model)
+        return whole(model)
+
+    def gatherings(teacher_rows):
+        trainer = tiny_trainer(tmp_path, rollout_source=source, diversity_coef=coef, peft_config=peft_config)
+        if source == "mix":
+            trainer._teacher_rows = lambda rows: torch.tensor(teacher_rows.pop(0) * 4).repeat(rows // 4)
+        trainer.model.train()
+        counts = []
+        for _ in range(3):
+            gathered.clear()
+            trainer._generate([prompt for prompt in PROMPTS[:2] for _ in range(4)])
+            assert all(model is trainer.model_wrapped for model in gathered)
+            counts.append(len(gathered))
+        return counts
+
+    monkeypatch.setattr(rollouts, "whole_weights", gathering)
+    expected = {"student": [1, 1, 1], "teacher": [1, 0, 0], "mix": [2, 1, 1]}[source]
+    assert gatherings([[False], [True], [False]]) == expected
+    assert gatherings([[True], [False], [False]]) == expected

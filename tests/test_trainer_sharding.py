@@ -69,6 +69,11 @@ REFUSED = [
     (accelerator(fsdp_plugin=SimpleNamespace(fsdp_version=1)), {}, "fsdp_version=1"),
     (accelerator(fsdp_plugin=SimpleNamespace(fsdp_version=2)), {"ema_decay": 0.9}, "ema_decay=0.9"),
     (accelerator(fsdp_plugin=SimpleNamespace(fsdp_version=2)), {"term_norm_steps": 5}, "term_norm_steps=5"),
+    (
+        accelerator(fsdp_plugin=SimpleNamespace(fsdp_version=2)),
+        {"rollout_backend": "transformers"},
+        "use rollout_backend='fast'",
+    ),
 ]
 
 

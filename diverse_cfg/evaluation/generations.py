@@ -25,7 +25,7 @@ from diverse_cfg.evaluation.systems import Mixture, System
 from diverse_cfg.functional.codebooks import num_decoder_steps
 from diverse_cfg.merging import merge_checkpoints
 from diverse_cfg.musicgen.loading import load_policy, load_processor
-from diverse_cfg.musicgen.rollout import RolloutWeights, decode_codes, fast_generate
+from diverse_cfg.musicgen.rollout import RolloutWeights, check_backend, decode_codes, fast_generate
 
 _VERSION = 2  # of the description and of the sampler; raise it when either changes what is played
 _BATCH = 64
@@ -43,12 +43,14 @@ class ClipSet:
         num_generations: G clips per prompt and seed.
         num_frames: T, length of a clip.
         seeds: sampling seeds; each adds a group of G clips per prompt.
+        rollout_backend: "fast", or "transformers" for stock `generate`: the same clips up to rounding, slowly.
     """
 
     prompts: tuple[str, ...]
     num_generations: int
     num_frames: int
     seeds: tuple[int, ...] = (0,)
+    rollout_backend: str = "fast"
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -65,6 +67,7 @@ class ClipSet:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds must be different numbers, got {list(self.seeds)}")
+        check_backend(self.rollout_backend)
 
     @property
     def num_clips(self) -> int:
@@ -144,8 +147,13 @@ class Player:
 
 
 def describe(system: System, mixture: Mixture, clips: ClipSet, seed: int) -> dict[str, Any]:
-    """Everything that decides the codes of one replicate under one seed."""
-    return {
+    """Everything that decides the codes of one replicate under one seed, and the time that they take.
+
+    The reference backend has a key of its own: a cached clip brings its seconds along, and rounding may change a
+    code. The fast one's is as it always was, so that what is cached stays valid.
+    """
+    backend = {} if clips.rollout_backend == "fast" else {"rollout_backend": clips.rollout_backend}
+    return backend | {
         "version": _VERSION,
         "model": mixture_digest(mixture),
         "guidance_scale": float(system.guidance_scale),
@@ -187,7 +195,8 @@ def generations(
         return kept
     sampling = system.sampling
     per_batch = max(1, _BATCH // clips.num_generations)
-    weights = player.weights  # made here, lest the first batch's time contain it
+    # Made here, lest the first batch's time contain it.
+    weights = player.weights if clips.rollout_backend == "fast" else None
     codes, seconds, batches = [], [], []
     for start in range(0, len(clips.prompts), per_batch):
         prompts = list(clips.prompts[start : start + per_batch])
@@ -205,6 +214,7 @@ def generations(
                 seed=seed,
                 num_generations=clips.num_generations,
                 batch_size=count,
+                rollout_backend=clips.rollout_backend,
                 sample_ids=range(first, first + count),
                 decode=False,
                 weights=weights,

@@ -39,6 +39,7 @@ from diverse_cfg.evaluation.signatures import Arms
 from diverse_cfg.evaluation.sweep import Sweep
 from diverse_cfg.evaluation.systems import System, expand_systems, single
 from diverse_cfg.musicgen.policy import frame_rate
+from diverse_cfg.musicgen.rollout import check_backend
 from diverse_cfg.musicgen.sampling import require_64_bits
 from diverse_cfg.prompts import load_prompts
 
@@ -74,6 +75,7 @@ class SweepConfig:
         gallery_prompts: prompts on the page to listen to; 0 makes none.
         gallery_generations: clips per prompt and system on that page.
         device: torch device; None takes a GPU if there is one.
+        rollout_backend: "fast", or "transformers" for stock `generate`: the same clips up to rounding, slowly.
     """
 
     systems: list[dict[str, Any]] = field(default_factory=list)
@@ -102,12 +104,14 @@ class SweepConfig:
     gallery_prompts: int = 4
     gallery_generations: int = 4
     device: str | None = None
+    rollout_backend: str = "fast"
 
     def __post_init__(self) -> None:
         if not self.output:
             raise ValueError("output is missing: name the folder for the results")
         for name, annotation in get_type_hints(SweepConfig).items():
             require_type(name, getattr(self, name), annotation)
+        check_backend(self.rollout_backend)
         if not 0 <= self.min_validity <= 1:
             raise ValueError(f"min_validity={self.min_validity} must lie between 0 and 1")
         for name in ("num_prompts", "num_generations"):
@@ -158,7 +162,8 @@ def build_sweep(config: SweepConfig) -> tuple[Sweep, list[System]]:
     teacher = model_path(config.teacher or systems[0].replicates[0][0][0])
     player = Player(single(teacher)[0], device)
     num_frames, seconds = _length(player, config.clip_seconds)
-    clips = ClipSet(tuple(prompts), config.num_generations, num_frames, tuple(config.seeds))
+    seeds = tuple(config.seeds)
+    clips = ClipSet(tuple(prompts), config.num_generations, num_frames, seeds, config.rollout_backend)
     features: list[Feature] = [ValidityFeature()]
     if config.teacher:
         features.append(DivergenceFeature(player, teacher, config.teacher_guidance_scale))

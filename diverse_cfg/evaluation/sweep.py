@@ -178,6 +178,7 @@ class Sweep:
             "num_generations": clips.num_generations,
             "num_frames": clips.num_frames,
             "seeds": list(clips.seeds),
+            "rollout_backend": clips.rollout_backend,
             "features": {feature.name: dict(feature.fingerprint) for feature in self.features},
             "min_validity": self.min_validity,
             "versions": library_versions(),

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from transformers import MusicgenDecoderConfig
 
 from diverse_cfg.functional.codebooks import num_decoder_steps
 from diverse_cfg.musicgen.policy import unwrap
@@ -35,6 +36,25 @@ _OUT_OF_MEMORY = (
 T = TypeVar("T")
 
 
+def cache_bytes(
+    config: MusicgenDecoderConfig, num_frames: int, guided: bool, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Bytes that one clip's keys and values take while it is sampled; those of its text are few, and left out.
+
+    2 · layers · hidden units · decoder steps · bytes of a number, and twice that with guidance.
+
+    Args:
+        config: of the decoder.
+        num_frames: T.
+        guided: whether the clip is decoded twice.
+        dtype: of the rollout's matrices.
+        device: where it is sampled: the CPU's loop keeps its caches in float32.
+    """
+    itemsize = dtype.itemsize if device.type == "cuda" else max(dtype.itemsize, torch.float32.itemsize)
+    steps = num_decoder_steps(num_frames, config.num_codebooks, config.audio_channels)
+    return 2 * config.num_hidden_layers * config.hidden_size * steps * itemsize * (2 if guided else 1)
+
+
 def automatic_batch(model: nn.Module, num_frames: int, guided: bool, dtype: torch.dtype) -> int:
     """As many clips as have room for their keys and values.
 
@@ -45,13 +65,8 @@ def automatic_batch(model: nn.Module, num_frames: int, guided: bool, dtype: torc
         dtype: of the rollout's matrices.
     """
     policy = unwrap(model)
-    config = policy.decoder.config
     on_gpu = policy.device.type == "cuda"
-    # The CPU's loop keeps its caches in float32.
-    itemsize = dtype.itemsize if on_gpu else max(dtype.itemsize, torch.float32.itemsize)
-    steps = num_decoder_steps(num_frames, config.num_codebooks, config.audio_channels)
-    clip_bytes = 2 * config.num_hidden_layers * config.hidden_size * steps * itemsize
-    clip_bytes *= 2 if guided else 1
+    clip_bytes = cache_bytes(policy.decoder.config, num_frames, guided, dtype, policy.device)
     if not on_gpu:
         return max(1, min(_LARGEST_BATCH, _CPU_CACHE_BYTES // clip_bytes))
     free, _ = torch.cuda.mem_get_info(policy.device)

@@ -26,6 +26,7 @@ from diverse_cfg.types import Rollout, TextCondition
 __all__ = [
     "RolloutWeights",
     "SamplingSettings",
+    "check_backend",
     "check_request",
     "decode_codes",
     "fast_generate",
@@ -162,6 +163,7 @@ def sample_codes(
     return_logps: bool = False,
     negative_condition: TextCondition | None = None,
     batch_size: int | None = None,
+    rollout_backend: str = "fast",
     names: Sequence[str] | None = None,
     weights: RolloutWeights | None = None,
     dtype: torch.dtype | None = None,
@@ -185,6 +187,7 @@ def sample_codes(
         return_logps: record the log-probability of every code under the distribution it was drawn from.
         negative_condition: N rows in the place of the null prompt.
         batch_size: see `fast_generate`.
+        rollout_backend: see `fast_generate`; stock `generate` computes in the caller's autocast, if any.
         names: what an error calls each row [N], such as its prompt.
         weights: a snapshot to sample from; refresh it when the model has changed.
         dtype: of a snapshot taken now.
@@ -193,11 +196,12 @@ def sample_codes(
         Rollout without waveforms.
 
     Raises:
-        ValueError: no rows, settings out of range, or more frames than the model can play.
+        ValueError: no rows, settings out of range, an unknown backend, or more frames than the model can play.
         FloatingPointError: logits that are not finite; names row and step.
         torch.OutOfMemoryError: not even one clip fits.
     """
     settings = SamplingSettings(guidance_scale, temperature, top_k, top_p, min_p)
+    check_backend(rollout_backend)
     _check_length(model, num_frames)
     if len(condition) == 0:
         raise ValueError("the condition has no rows: there is nothing to sample")
@@ -210,7 +214,12 @@ def sample_codes(
     _check_dtype(weights, dtype)
     sample_ids = _checked_ids(sample_ids, len(condition))
     require_64_bits("seed", seed)
-    snapshot = weights or RolloutWeights.from_model(model, dtype)
+    snapshot = None
+    if rollout_backend == "fast":
+        snapshot = weights or RolloutWeights.from_model(model, dtype)
+    elif negative_condition is not None:  # stock `generate` wants texts of one length
+        longest = max(c.attention_mask.shape[1] for c in (condition, negative_condition))
+        condition, negative_condition = _padded(condition, longest), _padded(negative_condition, longest)
     names = names or [f"row {row} of the condition" for row in range(len(condition))]
     if len(names) != len(condition):
         raise ValueError(f"{len(names)} names for {len(condition)} clips")
@@ -219,10 +228,12 @@ def sample_codes(
         avoided = None if negative_condition is None else negative_condition.select(rows)
         text = condition.select(rows)
         noise = _noise(model, seed, sample_ids[rows], num_frames)
+        if snapshot is None:
+            return generate_codes(model, text, num_frames, settings, noise, avoided, names[rows])
         return _sample(snapshot, text, num_frames, settings, noise, avoided, names[rows])
 
     codes, logps = _batched(model, snapshot, len(condition), num_frames, settings, batch_size, sample)
-    if weights is None:
+    if snapshot is not None and weights is None:
         snapshot.loops.clear()  # nobody will use its graphs again
     return Rollout(codes, logps if return_logps else None, None, _sampling_rate(model))
 
@@ -285,8 +296,7 @@ def check_request(
     require_prompts(prompts)
     _check_length(model, num_frames)
     _check_counts(num_generations=num_generations, batch_size=batch_size)
-    if rollout_backend not in ROLLOUT_BACKENDS:
-        raise ValueError(f"rollout_backend={rollout_backend!r} must be one of {', '.join(ROLLOUT_BACKENDS)}")
+    check_backend(rollout_backend)
     own = unwrap(model).decoder.dtype
     if rollout_backend == "transformers" and dtype not in (None, own):
         raise ValueError(f"dtype={dtype} needs rollout_backend='fast': stock generate computes in {own}")
@@ -296,6 +306,12 @@ def check_request(
             raise ValueError(
                 f"negative_prompt={negative_prompt!r} needs guidance: set guidance_scale above 1"
             )
+
+
+def check_backend(rollout_backend: str) -> None:
+    """Raise `ValueError` for a backend that does not exist."""
+    if rollout_backend not in ROLLOUT_BACKENDS:
+        raise ValueError(f"rollout_backend={rollout_backend!r} must be one of {', '.join(ROLLOUT_BACKENDS)}")
 
 
 def _batched(

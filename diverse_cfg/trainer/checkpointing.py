@@ -15,7 +15,6 @@ from trl.trainer.utils import RepeatSampler
 
 from diverse_cfg.callbacks import AdaptiveClipCallback
 from diverse_cfg.cards import plot_training_curves, public_name, write_card
-from diverse_cfg.functional.codebooks import num_decoder_steps
 from diverse_cfg.musicgen.policy import frame_rate, unwrap
 from diverse_cfg.provenance import Provenance, read_provenance, write_provenance
 from diverse_cfg.trainer import setup
@@ -140,12 +139,15 @@ class Checkpointing(RLOOTrainer):
 
     def _estimate(self) -> str:
         args, policy = self.args, unwrap(self.model)
-        config = policy.config.decoder
+        fused = args.rollout_backend == "fast"
         needs = memory(
             policy,
             micro_batch=args.per_device_train_batch_size,
-            rollout_batch=args.rollout_batch_size or args.per_device_train_batch_size * self._block_length,
-            num_steps=num_decoder_steps(self._num_frames, config.num_codebooks, config.audio_channels),
+            num_frames=self._num_frames,
+            samplings=self._samplings(),
+            rollout_batch_size=args.rollout_batch_size,
+            rollout_dtype=self._rollout_dtype or policy.decoder.dtype,
+            fused=fused,
             trained=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             separate_teacher=not self._teacher.shares_weights,
             averaged=args.ema_decay > 0,
@@ -155,7 +157,8 @@ class Checkpointing(RLOOTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return f"{needs}, less what is sharded"
         rollout, update = self._measure()
-        return f"{needs}; {rollout + update:.2g} s per step (rollout {rollout:.2g}, update {update:.2g})"
+        by = "" if fused else f" by stock generate, since rollout_backend={args.rollout_backend!r}"
+        return f"{needs}; {rollout + update:.2g} s per step (rollout {rollout:.2g}{by}, update {update:.2g})"
 
     # ---- saving -----------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ depends neither on the batch nor on the number of processes.
 
 import contextlib
 import hashlib
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from diverse_cfg.functional.diversity import diversity_reward
 from diverse_cfg.musicgen.policy import encode_text, unwrap
 from diverse_cfg.musicgen.rollout import RolloutWeights, decode_codes, sample_codes
 from diverse_cfg.rewards import embed_clips, is_pairwise, reads_waveforms
+from diverse_cfg.trainer.estimate import Sampling
 from diverse_cfg.trainer.guarding import CALIBRATION_PROMPTS, CrossGuards
 from diverse_cfg.trainer.sharding import whole_weights
 from diverse_cfg.trainer.teacher import Teacher
@@ -60,13 +62,12 @@ class Rollouts(RLOOTrainer):
         codes = torch.empty(
             len(prompts), self._num_codebooks, self._num_frames, dtype=torch.long, device=rows.device
         )
-        for is_teacher in (False, True):
+        for is_teacher in self._samplers if training else (False,):
             chosen = rows[from_teacher == is_teacher]
-            if len(chosen):
-                names = [f"the clip of prompt {prompts[row]!r}" for row in chosen.tolist()]
-                codes[chosen] = self._sample(
-                    condition.select(chosen), sample_ids[chosen], seed, is_teacher, names=names
-                )
+            names = [f"the clip of prompt {prompts[row]!r}" for row in chosen.tolist()]
+            codes[chosen] = self._sample(
+                condition.select(chosen), sample_ids[chosen], seed, is_teacher, names=names
+            )
         rate = unwrap(self.model).config.audio_encoder.sampling_rate
         self._rollout = Rollout(codes, None, None, rate)
         self._pending = {"condition": condition, "from_teacher": from_teacher}
@@ -84,44 +85,107 @@ class Rollouts(RLOOTrainer):
         is_teacher: bool,
         guidance_scale: float | None = None,
         names: list[str] | None = None,
+        num_frames: int | None = None,
     ) -> Tensor:
-        """Codes [N, K, T] from the student without guidance, or from the teacher with its own."""
+        """Codes [N, K, T] from the student without guidance, or from the teacher with its own.
+
+        Every process calls it for the same samplers in the same order, also with N = 0 clips: what FSDP has
+        spread over the processes is gathered by all of them at once.
+        """
+        args, num_frames = self.args, num_frames or self._num_frames
+        weights = self._rollout_weights(is_teacher)
+        if not len(condition):
+            return sample_ids.new_empty(0, self._num_codebooks, num_frames)
         if guidance_scale is None:
-            guidance_scale = self.args.guidance_scale if is_teacher else 1.0
+            guidance_scale = args.guidance_scale if is_teacher else 1.0
         negative = (
             self._teacher.unconditional(condition) if guidance_scale > 1 and self._teacher.negative else None
         )
-        student = contextlib.nullcontext(unwrap(self.model))
-        with self._teacher.policy() if is_teacher else student as policy:
+        # Stock `generate` computes in the dtype of a snapshot; a snapshot has its own.
+        dtype = self._rollout_dtype if weights is None else None
+        cast = torch.autocast(sample_ids.device.type, dtype, enabled=dtype is not None)
+        with self._sampler(is_teacher) as policy, cast:
             return sample_codes(
                 policy,
                 condition,
-                self._num_frames,
+                num_frames,
                 guidance_scale=guidance_scale,
-                temperature=self.args.temperature,
+                temperature=args.temperature,
                 seed=seed,
                 sample_ids=sample_ids.tolist(),
                 negative_condition=negative,
-                batch_size=self.args.rollout_batch_size,
+                batch_size=args.rollout_batch_size,
+                rollout_backend=args.rollout_backend,
                 names=names,
-                weights=self._rollout_weights(policy, is_teacher),
+                weights=weights,
             ).codes
 
-    def _rollout_weights(self, policy: nn.Module, is_teacher: bool) -> RolloutWeights:
-        """The fused copy to sample from, kept for its CUDA graphs; the teacher's never changes."""
+    def _sampler(self, is_teacher: bool) -> contextlib.AbstractContextManager[nn.Module]:
+        """The plain MusicGen that plays the clips."""
+        return self._teacher.policy() if is_teacher else contextlib.nullcontext(unwrap(self.model))
+
+    def _rollout_weights(self, is_teacher: bool) -> RolloutWeights | None:
+        """The fused copy to sample from, kept for its CUDA graphs; None if stock `generate` samples.
+
+        The teacher's never changes. Which weights are read does not depend on the process: see `_sample`.
+        """
+        if self.args.rollout_backend == "transformers":
+            return None
         weights = self._fused_weights.get(is_teacher)
-        with whole_weights(self.model_wrapped):
+        if weights is not None and is_teacher:
+            return weights
+        with self._sampler(is_teacher) as policy, whole_weights(self.model_wrapped):
             if weights is None:
-                weights = RolloutWeights.from_model(policy, torch.bfloat16 if self.args.bf16 else None)
+                weights = RolloutWeights.from_model(policy, self._rollout_dtype)
                 self._fused_weights[is_teacher] = weights
-            elif not is_teacher:
+            else:
                 weights.refresh(policy)
         return weights
 
+    @property
+    def _rollout_dtype(self) -> torch.dtype | None:
+        """Of the matrices that a rollout multiplies with; None for the model's own."""
+        return torch.bfloat16 if self.args.bf16 else None
+
+    def _training_samplings(self) -> list[Sampling]:
+        """What one training rollout of this process samples from each sampler, at most."""
+        args, group = self.args, self.num_generations
+        prompts = args.per_device_train_batch_size * (args.steps_per_generation or 1) // group
+        # The teacher plays its share of a rollout's prompts, rounded down or up.
+        share = {False: 1 - self._teacher_share, True: self._teacher_share}
+        return [
+            Sampling(
+                is_teacher,
+                math.ceil(prompts * share[is_teacher]) * group,
+                guided=is_teacher and args.guidance_scale != 1,
+            )
+            for is_teacher in self._samplers
+        ]
+
+    def _samplings(self) -> list[Sampling]:
+        """Every kind of rollout that this process makes in the run: training, evaluation, calibration."""
+        args, found = self.args, self._training_samplings()
+        if self.eval_dataset is not None:
+            found.append(Sampling(False, args.per_device_eval_batch_size))
+        if args.guards.calibrated:
+            guided = args.guards.gate is not None and args.guidance_scale != 1
+            found.append(Sampling(True, CALIBRATION_PROMPTS * self.num_generations, guided))
+        return found
+
+    @property
+    def _teacher_share(self) -> float:
+        """Share of the training prompts that the teacher plays."""
+        return {"student": 0.0, "teacher": 1.0, "mix": self.args.teacher_fraction}[self.args.rollout_source]
+
+    @property
+    def _samplers(self) -> tuple[bool, ...]:
+        """Who plays training clips, as values of `is_teacher`: those of the run, whatever this rollout's rows."""
+        who = {"student": (False,), "teacher": (True,), "mix": (False, True)}
+        return who[self.args.rollout_source]
+
     def _teacher_rows(self, num_rows: int) -> Tensor:
         """Rows that the teacher plays: whole prompts, evenly spread, for any number of processes."""
-        args, device = self.args, self.accelerator.device
-        share = {"student": 0.0, "teacher": 1.0, "mix": args.teacher_fraction}[args.rollout_source]
+        share, device = self._teacher_share, self.accelerator.device
         local = num_rows // self.num_generations
         first = self._generation_index() * self.accelerator.num_processes * local
         first += self.accelerator.process_index * local

@@ -29,6 +29,11 @@ def check_sharding(accelerator: Accelerator, args: CFGDiversityConfig) -> None:
         raise ValueError(
             "fsdp_version=1 is not supported: set fsdp_version: 2 (recipes/accelerate/fsdp.yaml)"
         )
+    if fsdp is not None and args.rollout_backend != "fast":
+        raise ValueError(
+            f"rollout_backend={args.rollout_backend!r} gathers FSDP's weights anew for every step of a clip, and "
+            "processes with different batches would wait for each other for ever: use rollout_backend='fast'"
+        )
     if fsdp is not None:
         for name in ("ema_decay", "term_norm_steps"):
             if getattr(args, name):

@@ -28,12 +28,12 @@ from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.embeddings import load_embedder
 from diverse_cfg.musicgen.audiocraft import from_audiocraft, is_live_audiocraft
 from diverse_cfg.musicgen.policy import encode_text, load_policy, load_processor, unwrap
-from diverse_cfg.musicgen.rollout import RolloutWeights, sample_codes
+from diverse_cfg.musicgen.rollout import RolloutWeights
 from diverse_cfg.rewards import checked, is_pairwise
 from diverse_cfg.trainer import setup
 from diverse_cfg.trainer.advantages import Advantages, PrefixBaseline
 from diverse_cfg.trainer.checkpointing import Checkpointing
-from diverse_cfg.trainer.estimate import seconds
+from diverse_cfg.trainer.estimate import Sampling, seconds
 from diverse_cfg.trainer.guarding import CrossGuards
 from diverse_cfg.trainer.objective import (
     LossBatch,
@@ -345,16 +345,20 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
             torch.autograd.grad(terms.loss, parameters, allow_unused=True)
 
         frames = min(self._num_frames, 8)
-        sampled = min(args.rollout_batch_size or clips, clips)
-        texts = encode_text(unwrap(model), self._tokenizer, ["a song"] * sampled)
 
-        def rollout() -> None:
-            weights = self._rollout_weights(unwrap(model), is_teacher=False)
-            sample_codes(unwrap(model), texts, frames, weights=weights)
+        def rollout(sampling: Sampling) -> float:
+            sampled = min(args.rollout_batch_size or clips, clips, sampling.clips)
+            texts = encode_text(unwrap(model), self._tokenizer, ["a song"] * sampled)
+            ids = torch.arange(sampled, device=device)
+            spent = seconds(
+                lambda: self._sample(texts, ids, 0, sampling.is_teacher, num_frames=frames), device
+            )
+            share = self._teacher_share if sampling.is_teacher else 1 - self._teacher_share
+            return spent / sampled * share
 
         steps = (self._num_frames + self._num_codebooks) / (frames + self._num_codebooks)
-        per_rollout = seconds(rollout, device) * steps * clips / sampled / self.num_iterations
-        return per_rollout, seconds(update, device) * clips / rows
+        per_clip = sum(map(rollout, self._training_samplings())) * steps
+        return per_clip * clips / self.num_iterations, seconds(update, device) * clips / rows
 
     def _probe_now(self) -> bool:
         every = self.args.term_norm_steps

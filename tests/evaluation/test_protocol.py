@@ -121,6 +121,7 @@ def test_a_sweep_from_end_to_end(root, tmp_path, capsys):
         ({"gallery_prompts": -1}, "gallery_prompts=-1"),
         ({"guidance": 3}, "no setting guidance"),
         ({"seeds": [1, 1]}, "seeds must be different"),
+        ({"rollout_backend": "vllm"}, "rollout_backend='vllm' must be one of fast, transformers"),
         ({"heldout_encoder": None, "reference": "x"}, "reference needs heldout_encoder"),
         ({"arms": {"base": "base"}}, "arms needs base, guided"),
         ({"x": "beauty"}, "unknown metric 'beauty' for an axis"),

@@ -8,7 +8,7 @@ import torch
 from diverse_cfg.evaluation import features as features_module
 from diverse_cfg.evaluation import generations as generations_module
 from diverse_cfg.evaluation.features import JudgeFeature
-from diverse_cfg.evaluation.generations import ClipSet, Player
+from diverse_cfg.evaluation.generations import ClipSet, Player, describe
 from diverse_cfg.evaluation.sweep import Sweep
 from diverse_cfg.evaluation.systems import System, expand_systems, single
 from diverse_cfg.musicgen.loading import load_policy, load_processor
@@ -74,6 +74,23 @@ def test_weights_are_fused_once_for_all_seeds(folders, tmp_path, monkeypatch):
     codes = [sweep._replicate(system, system.replicates[0], None).codes for system in systems]
     assert len(fused) == 2
     assert not np.array_equal(*codes)
+
+
+def test_stock_generate_plays_the_same_clips_under_a_key_of_its_own(folders, tmp_path, monkeypatch, counted):
+    """Faults: a backend that is not passed on; the fast one's seconds told as those of the other; a key that no
+    longer finds what older versions have cached."""
+    (system,) = expand_systems([{"name": "a", "model": folders[0], "guidance_scale": 2}])
+    mixture = system.replicates[0]
+    fast = small_sweep(tmp_path)
+    expected = fast._replicate(system, mixture, None).codes
+    stock = small_sweep(tmp_path, rollout_backend="transformers")
+    monkeypatch.setattr(RolloutWeights, "from_model", None)
+    np.testing.assert_array_equal(stock._replicate(system, mixture, None).codes, expected)
+    assert counted["sampled"] == 2
+    assert set(describe(system, mixture, stock.clips, 0)) - set(describe(system, mixture, fast.clips, 0)) == {
+        "rollout_backend"
+    }
+    assert fast._settings()["rollout_backend"] == "fast"
 
 
 def test_batches_do_not_matter(folders, tmp_path, monkeypatch):
@@ -286,6 +303,7 @@ def test_wrong_runs_are_refused_before_anything_is_generated(tmp_path, systems, 
         ({"num_generations": 0}, "num_generations=0"),
         ({"num_frames": 0}, "num_frames=0"),
         ({"seeds": ()}, "seeds must be different"),
+        ({"rollout_backend": "vllm"}, "rollout_backend='vllm' must be one of fast, transformers"),
         ({"seeds": (1, 1)}, "seeds must be different"),
     ],
 )

@@ -65,13 +65,15 @@ def encoder_folder(path, **content):
     return str(path)
 
 
-def small_sweep(folder, *, prompts=PROMPTS, num_generations=3, seeds=(0,), features=(), **kwargs):
+def small_sweep(
+    folder, *, prompts=PROMPTS, num_generations=3, seeds=(0,), rollout_backend="fast", features=(), **kwargs
+):
     """A protocol of a few short clips with both encoders; everything below `folder`."""
     encoders = [
         EmbeddingFeature("reward", CodesEncoder(), encoder_folder(folder / "codes")),
         EmbeddingFeature("heldout", WaveEncoder(), encoder_folder(folder / "waves")),
     ]
-    clips = ClipSet(tuple(prompts), num_generations, 12, tuple(seeds))
+    clips = ClipSet(tuple(prompts), num_generations, 12, tuple(seeds), rollout_backend)
     return Sweep(clips, [ValidityFeature(), *encoders, *features], Cache(folder / "cache"), **kwargs)
 
 
