@@ -37,6 +37,8 @@ class Estimate:
         low, high: bounds of the 95 % interval; None where one prompt alone allows none.
         standard_error: of the estimate.
         num_prompts: how many prompts it rests on.
+        num_replicates: how many training seeds it rests on. From three on the interval holds for new seeds,
+            below for these alone.
     """
 
     estimate: float | None
@@ -44,6 +46,7 @@ class Estimate:
     high: float | None = None
     standard_error: float | None = None
     num_prompts: int = 0
+    num_replicates: int = 0
 
     @property
     def excludes_zero(self) -> bool:
@@ -126,18 +129,24 @@ class Results:
         return [name for name in METRICS if name in found]
 
     def difference(self, system: str, other: str, metric: str) -> Estimate:
-        """Paired difference of two systems, first minus second, on the same prompts.
+        """Paired difference of two systems, first minus second, on the same prompts and training seeds.
 
-        Replicates are paired one by one where both have as many; a single one (the base) serves for all;
-        other numbers are averaged first.
+        Both are compared under the training seeds that they share: an arm of one seed with that seed of an
+        arm of three, and `num_replicates` of the estimate says that it rests on one. A system that was not
+        trained (the base) serves for every seed. Without folders `seed-N` to tell the seeds, systems with as
+        many replicates are paired in their order. What is left, or shares no seed, is averaged first, and
+        the interval holds for these runs.
 
         Raises:
             ValueError: a system that is not there or failed, or a metric without cells.
         """
-        first, second = self._cells(system, metric), self._cells(other, metric)
-        if len({first.shape[1], second.shape[1], 1}) == 3:  # nothing to pair one by one
-            first, second = first.mean(axis=1, keepdims=True), second.mean(axis=1, keepdims=True)
-        return mean_estimate(first - second)
+        cells = [self._cells(name, metric) for name in (system, other)]
+        columns = shared_replicates([self[name].system for name in (system, other)])
+        if columns is None:
+            cells = [values.mean(axis=1, keepdims=True) for values in cells]
+        else:
+            cells = [values[:, chosen] for values, chosen in zip(cells, columns, strict=True)]
+        return mean_estimate(cells[0] - cells[1])
 
     def hypervolume(
         self, names: Iterable[str], x: str, y: str, corner: tuple[float, float], num_resamples: int = 500
@@ -281,12 +290,13 @@ class Results:
         for index, values in enumerate(content["systems"]):
             prefix = f"{index}:"
             cells = {name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)}
-            metrics = {name: Estimate(**estimate) for name, estimate in values["metrics"].items()}
+            system = System.from_dict(values["system"])
+            known = {"num_replicates": len(system.replicates)}  # not in the oldest files
+            metrics = {name: Estimate(**{**known, **e}) for name, e in values["metrics"].items()}
             if set(cells) - set(metrics) or any(len(a) != len(content["prompts"]) for a in cells.values()):
                 raise ValueError(
                     f"{folder}: metrics.json and cells.npz do not belong together: evaluate again"
                 )
-            system = System.from_dict(values["system"])
             rows.append(SystemResult(system, values["error"], metrics, cells, values["flags"]))
         return cls(content["prompts"], rows, content["settings"], content["compare_to"])
 
@@ -356,10 +366,35 @@ def mean_estimate(cells: np.ndarray, clusters: Sequence[int] | None = None) -> E
     labels = np.arange(len(cells)) if clusters is None else np.asarray(clusters)
     prompts = labels[known].repeat(num_replicates).tolist()
     if len(set(prompts)) < 2:
-        return Estimate(float(values.mean()), num_prompts=num_prompts)
+        return Estimate(float(values.mean()), num_prompts=num_prompts, num_replicates=num_replicates)
     seeds = np.tile(np.arange(num_replicates), num_prompts).tolist() if num_replicates >= 3 else None
     interval = bootstrap_mean(torch.from_numpy(values.flatten()), prompts, seeds)
-    return Estimate(*interval, num_prompts=num_prompts)
+    return Estimate(*interval, num_prompts=num_prompts, num_replicates=num_replicates)
+
+
+def shared_replicates(systems: Sequence[System]) -> list[list[int]] | None:
+    """Which replicates of each system belong together.
+
+    Returns:
+        Columns of the cells, for each system a list of one length R: the replicates of the training seeds
+        that all systems share; a system that was not trained repeats its only one. None if they cannot be
+        paired.
+    """
+    trained = [system for system in systems if not system.untrained]
+    if not trained:
+        return [[0]] * len(systems)
+    labels = {id(system): system.training_seeds for system in trained}
+    if not all(labels.values()):  # seeds without names: by their order, if they are as many
+        labels = {id(system): tuple(range(len(system.replicates))) for system in trained}
+        if len(set(labels.values())) > 1:
+            return None
+    shared = sorted(set.intersection(*(set(seeds) for seeds in labels.values())))
+    if not shared:
+        return None
+    return [
+        [0] * len(shared) if system.untrained else [labels[id(system)].index(seed) for seed in shared]
+        for system in systems
+    ]
 
 
 def above_line(first: SystemResult, row: SystemResult, last: SystemResult, metric: str) -> np.ndarray:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,9 +18,12 @@ ALL = {"reward", "heldout", "judge", "rules", "divergence", "validity", "codes",
 ALL |= {"text", "aesthetics_ce", "aesthetics_pq"}
 
 
-def row(name, cells, **kwargs):
+def row(name, cells, seeds=None, **kwargs):
+    """A row with the cells; `seeds` names the training seeds as folders do."""
     metrics = {metric: mean_estimate(values) for metric, values in cells.items()}
-    return SystemResult(System(name, single("x"), **kwargs), metrics=metrics, cells=cells)
+    names = range(next(iter(cells.values())).shape[1]) if seeds is None else [f"seed-{s}" for s in seeds]
+    replicates = tuple(((f"runs/{name}/{label}", 1.0),) for label in names)
+    return SystemResult(System(name, replicates, **kwargs), metrics=metrics, cells=cells)
 
 
 def results(**rows):
@@ -115,12 +119,70 @@ def test_differences_are_paired():
     assert not found.difference("a", "a", "adherence").excludes_zero
 
 
+def arms(**kinds):
+    """Results of arms given as (training seeds, role), with cells that differ by training seed."""
+    effect = {0: -1.0, 1: 0.0, 2: 2.0, None: 0.0}
+    systems = []
+    for index, (name, (seeds, role)) in enumerate(kinds.items()):
+        columns = [noise(index, (20, 1)) + effect[seed] for seed in seeds]
+        known = None if None in seeds else seeds
+        systems.append(row(name, {"adherence": np.hstack(columns)}, known, role=role))
+    return Results([f"prompt {index}" for index in range(20)], systems)
+
+
 def test_three_seeds_against_one_base():
-    found = results(a={"adherence": noise(5, (20, 3), 2.0)}, base={"adherence": noise(6, (20, 1))})
-    difference = found.difference("a", "base", "adherence")
-    assert difference.estimate == pytest.approx(
-        found["a"].cells["adherence"].mean() - found["base"].cells["adherence"].mean()
+    """The base was not trained: it is the same for every seed, wherever it stands."""
+    found = arms(arm=((0, 1, 2), "student"), base=((None,), "base"))
+    arm, base = (found[name].cells["adherence"] for name in ("arm", "base"))
+    for names, sign in ((("arm", "base"), 1), (("base", "arm"), -1)):
+        difference = found.difference(*names, "adherence")
+        assert difference.estimate == pytest.approx(sign * (arm.mean() - base.mean()))
+        assert difference.num_replicates == 3
+        assert difference.high - difference.low > 1  # the seeds differ
+
+
+def test_one_trained_seed_is_compared_with_the_same_seed():
+    """Catches a run that is held against the mean of three: what its seed does would count as a difference."""
+    found = arms(one=((2,), "student"), three=((0, 1, 2), "student"))
+    one, three = (found[name].cells["adherence"] for name in ("one", "three"))
+    difference = found.difference("one", "three", "adherence")
+    assert difference == mean_estimate(one - three[:, 2:])
+    assert difference.num_replicates == 1
+
+
+def test_training_seeds_are_paired_by_name_not_by_order():
+    """Catches seeds 0, 1 and 2 held against 2, 0 and 1; of two and three only what both have counts."""
+    found = arms(a=((0, 1, 2), "student"), b=((2, 0, 1), "student"), c=((1, 2), "student"))
+    a, b, c = (found[name].cells["adherence"] for name in "abc")
+    assert found.difference("a", "b", "adherence") == mean_estimate(a - b[:, [1, 2, 0]])
+    assert found.difference("a", "c", "adherence") == mean_estimate(a[:, 1:] - c)
+
+
+def test_seeds_that_cannot_be_paired_are_averaged():
+    """Without shared or named seeds nothing can be paired; by order only where there are as many."""
+    found = arms(
+        a=((0, 1), "student"),
+        other=((2,), "student"),
+        three=((None, None, None), "student"),
+        also=((None, None, None), "student"),
     )
+    a, other, three, also = (found[name].cells["adherence"] for name in ("a", "other", "three", "also"))
+    for names, cells in ((("a", "other"), (a, other)), (("three", "other"), (three, other))):
+        mean = [values.mean(axis=1, keepdims=True) for values in cells]
+        assert found.difference(*names, "adherence") == mean_estimate(mean[0] - mean[1])
+    assert found.difference("three", "also", "adherence") == mean_estimate(three - also)
+
+
+def test_the_recorded_experiment_is_compared_seed_by_seed():
+    """An arm of one seed against one of three, in recorded files: they must stay readable."""
+    found = Results.load(Path(__file__).parents[2] / "recipes/nano/results/experiment/test")
+    cells = [found[name].cells["diversity_heldout"] for name in ("guarded", "β=80")]
+    assert [values.shape[1] for values in cells] == [1, 3]
+    assert found["β=80"].system.training_seeds == (0, 1, 2)
+    assert found["base γ=3"].system.untrained
+    difference = found.difference("guarded", "β=80", "diversity_heldout")
+    assert difference == mean_estimate(cells[0] - cells[1][:, :1])
+    assert found["β=80"].metrics["diversity_heldout"].num_replicates == 3
 
 
 def test_comparisons_that_cannot_be_made():
