@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,47 @@ def test_times_are_clustered_by_batch():
     found, _ = estimate(METRICS["seconds"], [one])
     assert found.estimate == 2.5
     assert found.high - found.low > 1.5  # four measurements, not forty
+
+
+def test_differences_of_times_are_clustered_by_batch(tmp_path):
+    """Catches the difference of two clustered columns as if clips of a batch were measured one by one."""
+    batch = np.repeat([0, 1, 2, 3], 10)
+    found = results(
+        a={"seconds": np.repeat([1.0, 2.0, 3.0, 4.0], 10)[:, None]},
+        b={"seconds": np.repeat([1.5, 1.0, 2.5, 2.0], 10)[:, None]},
+    )
+    unknown = found.difference("a", "b", "seconds")
+    assert (unknown.estimate, unknown.low, unknown.high) == (0.75, None, None)
+    for system in found.systems:
+        system.clusters["seconds"] = batch
+    found.save(tmp_path)
+    for known in (found, Results.load(tmp_path)):
+        difference = known.difference("a", "b", "seconds")
+        assert difference.high - difference.low > 1.5  # four measurements, not forty
+    found["b"].clusters["seconds"] = batch[::-1].copy() // 2
+    assert found.difference("a", "b", "seconds").low is None
+
+
+def test_set_metrics_are_jackknifed():
+    """Catches an interval that does not contain its own number, and replicates that count as one."""
+    values = np.random.default_rng(0).normal(size=(12, 1, 3, 4))
+    replicates = [
+        Replicate(
+            {"heldout": {"values": shift + values}}, np.zeros((12, 1, 3, 1, 1)), reference=values[0, 0] * 2
+        )
+        for shift in (0.0, 1.0, 2.0)
+    ]
+    one, three = (estimate(METRICS["frechet"], replicates[:count])[0] for count in (1, 3))
+    for found, count in ((one, 1), (three, 3)):
+        assert found.low < found.estimate < found.high
+        assert (found.num_prompts, found.num_replicates) == (12, count)
+    assert three.high - three.low > 3 * (one.high - one.low)
+    lonely = np.full_like(values, np.nan)
+    lonely[0] = values[0]
+    found = estimate(METRICS["frechet"], [replace(replicates[0], features={"heldout": {"values": lonely}})])[
+        0
+    ]
+    assert found.estimate is not None and found.low is None
 
 
 def test_a_measure_with_infinite_values_is_an_error():
@@ -225,6 +267,52 @@ def test_broken_systems_win_no_hypervolume():
     assert found.hypervolume(["good", "noise"], "diversity_heldout", "adherence", (0, 0)).estimate == 1
     with pytest.raises(ValueError, match="flagged"):
         found.hypervolume(["noise"], "diversity_heldout", "adherence", (0, 0))
+
+
+def seeded_front(spread, known=20):
+    """Two arms of three seeds and the base; what a seed does, it does to both arms."""
+    effect = spread * np.array([-1.0, 0.0, 1.0])
+    found = Results([f"prompt {index}" for index in range(20)], [])
+    for name, seeds, mean in (("a", (0, 1, 2), 3.0), ("b", (2, 1, 0), 2.0), ("base", None, 1.0)):
+        size = 1 if seeds is None else 3
+        cells = mean + (0 if seeds is None else effect[list(seeds)]) + 0.01 * noise(int(mean), (20, size))
+        cells[known:] = np.nan
+        role = "base" if seeds is None else "student"
+        found.systems.append(
+            row(name, {"diversity_heldout": cells, "adherence": 5 - cells}, seeds, role=role)
+        )
+    return found
+
+
+def test_hypervolume_draws_training_seeds_too():
+    """Catches an interval for these three runs alone, and seeds that are left out of one arm but not of the other."""
+    axes = ("diversity_heldout", "adherence", (0, 0))
+    alike, different = (seeded_front(spread).hypervolume(["a", "base"], *axes) for spread in (0, 0.5))
+    assert different.high - different.low > 5 * (alike.high - alike.low)
+    assert different.low <= different.estimate <= different.high
+    assert different.num_replicates == 3
+    # Both arms differ by the seeds in the same way, in another order: paired, it cancels but for the product.
+    found = seeded_front(0.5)
+    apart = found.hypervolume(["a"], "diversity_heldout", "diversity_heldout", (0, 0))
+    paired = found.hypervolume_difference(["a"], ["b"], "diversity_heldout", "diversity_heldout", (0, 0))
+    assert paired.high - paired.low < 0.5 * (apart.high - apart.low)
+
+
+def test_one_seed_among_three_leaves_the_prompts():
+    found = seeded_front(0.5)
+    found.systems.append(row("one", {m: c[:, :1] for m, c in found["a"].cells.items()}, (0,)))
+    area = found.hypervolume(["a", "one"], "diversity_heldout", "adherence", (0, 0))
+    assert area.num_replicates == 1
+    assert area.high - area.low < 0.5
+
+
+def test_hypervolume_of_a_metric_that_few_prompts_have():
+    """Catches prompts without a value that are drawn alone."""
+    for known, has_interval in ((3, True), (1, False)):
+        area = seeded_front(0.1, known).hypervolume(["a", "base"], "diversity_heldout", "adherence", (0, 0))
+        assert (area.num_prompts, area.low is not None) == (known, has_interval)
+    none = seeded_front(0.1, 0).hypervolume(["a"], "diversity_heldout", "adherence", (0, 0))
+    assert none == Estimate(None)
 
 
 def test_a_metric_without_direction_has_no_front():
