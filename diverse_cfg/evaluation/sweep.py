@@ -202,7 +202,7 @@ def flag_incomparable(rows: Sequence[SystemResult]) -> None:
     it. A system is flagged if the 95 % interval of what it has above 10 times the base's KL to the teacher, or below
     75 % of the base's adherence (judged, by rules or by text, whatever was measured), excludes 0. Multiples of the
     nano base's KL (47 nats per clip): 1.3 at T = 1.1, 1.9 at γ = 7, below 1 for all students; of its adherence: 0.96
-    or more for all of these. In a small sweep γ = 10 had 6 times its KL and T = 1.5 too; T = 2 had 16 times; T = 5, next
+    or more for all of these. In a small sweep γ = 10 and T = 1.5 had 6 times its KL, T = 2 had 16 times; T = 5, next
     to random codes, 58 times and 0.37 of its adherence.
     Without such a base, or a metric, or with one prompt nothing is flagged; nor by a KL to a teacher that is within 1
     nat per clip of the base itself, where 10 times as much may still be nothing.
