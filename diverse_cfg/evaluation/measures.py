@@ -2,9 +2,10 @@
 
 A measure per prompt maps a replicate to its *cells*, the means over the clips of each prompt [P], whose
 mean over prompts is the table's number. A measure of the whole set (Fréchet, MMD, the upper bound) is a
-function of which prompts are drawn, so that an interval can draw them again.
+function of which prompts it is taken of, so that an interval can leave some out; NaN where it has no value.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -111,23 +112,23 @@ def different_prompts(encoder: str) -> OfSet:
 
         U = mean_{p≠q} (1 − m_p·m_q),   m_p = mean of the unit embeddings of prompt p
 
-    which is the mean over all pairs of clips, since 1 − e·e' is linear in either clip.
+    which is the mean over all pairs of clips, since 1 − e·e' is linear in either clip. Clips without an
+    embedding (silence), and prompts of nothing else, are left out.
     """
 
     def of_set(replicate: Replicate) -> Callable[[Tensor], float]:
         embeddings, usable = _usable(replicate.groups(encoder))
         known = embeddings.flatten(1, 2) * usable.flatten(1)[..., None]
-        means = known.sum(dim=1) / usable.flatten(1).sum(dim=1, keepdim=True).clamp(min=1)
+        counts = usable.flatten(1).sum(dim=1)
+        means = known.sum(dim=1) / counts.clamp(min=1)[:, None]
         distances = 1 - means @ means.mT
 
         def statistic(prompts: Tensor) -> float:
-            counts = torch.bincount(prompts, minlength=len(distances)).double()
-            if int((counts > 0).sum()) == 1:  # of few prompts one alone may be drawn: it has all others
-                counts, others = counts.clamp(max=1), torch.ones_like(counts)
-                pairs = torch.outer(counts, others).fill_diagonal_(0)
-            else:
-                pairs = torch.outer(counts, counts).fill_diagonal_(0)  # drawn twice, it is no other prompt
-            return float((pairs * distances).sum() / pairs.sum())
+            sounding = prompts[counts[prompts] > 0]
+            if len(sounding) < 2:
+                return math.nan
+            pairs = distances[sounding][:, sounding]
+            return float((pairs.sum() - pairs.trace()) / (len(pairs) * (len(pairs) - 1)))
 
         return statistic
 
@@ -154,7 +155,8 @@ def _entropy(tokens: np.ndarray) -> float:
 
 
 def to_reference(distance: Callable[[Tensor, Tensor], float]) -> OfSet:
-    """Distance of the drawn prompts' clips to reference audio, in the held-out encoder's space."""
+    """Distance of the prompts' clips to reference audio, in the held-out encoder's space; NaN for less than
+    two clips with an embedding."""
 
     def of_set(replicate: Replicate) -> Callable[[Tensor], float]:
         embeddings = replicate.groups("heldout").flatten(1, 2).double()
@@ -162,10 +164,8 @@ def to_reference(distance: Callable[[Tensor, Tensor], float]) -> OfSet:
         usable = torch.isfinite(embeddings).all(dim=-1)
 
         def statistic(prompts: Tensor) -> float:
-            drawn = embeddings[prompts][usable[prompts]]
-            if len(drawn) < 2:
-                raise ValueError("fewer than two clips have an embedding: is the audio silent?")
-            return distance(drawn, reference)
+            clips = embeddings[prompts][usable[prompts]]
+            return distance(clips, reference) if len(clips) >= 2 else math.nan
 
         return statistic
 

@@ -1,16 +1,17 @@
 """What an evaluation found: per system and metric a number with its interval, and the cells it came from.
 
 The cells (means per prompt and replicate) are kept, so that differences between systems, fronts and
-hypervolumes are computed from the file alone, with the same bootstrap as the table. `metrics.json` holds
+hypervolumes are computed from the file alone, with the same intervals as the table. `metrics.json` holds
 the numbers, `cells.npz` the cells.
 """
 
 import csv
 import io
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,9 @@ from diverse_cfg.atomic import replacing, write_text
 from diverse_cfg.evaluation.measures import Replicate
 from diverse_cfg.evaluation.metrics import METRICS, Metric
 from diverse_cfg.evaluation.systems import System
-from diverse_cfg.functional.statistics import bootstrap_mean, bootstrap_statistic, hypervolume
+from diverse_cfg.functional.statistics import bootstrap_mean, hypervolume, jackknife_statistic
 
 _FORMAT = 1
-_SET_RESAMPLES = 200
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Estimate:
         low, high: bounds of the 95 % interval; None where one prompt alone allows none.
         standard_error: of the estimate.
         num_prompts: how many prompts it rests on.
+        num_replicates: how many training seeds it rests on. From three on the interval holds for new seeds,
+            below for these alone.
     """
 
     estimate: float | None
@@ -44,6 +46,7 @@ class Estimate:
     high: float | None = None
     standard_error: float | None = None
     num_prompts: int = 0
+    num_replicates: int = 0
 
     @property
     def excludes_zero(self) -> bool:
@@ -77,6 +80,7 @@ class SystemResult:
         metrics: metric → estimate.
         cells: metric → cells [P, R], R replicates; NaN where a prompt has no value. Metrics of the whole
             set have none.
+        clusters: metric → what is independent [P], where this is not the prompt but the batch.
         flags: what a reader must know before comparing this row.
     """
 
@@ -85,6 +89,7 @@ class SystemResult:
     metrics: dict[str, Estimate] = field(default_factory=dict)
     cells: dict[str, np.ndarray] = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
+    clusters: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -126,46 +131,53 @@ class Results:
         return [name for name in METRICS if name in found]
 
     def difference(self, system: str, other: str, metric: str) -> Estimate:
-        """Paired difference of two systems, first minus second, on the same prompts.
+        """Paired difference of two systems, first minus second, on the same prompts and training seeds.
 
-        Replicates are paired one by one where both have as many; a single one (the base) serves for all;
-        other numbers are averaged first.
+        Both are compared under the training seeds that they share: an arm of one seed with that seed of an
+        arm of three, and `num_replicates` of the estimate says that it rests on one. A system that was not
+        trained (the base) serves for every seed. Without folders `seed-N` to tell the seeds, systems with as
+        many replicates are paired in their order. What is left, or shares no seed, is averaged first, and
+        the interval holds for these runs.
+
+        What the clips of a batch share (their time) is clustered by batch; there is no interval if the two
+        systems' batches differ, or are not in the file.
 
         Raises:
             ValueError: a system that is not there or failed, or a metric without cells.
         """
-        first, second = self._cells(system, metric), self._cells(other, metric)
-        if len({first.shape[1], second.shape[1], 1}) == 3:  # nothing to pair one by one
-            first, second = first.mean(axis=1, keepdims=True), second.mean(axis=1, keepdims=True)
-        return mean_estimate(first - second)
+        cells = [self._cells(name, metric) for name in (system, other)]
+        columns = shared_replicates([self[name].system for name in (system, other)])
+        if columns is None:
+            cells = [values.mean(axis=1, keepdims=True) for values in cells]
+        else:
+            cells = [values[:, chosen] for values, chosen in zip(cells, columns, strict=True)]
+        difference = cells[0] - cells[1]
+        if metric not in METRICS or METRICS[metric].cluster == "prompt":
+            return mean_estimate(difference)
+        clusters = [self[name].clusters.get(metric) for name in (system, other)]
+        if clusters[0] is None or clusters[1] is None or not np.array_equal(*clusters):
+            return replace(mean_estimate(difference), low=None, high=None, standard_error=None)
+        return mean_estimate(difference, clusters[0].tolist())
 
-    def hypervolume(
-        self, names: Iterable[str], x: str, y: str, corner: tuple[float, float], num_resamples: int = 500
-    ) -> Estimate:
+    def hypervolume(self, names: Iterable[str], x: str, y: str, corner: tuple[float, float]) -> Estimate:
         """Area that a set of systems dominates above a corner, in the plane of two metrics that are better
         when larger.
 
-        Flagged systems do not count: their numbers are not comparable.
+        Flagged systems do not count: their numbers are not comparable. Prompts count where all systems have
+        both metrics. The interval is a jackknife over prompts, and over the training seeds where the trained
+        systems share three or more: what one seed does to all systems it does together.
 
         Raises:
-            ValueError: no usable system, or as `bootstrap_statistic`.
+            ValueError: no usable system, or a metric that one does not have per prompt.
         """
-        area = self._area(names, x, y, corner)
-        return self._over_prompts(area, num_resamples)
+        return self._volume([(1, names)], x, y, corner)
 
     def hypervolume_difference(
-        self,
-        names: Iterable[str],
-        others: Iterable[str],
-        x: str,
-        y: str,
-        corner: tuple[float, float],
-        num_resamples: int = 500,
+        self, names: Iterable[str], others: Iterable[str], x: str, y: str, corner: tuple[float, float]
     ) -> Estimate:
-        """How much more area one set of systems dominates than another, both on the same resampled
-        prompts."""
-        first, second = self._area(names, x, y, corner), self._area(others, x, y, corner)
-        return self._over_prompts(lambda prompts: first(prompts) - second(prompts), num_resamples)
+        """How much more area one set of systems dominates than another, both on the same prompts and seeds;
+        see `hypervolume`."""
+        return self._volume([(1, names), (-1, others)], x, y, corner)
 
     def worst(self, x: str, y: str) -> tuple[float, float]:
         """The worst coordinate that any comparable system has in each of two metrics: a corner for
@@ -183,33 +195,36 @@ class Results:
         ]
         return lows[0], lows[1]
 
-    def _area(
-        self, names: Iterable[str], x: str, y: str, corner: tuple[float, float]
-    ) -> Callable[[torch.Tensor], float]:
-        """The dominated area as a function of which prompts are drawn."""
-        rows = [self[name] for name in names]
-        rows = [row for row in rows if row.ok and not row.flags]
-        if not rows:
-            raise ValueError("none of these systems can be compared: all failed or are flagged")
-        signs = [_sign(x), _sign(y)]
-        cells = torch.stack(
-            [
-                torch.stack(
-                    [sign * _per_prompt(row.cells[name]) for sign, name in zip(signs, (x, y), strict=True)]
-                )
-                for row in rows
-            ]
-        )  # [systems, 2, P]
-        reference = [sign * value for sign, value in zip(signs, corner, strict=True)]
-        return lambda prompts: hypervolume(cells[:, :, prompts].nanmean(dim=2), reference)
+    def _volume(
+        self, sets: Sequence[tuple[int, Iterable[str]]], x: str, y: str, corner: tuple[float, float]
+    ) -> Estimate:
+        """Sum of signed areas of sets of systems, with an interval over prompts and shared training seeds."""
+        kept = []
+        for sign, names in sets:
+            rows = [row for row in (self[name] for name in names) if row.ok and not row.flags]
+            if not rows:
+                raise ValueError("none of these systems can be compared: all failed or are flagged")
+            kept += [(sign, row) for row in rows]
+        directions = torch.tensor([_sign(x), _sign(y)], dtype=torch.float64)
+        reference = directions * torch.tensor(corner, dtype=torch.float64)
+        columns = shared_replicates([row.system for _, row in kept])
+        cells = []
+        for index, (_, row) in enumerate(kept):
+            both = np.stack([self._cells(row.system.name, metric) for metric in (x, y)])
+            if columns is None or len(columns[0]) < 3:
+                both = both.mean(axis=2, keepdims=True)
+            else:
+                both = both[:, :, columns[index]]
+            cells.append(directions[:, None, None] * torch.from_numpy(both))
+        values = torch.stack(cells)  # [systems, 2, P, R]
+        values = values[:, :, ~values.isnan().any(dim=3).any(dim=1).any(dim=0)]
+        signs = torch.tensor([sign for sign, _ in kept])
 
-    def _over_prompts(self, statistic: Callable[[torch.Tensor], float], num_resamples: int) -> Estimate:
-        count = len(self.prompts)
-        if count < 2:
-            return Estimate(statistic(torch.arange(count)), num_prompts=count)
-        return Estimate(
-            *bootstrap_statistic(statistic, count, num_resamples=num_resamples), num_prompts=count
-        )
+        def area(prompts: torch.Tensor, seeds: torch.Tensor) -> float:
+            points = values[:, :, prompts][..., seeds].mean(dim=(2, 3))
+            return sum(sign * hypervolume(points[signs == sign], reference) for sign, _ in sets)
+
+        return _jackknifed(area, *values.shape[2:])
 
     def _cells(self, name: str, metric: str) -> np.ndarray:
         row = self[name]
@@ -254,6 +269,8 @@ class Results:
             for index, row in enumerate(self.systems)
             for metric, cells in row.cells.items()
         }
+        for index, row in enumerate(self.systems):
+            arrays |= {f"clusters:{index}:{metric}": labels for metric, labels in row.clusters.items()}
         with replacing(folder / "cells.npz") as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, allow_pickle=False, **arrays)
         write_text(folder / "metrics.csv", self.csv())
@@ -279,15 +296,18 @@ class Results:
             arrays = {name: file[name] for name in file.files}
         rows = []
         for index, values in enumerate(content["systems"]):
-            prefix = f"{index}:"
-            cells = {name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)}
-            metrics = {name: Estimate(**estimate) for name, estimate in values["metrics"].items()}
+            cells, clusters = (
+                {name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)}
+                for prefix in (f"{index}:", f"clusters:{index}:")
+            )
+            system = System.from_dict(values["system"])
+            known = {"num_replicates": len(system.replicates)}  # not in the oldest files
+            metrics = {name: Estimate(**{**known, **e}) for name, e in values["metrics"].items()}
             if set(cells) - set(metrics) or any(len(a) != len(content["prompts"]) for a in cells.values()):
                 raise ValueError(
                     f"{folder}: metrics.json and cells.npz do not belong together: evaluate again"
                 )
-            system = System.from_dict(values["system"])
-            rows.append(SystemResult(system, values["error"], metrics, cells, values["flags"]))
+            rows.append(SystemResult(system, values["error"], metrics, cells, values["flags"], clusters))
         return cls(content["prompts"], rows, content["settings"], content["compare_to"])
 
     def csv(self, metrics: Sequence[str] | None = None) -> str:
@@ -336,17 +356,24 @@ def estimate(metric: Metric, replicates: Sequence[Replicate]) -> tuple[Estimate,
     cells = np.stack(columns, axis=1)
     if len(cells) != len(replicates[0].codes) or np.isinf(cells).any():
         raise ValueError(f"metric {metric.name!r} gave infinite values, or {len(cells)} prompts")
-    clusters = None
-    if metric.cluster != "prompt":
-        clusters = replicates[0].timing[metric.cluster][:, 0, 0].tolist()
-    return mean_estimate(cells, clusters), cells
+    clusters = clusters_of(metric, replicates)
+    return mean_estimate(cells, None if clusters is None else clusters.tolist()), cells
+
+
+def clusters_of(metric: Metric, replicates: Sequence[Replicate]) -> np.ndarray | None:
+    """What is independent in a metric's cells, a label per prompt [P]; None if it is the prompts."""
+    if metric.cluster == "prompt":
+        return None
+    return replicates[0].timing[metric.cluster][:, 0, 0]
 
 
 def mean_estimate(cells: np.ndarray, clusters: Sequence[int] | None = None) -> Estimate:
     """Mean of cells [P, R] with its interval.
 
-    Prompts are what is resampled, all replicates of a prompt together; from three replicates on these are
-    resampled too, so that the interval holds for new training seeds.
+    All replicates of a prompt count together; from three replicates on, the interval holds for new training
+    seeds too (see `bootstrap_mean`). Cells that are all equal, such as shares of exactly 1, have an interval
+    without width, which is not printed: of what was not seen once in P prompts it tells nothing, and may
+    still happen in 3/P of new ones (the rule of three).
     """
     known = ~np.isnan(cells).any(axis=1)
     values = cells[known]
@@ -356,10 +383,35 @@ def mean_estimate(cells: np.ndarray, clusters: Sequence[int] | None = None) -> E
     labels = np.arange(len(cells)) if clusters is None else np.asarray(clusters)
     prompts = labels[known].repeat(num_replicates).tolist()
     if len(set(prompts)) < 2:
-        return Estimate(float(values.mean()), num_prompts=num_prompts)
+        return Estimate(float(values.mean()), num_prompts=num_prompts, num_replicates=num_replicates)
     seeds = np.tile(np.arange(num_replicates), num_prompts).tolist() if num_replicates >= 3 else None
     interval = bootstrap_mean(torch.from_numpy(values.flatten()), prompts, seeds)
-    return Estimate(*interval, num_prompts=num_prompts)
+    return Estimate(*interval, num_prompts=num_prompts, num_replicates=num_replicates)
+
+
+def shared_replicates(systems: Sequence[System]) -> list[list[int]] | None:
+    """Which replicates of each system belong together.
+
+    Returns:
+        Columns of the cells, for each system a list of one length R: the replicates of the training seeds
+        that all systems share; a system that was not trained repeats its only one. None if they cannot be
+        paired.
+    """
+    trained = [system for system in systems if not system.untrained]
+    if not trained:
+        return [[0]] * len(systems)
+    labels = {id(system): system.training_seeds for system in trained}
+    if not all(labels.values()):  # seeds without names: by their order, if they are as many
+        labels = {id(system): tuple(range(len(system.replicates))) for system in trained}
+        if len(set(labels.values())) > 1:
+            return None
+    shared = sorted(set.intersection(*(set(seeds) for seeds in labels.values())))
+    if not shared:
+        return None
+    return [
+        [0] * len(shared) if system.untrained else [labels[id(system)].index(seed) for seed in shared]
+        for system in systems
+    ]
 
 
 def above_line(first: SystemResult, row: SystemResult, last: SystemResult, metric: str) -> np.ndarray:
@@ -373,21 +425,26 @@ def above_line(first: SystemResult, row: SystemResult, last: SystemResult, metri
 
 def _set_estimate(metric: Metric, replicates: Sequence[Replicate]) -> Estimate:
     assert metric.of_set is not None
-    num_prompts = len(replicates[0].codes)
     statistics = [metric.of_set(replicate) for replicate in replicates]
 
-    def mean(prompts: torch.Tensor) -> float:
-        return sum(statistic(prompts) for statistic in statistics) / len(statistics)
+    def mean(prompts: torch.Tensor, seeds: torch.Tensor) -> float:
+        return sum(statistics[seed](prompts) for seed in seeds.tolist()) / len(seeds)
 
+    return _jackknifed(mean, len(replicates[0].codes), len(replicates))
+
+
+def _jackknifed(
+    statistic: Callable[[torch.Tensor, torch.Tensor], float], num_prompts: int, num_replicates: int
+) -> Estimate:
+    """A statistic of prompts and replicates with its interval; without one where it has none."""
+    counts = {"num_prompts": num_prompts, "num_replicates": num_replicates}
+    number = statistic(torch.arange(num_prompts), torch.arange(num_replicates)) if num_prompts else math.nan
+    if math.isnan(number):
+        return Estimate(None)
     if num_prompts < 2:
-        return Estimate(mean(torch.arange(num_prompts)), num_prompts=num_prompts)
-    return Estimate(
-        *bootstrap_statistic(mean, num_prompts, num_resamples=_SET_RESAMPLES), num_prompts=num_prompts
-    )
-
-
-def _per_prompt(cells: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(cells).mean(dim=1)
+        return Estimate(number, **counts)
+    interval = jackknife_statistic(statistic, num_prompts, num_replicates)
+    return Estimate(*(None if math.isnan(value) else value for value in interval), **counts)
 
 
 def _sign(metric: str) -> int:

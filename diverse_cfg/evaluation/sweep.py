@@ -18,12 +18,15 @@ from diverse_cfg.evaluation.cache import Cache
 from diverse_cfg.evaluation.features import Feature, compute_features
 from diverse_cfg.evaluation.generations import ClipSet, Player, describe, generations
 from diverse_cfg.evaluation.measures import Replicate
-from diverse_cfg.evaluation.metrics import Metric, require
-from diverse_cfg.evaluation.results import Results, SystemResult, estimate
+from diverse_cfg.evaluation.metrics import METRICS, Metric, require
+from diverse_cfg.evaluation.results import Results, SystemResult, clusters_of, estimate, mean_estimate
 from diverse_cfg.evaluation.systems import Mixture, System
 from diverse_cfg.provenance import library_versions
 
 logger = logging.getLogger(__name__)
+
+_MAX_DIVERGENCE = 10.0  # times the base's KL to the teacher
+_MIN_ADHERENCE = 0.75  # of the base's
 
 
 @dataclass
@@ -102,6 +105,7 @@ class Sweep:
                     logger.debug("its traceback", exc_info=True)
                     rows.append(SystemResult(system, error=f"{type(error).__name__}: {error}"))
                 bar.update(before + 2 * len(system.replicates) * self.clips.num_clips - bar.n)
+        flag_incomparable(rows)
         return Results(list(self.clips.prompts), rows, self._settings(), list(compare_to))
 
     def evaluate(self, system: System, bar: tqdm | None = None) -> SystemResult:
@@ -111,9 +115,14 @@ class Sweep:
         for metric in self.chosen:
             number, cells = estimate(metric, replicates)
             row.metrics[metric.name] = number
+            if metric.of_set is not None and number.estimate is None:
+                row.flags.append(f"{metric.name} could not be computed: too few clips have an embedding")
             if cells is not None:
                 row.cells[metric.name] = cells
-        row.flags = self._flags(replicates)
+            clusters = clusters_of(metric, replicates)
+            if clusters is not None:
+                row.clusters[metric.name] = clusters
+        row.flags += self._flags(replicates)
         return row
 
     def _replicate(self, system: System, mixture: Mixture, bar: tqdm | None) -> Replicate:
@@ -185,3 +194,41 @@ class Sweep:
             "machine": f"{platform.machine()}, {self.device}, {torch.get_num_threads()} threads",
             **self.settings,
         }
+
+
+def flag_incomparable(rows: Sequence[SystemResult]) -> None:
+    """Flag systems that are clearly further from music than the unguided base: nothing is as diverse as random codes.
+
+    The base (role "base", γ = 1, T = 1) is the worst that a sweep has any use for: students and guidance improve on
+    it. A system is flagged if the 95 % interval of what it has above 10 times the base's KL to the teacher, or below
+    75 % of the base's adherence (judged, by rules or by text, whatever was measured), excludes 0. Multiples of the
+    nano base's KL (47 nats per clip): 1.3 at T = 1.1, 1.9 at γ = 7, below 1 for all students; of its adherence: 0.96
+    or more for all of these. In a small sweep γ = 10 and T = 1.5 had 6 times its KL, T = 2 had 16 times; T = 5, next
+    to random codes, 58 times and 0.37 of its adherence.
+    Without such a base, or a metric, or with one prompt nothing is flagged; nor by a KL to a teacher that is within 1
+    nat per clip of the base itself, where 10 times as much may still be nothing.
+
+    Args:
+        rows: of one sweep; their flags are extended.
+    """
+    base = next((row for row in rows if row.ok and not row.flags and _is_unguided_base(row.system)), None)
+    if base is None:
+        return
+    checks = [("kl_teacher", 1, _MAX_DIVERGENCE, 1.0)]
+    checks += [(name, -1, _MIN_ADHERENCE, 0.0) for name in ("adherence", "rules", "text")]
+    for row in rows:
+        for metric, sign, factor, smallest in checks:
+            if row is base or not (metric in row.cells and metric in base.cells):
+                continue
+            reference = base.cells[metric].mean(axis=1, keepdims=True)
+            excess = mean_estimate(sign * (row.cells[metric] - factor * reference))
+            if np.nanmean(reference) > smallest and excess.low is not None and excess.low > 0:
+                row.flags.append(
+                    f"its {METRICS[metric].label} is {row.metrics[metric].text()}, against "
+                    f"{base.metrics[metric].text()} of {base.system.name}: its diversity is not comparable, and it is "
+                    "left out of fronts"
+                )
+
+
+def _is_unguided_base(system: System) -> bool:
+    return system.role == "base" and system.guidance_scale == 1 and system.temperature == 1

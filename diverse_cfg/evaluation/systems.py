@@ -7,6 +7,7 @@ temperatures or merge weights are grids.
 
 import itertools
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from diverse_cfg.musicgen.loading import is_distilled
 from diverse_cfg.musicgen.sampling import SamplingSettings
 
 ROLES = ("base", "guided", "student", "merge")
+
+_SEED_FOLDER = re.compile(r"(?:^|[/\\\\])seed-(\d+)(?=$|[/\\\\])")
 
 Mixture = tuple[tuple[str, float], ...]
 """Checkpoints with their weights; one checkpoint of weight 1 is a plain model."""
@@ -43,7 +46,8 @@ class System:
 
     Args:
         name: unique in a sweep.
-        replicates: one model per training seed; clips are generated for each of them.
+        replicates: one model per training seed; clips are generated for each of them. Folders named `seed-N`
+            tell which seed, so that comparisons can be made seed by seed.
         guidance_scale: γ at inference; 1 is no guidance.
         temperature: 0 is greedy.
         top_k: 0 keeps all codes.
@@ -79,6 +83,24 @@ class System:
     def sampling(self) -> SamplingSettings:
         """How its codes are drawn."""
         return SamplingSettings(self.guidance_scale, self.temperature, self.top_k)
+
+    @property
+    def untrained(self) -> bool:
+        """Whether no training seed is behind it: the base, however it is sampled. It is the same for all seeds."""
+        return self.role in ("base", "guided") and len(self.replicates) == 1 and not self.training_seeds
+
+    @property
+    def training_seeds(self) -> tuple[int, ...]:
+        """Training seed of each replicate, read from a folder `seed-N` on the way to its checkpoints.
+
+        Empty where a replicate has no such folder, or several (a merge of seeds), or two replicates the same.
+        """
+        found = [
+            {int(seed) for checkpoint, _ in mixture for seed in _SEED_FOLDER.findall(checkpoint)}
+            for mixture in self.replicates
+        ]
+        seeds = tuple(min(seeds) for seeds in found if len(seeds) == 1)
+        return seeds if len(set(seeds)) == len(self.replicates) else ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the results file."""

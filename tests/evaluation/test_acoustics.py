@@ -1,9 +1,12 @@
 """Rules without a network, on sounds whose truth is known; and the judge's interface."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
+from diverse_cfg.assets import nano_path
 from diverse_cfg.evaluation.acoustics import (
     classify,
     median_pitches,
@@ -14,6 +17,8 @@ from diverse_cfg.evaluation.acoustics import (
 )
 from diverse_cfg.evaluation.attributes import KEYS, key_correlations, parse_prompt
 from diverse_cfg.evaluation.judge import AttributeJudge
+from diverse_cfg.musicgen.loading import load_policy, load_processor
+from diverse_cfg.musicgen.rollout import fast_generate
 
 RATE = 16_000
 
@@ -102,6 +107,60 @@ def test_broken_audio_is_not_valid():
     report = validity(torch.stack([good, *broken]), RATE)
     assert report["valid"].tolist() == [True] + [False] * 5
     assert report["level_dbfs"][0] == pytest.approx(10 * np.log10(good.square().mean().item()), abs=1e-3)
+
+
+def coloured_noise(exponent, seconds=3, low=0.0, high=math.inf):
+    """Noise at −20 dBFS whose amplitude falls as frequency to the exponent, between two frequencies."""
+    spectrum = torch.fft.rfft(torch.randn(seconds * RATE, generator=torch.Generator().manual_seed(1)))
+    hertz = torch.fft.rfftfreq(seconds * RATE, 1 / RATE)
+    spectrum *= hertz.clamp_min(hertz[1]) ** -exponent * ((hertz >= low) & (hertz <= high))
+    noise = torch.fft.irfft(spectrum)
+    return 0.1 * noise / noise.square().mean().sqrt()
+
+
+def test_noise_of_any_colour_offsets_and_hum_are_not_valid():
+    """Catches a flatness of the whole spectrum, which only white noise has, and power that nobody hears."""
+    time = torch.arange(3 * RATE) / RATE
+    broken = {
+        "pink": coloured_noise(0.5),
+        "brown": coloured_noise(1),
+        "above 40 Hz": coloured_noise(1, low=40),
+        "band": coloured_noise(0, low=1000, high=2000),
+        "offset": torch.full_like(time, 0.1),
+        "hum": 0.1 * torch.sin(2 * math.pi * 20 * time),
+    }
+    found = dict(zip(broken, validity(torch.stack(list(broken.values())), RATE)["valid"], strict=True))
+    assert not any(found.values()), found
+    good = melody([60, 64, 67])
+    assert validity((good + 0.3 * good.std())[None], RATE)["valid"].all()  # a small offset is no harm
+
+
+def test_every_channel_that_can_be_heard_must_be_sound():
+    """Catches a mean over channels: one clipped channel hides in it, and opposite channels vanish."""
+    good = melody([60, 64, 67])
+    silence = torch.zeros_like(good)
+    pairs = [(good, good), (good, -good), (good, silence), (good, (40 * good).clamp(-1, 1))]
+    pairs += [((40 * good).clamp(-1, 1), silence), (good, coloured_noise(1)), (silence, silence)]
+    report = validity(torch.stack([torch.stack(pair) for pair in pairs]), RATE)
+    assert report["valid"].tolist() == [True] * 3 + [False] * 4
+    assert report["level_dbfs"][0] == pytest.approx(validity(good[None], RATE)["level_dbfs"][0], abs=1e-4)
+
+
+def test_clips_of_the_nano_base_are_valid():
+    """Catches thresholds that music fails."""
+    prompts = [
+        f"a {tempo} melody on a {name}" for tempo in ("slow", "fast") for name in ("piano", "violin", "flute")
+    ]
+    clips = fast_generate(
+        load_policy(nano_path()),
+        prompts,
+        processor=load_processor(nano_path()),
+        num_frames=50,
+        guidance_scale=3.0,
+    )
+    report = validity(clips.waveforms, RATE)
+    assert report["valid"].all(), report
+    assert report["noisiness"].max() < 0.35 and report["subsonic_fraction"].max() < 0.4
 
 
 def test_judge_is_saved_and_loaded(tmp_path):

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,9 +19,12 @@ ALL = {"reward", "heldout", "judge", "rules", "divergence", "validity", "codes",
 ALL |= {"text", "aesthetics_ce", "aesthetics_pq"}
 
 
-def row(name, cells, **kwargs):
+def row(name, cells, seeds=None, **kwargs):
+    """A row with the cells; `seeds` names the training seeds as folders do."""
     metrics = {metric: mean_estimate(values) for metric, values in cells.items()}
-    return SystemResult(System(name, single("x"), **kwargs), metrics=metrics, cells=cells)
+    names = range(next(iter(cells.values())).shape[1]) if seeds is None else [f"seed-{s}" for s in seeds]
+    replicates = tuple(((f"runs/{name}/{label}", 1.0),) for label in names)
+    return SystemResult(System(name, replicates, **kwargs), metrics=metrics, cells=cells)
 
 
 def results(**rows):
@@ -93,6 +98,47 @@ def test_times_are_clustered_by_batch():
     assert found.high - found.low > 1.5  # four measurements, not forty
 
 
+def test_differences_of_times_are_clustered_by_batch(tmp_path):
+    """Catches the difference of two clustered columns as if clips of a batch were measured one by one."""
+    batch = np.repeat([0, 1, 2, 3], 10)
+    found = results(
+        a={"seconds": np.repeat([1.0, 2.0, 3.0, 4.0], 10)[:, None]},
+        b={"seconds": np.repeat([1.5, 1.0, 2.5, 2.0], 10)[:, None]},
+    )
+    unknown = found.difference("a", "b", "seconds")
+    assert (unknown.estimate, unknown.low, unknown.high) == (0.75, None, None)
+    for system in found.systems:
+        system.clusters["seconds"] = batch
+    found.save(tmp_path)
+    for known in (found, Results.load(tmp_path)):
+        difference = known.difference("a", "b", "seconds")
+        assert difference.high - difference.low > 1.5  # four measurements, not forty
+    found["b"].clusters["seconds"] = batch[::-1].copy() // 2
+    assert found.difference("a", "b", "seconds").low is None
+
+
+def test_set_metrics_are_jackknifed():
+    """Catches an interval that does not contain its own number, and replicates that count as one."""
+    values = np.random.default_rng(0).normal(size=(12, 1, 3, 4))
+    replicates = [
+        Replicate(
+            {"heldout": {"values": shift + values}}, np.zeros((12, 1, 3, 1, 1)), reference=values[0, 0] * 2
+        )
+        for shift in (0.0, 1.0, 2.0)
+    ]
+    one, three = (estimate(METRICS["frechet"], replicates[:count])[0] for count in (1, 3))
+    for found, count in ((one, 1), (three, 3)):
+        assert found.low < found.estimate < found.high
+        assert (found.num_prompts, found.num_replicates) == (12, count)
+    assert three.high - three.low > 3 * (one.high - one.low)
+    lonely = np.full_like(values, np.nan)
+    lonely[0] = values[0]
+    found = estimate(METRICS["frechet"], [replace(replicates[0], features={"heldout": {"values": lonely}})])[
+        0
+    ]
+    assert found.estimate is not None and found.low is None
+
+
 def test_a_measure_with_infinite_values_is_an_error():
     metric = Metric("x", "x", "", 1, (), cells=lambda replicate: np.array([1.0, np.inf]))
     with pytest.raises(ValueError, match="'x' gave infinite"):
@@ -115,12 +161,70 @@ def test_differences_are_paired():
     assert not found.difference("a", "a", "adherence").excludes_zero
 
 
+def arms(**kinds):
+    """Results of arms given as (training seeds, role), with cells that differ by training seed."""
+    effect = {0: -1.0, 1: 0.0, 2: 2.0, None: 0.0}
+    systems = []
+    for index, (name, (seeds, role)) in enumerate(kinds.items()):
+        columns = [noise(index, (20, 1)) + effect[seed] for seed in seeds]
+        known = None if None in seeds else seeds
+        systems.append(row(name, {"adherence": np.hstack(columns)}, known, role=role))
+    return Results([f"prompt {index}" for index in range(20)], systems)
+
+
 def test_three_seeds_against_one_base():
-    found = results(a={"adherence": noise(5, (20, 3), 2.0)}, base={"adherence": noise(6, (20, 1))})
-    difference = found.difference("a", "base", "adherence")
-    assert difference.estimate == pytest.approx(
-        found["a"].cells["adherence"].mean() - found["base"].cells["adherence"].mean()
+    """The base was not trained: it is the same for every seed, wherever it stands."""
+    found = arms(arm=((0, 1, 2), "student"), base=((None,), "base"))
+    arm, base = (found[name].cells["adherence"] for name in ("arm", "base"))
+    for names, sign in ((("arm", "base"), 1), (("base", "arm"), -1)):
+        difference = found.difference(*names, "adherence")
+        assert difference.estimate == pytest.approx(sign * (arm.mean() - base.mean()))
+        assert difference.num_replicates == 3
+        assert difference.high - difference.low > 1  # the seeds differ
+
+
+def test_one_trained_seed_is_compared_with_the_same_seed():
+    """Catches a run that is held against the mean of three: what its seed does would count as a difference."""
+    found = arms(one=((2,), "student"), three=((0, 1, 2), "student"))
+    one, three = (found[name].cells["adherence"] for name in ("one", "three"))
+    difference = found.difference("one", "three", "adherence")
+    assert difference == mean_estimate(one - three[:, 2:])
+    assert difference.num_replicates == 1
+
+
+def test_training_seeds_are_paired_by_name_not_by_order():
+    """Catches seeds 0, 1 and 2 held against 2, 0 and 1; of two and three only what both have counts."""
+    found = arms(a=((0, 1, 2), "student"), b=((2, 0, 1), "student"), c=((1, 2), "student"))
+    a, b, c = (found[name].cells["adherence"] for name in "abc")
+    assert found.difference("a", "b", "adherence") == mean_estimate(a - b[:, [1, 2, 0]])
+    assert found.difference("a", "c", "adherence") == mean_estimate(a[:, 1:] - c)
+
+
+def test_seeds_that_cannot_be_paired_are_averaged():
+    """Without shared or named seeds nothing can be paired; by order only where there are as many."""
+    found = arms(
+        a=((0, 1), "student"),
+        other=((2,), "student"),
+        three=((None, None, None), "student"),
+        also=((None, None, None), "student"),
     )
+    a, other, three, also = (found[name].cells["adherence"] for name in ("a", "other", "three", "also"))
+    for names, cells in ((("a", "other"), (a, other)), (("three", "other"), (three, other))):
+        mean = [values.mean(axis=1, keepdims=True) for values in cells]
+        assert found.difference(*names, "adherence") == mean_estimate(mean[0] - mean[1])
+    assert found.difference("three", "also", "adherence") == mean_estimate(three - also)
+
+
+def test_the_recorded_experiment_is_compared_seed_by_seed():
+    """An arm of one seed against one of three, in recorded files: they must stay readable."""
+    found = Results.load(Path(__file__).parents[2] / "recipes/nano/results/experiment/test")
+    cells = [found[name].cells["diversity_heldout"] for name in ("guarded", "β=80")]
+    assert [values.shape[1] for values in cells] == [1, 3]
+    assert found["β=80"].system.training_seeds == (0, 1, 2)
+    assert found["base γ=3"].system.untrained
+    difference = found.difference("guarded", "β=80", "diversity_heldout")
+    assert difference == mean_estimate(cells[0] - cells[1][:, :1])
+    assert found["β=80"].metrics["diversity_heldout"].num_replicates == 3
 
 
 def test_comparisons_that_cannot_be_made():
@@ -163,6 +267,52 @@ def test_broken_systems_win_no_hypervolume():
     assert found.hypervolume(["good", "noise"], "diversity_heldout", "adherence", (0, 0)).estimate == 1
     with pytest.raises(ValueError, match="flagged"):
         found.hypervolume(["noise"], "diversity_heldout", "adherence", (0, 0))
+
+
+def seeded_front(spread, known=20):
+    """Two arms of three seeds and the base; what a seed does, it does to both arms."""
+    effect = spread * np.array([-1.0, 0.0, 1.0])
+    found = Results([f"prompt {index}" for index in range(20)], [])
+    for name, seeds, mean in (("a", (0, 1, 2), 3.0), ("b", (2, 1, 0), 2.0), ("base", None, 1.0)):
+        size = 1 if seeds is None else 3
+        cells = mean + (0 if seeds is None else effect[list(seeds)]) + 0.01 * noise(int(mean), (20, size))
+        cells[known:] = np.nan
+        role = "base" if seeds is None else "student"
+        found.systems.append(
+            row(name, {"diversity_heldout": cells, "adherence": 5 - cells}, seeds, role=role)
+        )
+    return found
+
+
+def test_hypervolume_draws_training_seeds_too():
+    """Catches an interval for these three runs alone, and seeds that are left out of one arm but not of the other."""
+    axes = ("diversity_heldout", "adherence", (0, 0))
+    alike, different = (seeded_front(spread).hypervolume(["a", "base"], *axes) for spread in (0, 0.5))
+    assert different.high - different.low > 5 * (alike.high - alike.low)
+    assert different.low <= different.estimate <= different.high
+    assert different.num_replicates == 3
+    # Both arms differ by the seeds in the same way, in another order: paired, it cancels but for the product.
+    found = seeded_front(0.5)
+    apart = found.hypervolume(["a"], "diversity_heldout", "diversity_heldout", (0, 0))
+    paired = found.hypervolume_difference(["a"], ["b"], "diversity_heldout", "diversity_heldout", (0, 0))
+    assert paired.high - paired.low < 0.5 * (apart.high - apart.low)
+
+
+def test_one_seed_among_three_leaves_the_prompts():
+    found = seeded_front(0.5)
+    found.systems.append(row("one", {m: c[:, :1] for m, c in found["a"].cells.items()}, (0,)))
+    area = found.hypervolume(["a", "one"], "diversity_heldout", "adherence", (0, 0))
+    assert area.num_replicates == 1
+    assert area.high - area.low < 0.5
+
+
+def test_hypervolume_of_a_metric_that_few_prompts_have():
+    """Catches prompts without a value that are drawn alone."""
+    for known, has_interval in ((3, True), (1, False)):
+        area = seeded_front(0.1, known).hypervolume(["a", "base"], "diversity_heldout", "adherence", (0, 0))
+        assert (area.num_prompts, area.low is not None) == (known, has_interval)
+    none = seeded_front(0.1, 0).hypervolume(["a"], "diversity_heldout", "adherence", (0, 0))
+    assert none == Estimate(None)
 
 
 def test_a_metric_without_direction_has_no_front():

@@ -9,7 +9,8 @@ from diverse_cfg.evaluation import features as features_module
 from diverse_cfg.evaluation import generations as generations_module
 from diverse_cfg.evaluation.features import JudgeFeature
 from diverse_cfg.evaluation.generations import ClipSet, Player, describe
-from diverse_cfg.evaluation.sweep import Sweep
+from diverse_cfg.evaluation.results import SystemResult, mean_estimate
+from diverse_cfg.evaluation.sweep import Sweep, flag_incomparable
 from diverse_cfg.evaluation.systems import System, expand_systems, single
 from diverse_cfg.musicgen.loading import load_policy, load_processor
 from diverse_cfg.musicgen.rollout import RolloutWeights, fast_generate
@@ -241,7 +242,7 @@ def test_training_seeds_are_replicates(folders, tmp_path):
     )
 
 
-@pytest.mark.parametrize("kind", ["silence", "noise", "clipping"])
+@pytest.mark.parametrize("kind", ["silence", "noise", "brown", "clipping", "offset", "hum"])
 def test_broken_audio_ranks_last_and_does_not_win_unnoticed(folders, tmp_path, monkeypatch, kind):
     """Catches a front that a system wins by noise: its clips are all different, and nobody wants them."""
     decode = Player.decode
@@ -266,6 +267,100 @@ def test_broken_audio_ranks_last_and_does_not_win_unnoticed(folders, tmp_path, m
         assert any("no heldout embedding" in flag for flag in found["broken"].flags)
     volume = found.hypervolume(["sound", "broken"], "diversity_heldout", "validity", (0, -1))
     assert volume.estimate == found.hypervolume(["sound"], "diversity_heldout", "validity", (0, -1)).estimate
+
+
+class PitchJudge(CountingJudge):
+    """ "Right" below 600 Hz."""
+
+    def adherence(self, waveforms, sampling_rate, prompts):
+        peak = torch.fft.rfft(waveforms).abs().argmax(dim=1) * sampling_rate / waveforms.shape[1]
+        right = (peak < 600).double().numpy()
+        return dict.fromkeys(("instrument", "tempo", "register", "key", "mean"), right)
+
+
+def test_random_codes_rank_last_and_do_not_win_unnoticed(folders, tmp_path, monkeypatch):
+    """Catches a front that random codes win: as audio they are sound, as diverse as can be, and nobody's music."""
+
+    def play(self, codes):
+        broken = self.mixture[0][0] == folders[1]
+        pitch = (800 if broken else 200) * (1 + codes[:, 0, :1] / (16 if broken else 64))
+        return 0.2 * torch.sin(2 * torch.pi * pitch * torch.arange(codes.shape[-1] * 64) / 3200)
+
+    monkeypatch.setattr(Player, "decode", play)
+    sweep = small_sweep(tmp_path, features=[JudgeFeature(PitchJudge(), encoder_folder(tmp_path / "judge"))])
+    systems = [System("base", single(folders[0]), role="base"), System("random", single(folders[1]))]
+    found = run(sweep, systems)
+    assert found["random"].metrics["validity"].estimate == 1
+    assert (
+        found["random"].metrics["diversity_heldout"].estimate
+        > found["base"].metrics["diversity_heldout"].estimate
+    )
+    assert not found["base"].flags
+    assert any("prompt adherence is 0.000, against 1.000 of base" in flag for flag in found["random"].flags)
+    volume = found.hypervolume(["base", "random"], "diversity_heldout", "validity", (0, -1))
+    assert volume.estimate == found.hypervolume(["base"], "diversity_heldout", "validity", (0, -1)).estimate
+
+
+def of_metric(name, metric, mean, spread=0.0, **kwargs):
+    """A row with cells of one metric around a mean, of 16 prompts."""
+    cells = mean + spread * np.linspace(-1, 1, 16)[:, None]
+    return SystemResult(
+        System(name, single("x"), **kwargs), metrics={metric: mean_estimate(cells)}, cells={metric: cells}
+    )
+
+
+@pytest.mark.parametrize(
+    ("metric", "base", "mean", "spread", "flagged"),
+    [
+        ("kl_teacher", 47, 3000, 100, True),
+        ("kl_teacher", 47, 600, 2000, False),  # above, but not clearly
+        ("kl_teacher", 47, 300, 1, False),  # γ = 10 against a teacher of 3
+        ("kl_teacher", 0.001, 3, 0, False),  # the base is the teacher
+        ("adherence", 0.72, 0.3, 0.1, True),
+        ("adherence", 0.72, 0.692, 0, False),  # T = 1.1
+        ("rules", 0.6, 0.2, 0.1, True),
+        ("text", 0.3, 0.05, 0.01, True),
+        ("text", -0.1, -0.2, 0.0, False),  # no scale
+        ("diversity_heldout", 0.3, 0.9, 0, False),
+    ],
+)
+def test_only_what_is_clearly_broken_is_flagged(metric, base, mean, spread, flagged):
+    """Catches a flag on systems that are merely worse, and one that is missing; sampling a student counts too."""
+    rows = [
+        of_metric("hot", metric, mean, spread, temperature=2.0, role="base"),
+        of_metric("base", metric, base, role="base"),
+    ]
+    flag_incomparable(rows)
+    assert bool(rows[0].flags) == flagged
+    assert not rows[1].flags
+
+
+def test_nothing_is_flagged_without_a_base_to_compare_with():
+    """Catches the guided or the hot base as the scale, and a system flagged for a metric that it lacks."""
+    for other in (
+        of_metric("guided", "adherence", 0.9, role="guided", guidance_scale=3.0),
+        of_metric("hot", "adherence", 0.9, role="base", temperature=1.1),
+        of_metric("base", "kl_teacher", 40, role="base"),
+    ):
+        rows = [other, of_metric("student", "adherence", 0.1)]
+        flag_incomparable(rows)
+        assert not rows[1].flags
+
+
+def test_a_set_metric_without_clips_is_empty_and_the_row_stands(folders, tmp_path, monkeypatch):
+    """Catches a row that fails because one distance cannot be computed."""
+
+    def play(self, codes):
+        clips = broken_audio("silence", len(codes), codes.shape[-1] * 64)
+        clips[0] = torch.sin(torch.arange(clips.shape[1]))
+        return clips
+
+    monkeypatch.setattr(Player, "decode", play)
+    reference = np.random.default_rng(0).random((20, 16))
+    row = run(small_sweep(tmp_path, reference=reference), [System("mute", single(folders[0]))])["mute"]
+    assert row.ok and row.metrics["diversity_heldout"].estimate is not None
+    assert row.metrics["frechet"].estimate is None
+    assert any("frechet could not be computed" in flag for flag in row.flags)
 
 
 def test_one_prompt_and_one_generation(folders, tmp_path):

@@ -96,3 +96,26 @@ def test_names_are_unique():
 
 def test_single():
     assert single("folder") == ((("folder", 1.0),),)
+
+
+def test_training_seeds_are_read_from_folders():
+    """Catches a seed read out of another name, of a merge of several, and of replicates that share one."""
+    arm = [f"runs/arm/seed-{seed}/checkpoint-50" for seed in (3, 0)]
+    for checkpoints, seeds in (
+        (arm, (3, 0)),
+        ([arm[0]], (3,)),
+        (["runs/reseed-1/x", "seed-2"], ()),
+        ([arm[0], "runs/other/seed-3"], ()),
+    ):
+        assert System("x", tuple(((path, 1.0),) for path in checkpoints)).training_seeds == seeds
+    with_base = System("x", tuple(((path, 0.5), ("base", 0.5)) for path in arm))
+    assert with_base.training_seeds == (3, 0)
+    assert System("x", (((arm[0], 0.5), (arm[1], 0.5)),)).training_seeds == ()
+
+
+def test_what_was_not_trained():
+    """Catches a student that is sampled with guidance and passes for the base."""
+    assert System("x", single("base"), role="base").untrained
+    assert System("x", single("base"), role="guided", guidance_scale=3.0).untrained
+    assert not System("x", single("runs/seed-0"), role="guided", guidance_scale=3.0).untrained
+    assert not System("x", single("student")).untrained

@@ -78,12 +78,20 @@ def small_sweep(
 
 
 def broken_audio(kind, num_clips, num_samples, seed=0):
-    """Clips [N, L] that no one should hear: "silence", "noise" (white, all different) or "clipping"."""
+    """Clips [N, L] at 3200 Hz that no one should hear: "silence", "noise" (white, all different), "brown" noise,
+    "clipping", a constant "offset", or "hum" at 20 Hz."""
     generator = torch.Generator().manual_seed(seed)
-    if kind == "silence":
-        return torch.zeros(num_clips, num_samples)
-    if kind == "noise":
-        return 0.2 * torch.randn(num_clips, num_samples, generator=generator)
-    time = torch.arange(num_samples) / 3200
+    noise = torch.randn(num_clips, num_samples, generator=generator)
+    time = torch.arange(num_samples).expand(num_clips, -1) / 3200
+    if kind == "brown":
+        spectrum = torch.fft.rfft(noise)
+        noise = torch.fft.irfft(spectrum / torch.arange(1, spectrum.shape[1] + 1), n=num_samples)
+        return 0.1 * noise / noise.square().mean(dim=1, keepdim=True).sqrt()
     tones = torch.sin(2 * math.pi * (200 + 40 * torch.arange(num_clips)[:, None]) * time)
-    return (20 * tones).clamp(-1, 1)
+    return {
+        "silence": torch.zeros(num_clips, num_samples),
+        "noise": 0.2 * noise,
+        "clipping": (20 * tones).clamp(-1, 1),
+        "offset": torch.full((num_clips, num_samples), 0.1),
+        "hum": 0.1 * torch.sin(2 * math.pi * 20 * time),
+    }[kind]
