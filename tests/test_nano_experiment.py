@@ -184,6 +184,7 @@ def recorded(tmp_path):
         row("β=0", 0.1, 0.8, 3, series="students"), row("β=80", 0.3, 0.75, 3, series="students"),
         *(row(f"LERP λ={w:g}", 0.1 + 0.2 * w, 0.8 - 0.05 * w**2, 3, series="merges", role="merge", merge_weight=w)
           for w in (0.0, 0.5, 1.0)),
+        row("paper's estimator", 0.2, 0.7, series="baselines"),
     ]  # fmt: skip
     settings = {"num_generations": 8, "seeds": [0, 1], "machine": "a machine"}
     Results([f"p{i}" for i in range(6)], rows, settings).save(tmp_path / "test")
@@ -193,6 +194,8 @@ def recorded(tmp_path):
         f"beta-80,{seed},{step},{seed + 1.0},0.{step},1.5,,,," for seed in range(3) for step in range(1, 9)
     ]
     lines += [f"overdone,0,{step},,,,{step}.5,0.4,0.2,0.8" for step in (0, 25, 50)]
+    lines += [f"forward-kl,0,{step},7,0.5,1.5,,,," for step in (1, 2)]
+    (tmp_path / "test" / "run.json").write_text('{"commit": "abc"}')
     (tmp_path / "logs.csv").write_text("\n".join(lines) + "\n")
     runs = [
         {"arm": "beta-80", "seed": seed, "seconds": 3600, "commit": "abc", "alarms": []} for seed in range(3)
@@ -224,11 +227,21 @@ def test_page_is_built_from_recorded_numbers_alone(tmp_path):
     assert (
         "took 3.0 hours" in page
         and "Training seeds: 0, 1, 2" in page
-        and "6 test prompts × 2 sampling seeds × 8" in page
+        and "| test | 6 × 2 × 8 | abc | a machine |" in page
+        and "| hacking | 6 × 2 × 8 | not recorded |" in page
     )
     assert "| β=80 | 0.75" in page
     assert "| β=80 − β=0 | **-0.050" in page
-    assert "small price in quality | **fails** | **holds** |" in page, "held out, then as the reward has it"
+    price = "2. The diversity reward restores diversity at a small price in quality"
+    measured = "**fails** | **fails** | **holds** | **not measured** |"
+    assert f"| {price} | β=80 | {measured}" in page, "by two encoders; quality by rules was not measured"
+    assert f"| {price} | β=40 | **not measured** | **not measured** |" in page, "what validation chose"
+    assert page.count("| 1. Distillation alone") == 1, "the diversity student plays no part"
+    assert "| it is more diverse than the base | β=80 | -0.200" in page
+    assert "diversity of base γ=3, quality of base γ=1: the claim's | (0.10" in page
+    assert "| paper's estimator ¹ | 0.70" in page and "¹ One training seed" in page
+    assert "| paper's estimator − β=20 ¹ | – |" in page and "| β=80 − β=0 |" in page, "three seeds: no mark"
+    assert "| forward-kl | 1 | 7 (forward) | 7 (forward) |" in page
     assert "| offline − β=0 | – |" in page, "what was not evaluated is a dash"
     row = "| β = 80 | 3 | 2 ± 1 | 2 ± 1 | 0.75 ± 0 |"
     assert row in page, (
@@ -248,6 +261,20 @@ def test_page_is_built_from_recorded_numbers_alone(tmp_path):
     assert "not measured" in page
     for name in ("training", "test/front", "test/lerp-merges"):
         assert (tmp_path / f"{name}.svg").is_file() and (tmp_path / f"{name}.csv").is_file()
+
+
+def test_a_point_is_dominated_in_both_metrics_or_not_at_all(tmp_path):
+    """Catches ties, a merge that beats a point in one metric alone, and a flagged merge that beats anything."""
+    from report import Arms, dominated
+
+    results = Results.load(recorded(tmp_path) / "test")
+    arms = Arms("base γ=1", "base γ=3", "β=0", "β=80", "merges", sweeps=["guidance on the base", "baselines"])
+    xy = ("diversity_heldout", "adherence")
+    assert dominated(results, arms, *xy) == (
+        "- paper's estimator: LERP λ=0.5, LERP λ=1\n- by no merge: base γ=1, base γ=3"
+    )
+    results["LERP λ=0.5"].flags.append("broken")
+    assert dominated(results, arms, *xy).startswith("- paper's estimator: LERP λ=1\n")
 
 
 def test_arms_are_measured_along_the_way_from_where_they_started(tmp_path):

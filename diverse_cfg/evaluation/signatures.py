@@ -100,7 +100,7 @@ def signatures(
     """
     test = _Tests(results)
     base, guided, student, diverse = arms.base, arms.guided, arms.quality, arms.diverse
-    merges = _merges(results, arms)
+    merges = merges_of(results, arms)
     front = [row.system.name for row in merges]
 
     def corner() -> tuple[float, float]:
@@ -266,7 +266,7 @@ class _Tests:
         return Evidence(claim, found, HOLDS if holds else FAILS if fails else OPEN)
 
 
-def _merges(results: Results, arms: Arms) -> list[SystemResult]:
+def merges_of(results: Results, arms: Arms) -> list[SystemResult]:
     """The comparable systems of a LERP by merge weight; where an end is not among them, the student it is."""
     rows = [row for row in results.usable if row.system.series == arms.merges and not row.flags]
     rows = [row for row in rows if row.system.merge_weight is not None]

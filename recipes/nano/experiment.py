@@ -65,6 +65,7 @@ class Experiment:
     sweeps: dict[str, dict[str, Any]]
     settings: dict[str, Any] = field(default_factory=dict)
     snapshots: list[int] = field(default_factory=list)
+    far_end: dict[str, str] = field(default_factory=dict)  # the findings' arms with another diversity student
 
     @classmethod
     def load(cls, path: Path) -> Experiment:
