@@ -24,8 +24,8 @@ from pages import write_section
 
 from diverse_cfg.atomic import write_text
 from diverse_cfg.evaluation.curves import Log, draw_curves
+from diverse_cfg.evaluation.figures import front, merge_curve, trajectories
 from diverse_cfg.evaluation.metrics import METRICS
-from diverse_cfg.evaluation.report import draw
 from diverse_cfg.evaluation.results import Estimate, Results, mean_estimate
 from diverse_cfg.evaluation.signatures import (
     Arms,
@@ -342,17 +342,19 @@ def at_equal_diversity(
     return mean_estimate(results[system].cells[y] - line)
 
 
-def measured_along(trajectories: Results) -> dict[str, Log]:
+def measured_along(along: Results) -> dict[str, Log]:
     """Label of an arm → what was measured of the weights kept along it, as a log; step 0 is what it started from."""
-    measured: dict[str, dict[str, float]] = {
+    measured: dict[str, dict[str, Any]] = {
         row.system.name: {name: float(np.nanmean(row.cells[name])) for name, _ in CURVES if name in row.cells}
-        for row in trajectories.usable
+        | ({"flagged": True} if row.flags else {})
+        | {"system": row.system.name}
+        for row in along.usable
     }
     logs: dict[str, list[dict[str, Any]]] = {}
     start = "base"  # of the first arm; all others start from its end
     for label in LABELS.values():
         series = label.replace(" = ", "=")
-        kept = [row.system for row in trajectories.usable if row.system.series == series and row.system.step]
+        kept = [row.system for row in along.usable if row.system.series == series and row.system.step]
         if kept and start in measured:
             logs[label] = [{"step": 0} | measured[start]]
             logs[label] += [{"step": system.step} | measured[system.name] for system in kept]
@@ -374,6 +376,27 @@ def draw_training(recorded: Path, page: Path) -> dict[str, list[Log]]:
     return arms
 
 
+def draw(found: dict[str, Results], arms: Arms, recorded: Path) -> None:
+    """The figures of the sweeps: front and LERP of the test sweep, paths of the others."""
+    x, y = "diversity_heldout", "adherence"
+    test = found["test"]
+    shown = [name for series in FRONT for name in names_of(test, series)]
+    by_name = {row.system.name: row for row in test.systems}
+    drawn = Results(test.prompts, [by_name[name] for name in dict.fromkeys(shown)], test.settings)
+    front(drawn, x, y, recorded / "test" / "front", useful_corner(test, arms, x, y))
+    merge_curve(test, arms.merges, [x, y], recorded / "test" / "lerp-merges")
+    if "trajectories" in found:
+        starts = {
+            label.replace(" = ", "="): log[0]["system"]
+            for label, log in measured_along(found["trajectories"]).items()
+        }
+        trajectories(found["trajectories"], x, y, recorded / "trajectories" / "trajectories", starts)
+    if "hacking" in found:
+        steps = any(row.system.step is not None for row in found["hacking"].usable)
+        if steps:
+            trajectories(found["hacking"], x, y, recorded / "hacking" / "trajectories")
+
+
 def build(recorded: Path, page: Path, recipes: Path, readme: Path) -> None:
     """Write the figures into `recorded`, the page to `page`, a table each into `recipes` and `readme`."""
     arms = draw_training(recorded, recipes)
@@ -383,10 +406,6 @@ def build(recorded: Path, page: Path, recipes: Path, readme: Path) -> None:
     runs = json.loads((recorded / "runs.json").read_text(encoding="utf-8"))
     settings = yaml.safe_load((HERE / "experiment.yaml").read_text(encoding="utf-8"))
     test = found["test"]
-    draw(only(test, names_of(test, *FRONT)), recorded / "test")
-    for name in ("trajectories", "hacking"):
-        if name in found:
-            draw(found[name], recorded / name)
     chosen = settings["sweeps"]["test"]["arms"]
     arms_of = {a["diverse"]: Arms(**a) for a in (chosen, chosen | settings["far_end"])}
     far = arms_of[settings["far_end"]["diverse"]]
@@ -399,6 +418,7 @@ def build(recorded: Path, page: Path, recipes: Path, readme: Path) -> None:
         for name, arm in settings["arms"].items()
         if arm.get("settings", {}).get("divergence") == "forward_kl"
     ]
+    draw(found, far, recorded)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True,
