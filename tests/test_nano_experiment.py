@@ -34,6 +34,7 @@ def finish(experiment, arm, seed, steps=300, snapshots=()):
         (folder / "snapshots" / str(step)).mkdir(parents=True)
     folder.mkdir(parents=True, exist_ok=True)
     done = {"arm": arm, "seed": seed, "steps": steps, "alarms": ["KL budget"], "commit": "abc"}
+    done |= {"settings": experiment.training_hash(arm, seed)}
     log = [
         {"step": step, "kl/clip": 10.0 / step, "reward/diversity": 0.3, "step_time": 2.0}
         for step in (5, 10, 13)
@@ -121,13 +122,16 @@ def test_tasks_wait_for_what_they_start_from_and_failures_stop_only_their_heirs(
     """Catches a student trained before its start exists, a lost failure, and work that is done twice."""
     import experiment as module
 
-    monkeypatch.setattr(module, "RECORDED", tmp_path / "recorded")
+    folder = tmp_path / "recorded"
+    monkeypatch.setattr(
+        module.Experiment, "_merged", lambda self, arm: {"recipe": arm.recipe} | self.settings | arm.settings
+    )
     arms = {"q": module.Arm("r", "nano"), "d": module.Arm("r", "q"), "e": module.Arm("r", "nano", seeds=[0])}
     sweeps = {
         "s": {"systems": [{"name": "d", "model": "d"}]},
         "t": {"systems": [{"name": "e", "model": "e"}]},
     }
-    experiment = load(tmp_path, arms=arms, sweeps=sweeps, seeds=[0, 1])
+    experiment = load(tmp_path, arms=arms, sweeps=sweeps, seeds=[0, 1], halfway={})
     started = []
 
     def fake(command, **_):
@@ -138,30 +142,169 @@ def test_tasks_wait_for_what_they_start_from_and_failures_stop_only_their_heirs(
         if task.startswith("part:"):
             pass
         elif task.startswith("sweep:"):
-            folder = tmp_path / "runs" / "sweeps" / task[6:]
-            folder.mkdir(parents=True)
-            (folder / "done.json").write_text("{}")
+            measure(experiment, task[6:])
         else:
             arm, _, seed = task.partition("/")
             finish(experiment, arm, int(seed))
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(
-        module.subprocess, "run", lambda command, **k: fake(command) if "--task" in command else None
+        module.subprocess,
+        "run",
+        lambda command, **_: (
+            fake(command) if "--task" in command else subprocess.CompletedProcess(command, 0, stdout="abc")
+        ),
     )
     shares = {name: [f"part:{name}:{part}/4" for part in range(4)] for name in sweeps}
-    assert module.run_all(experiment, tmp_path / "e.yaml", 2, None) == ["q/1", "d/1", *shares["s"], "sweep:s"]
+    run = lambda only=None: module.run_all(experiment, tmp_path / "e.yaml", 2, only, folder)  # noqa: E731
+    assert run() == ["q/1", "d/1", *shares["s"], "sweep:s"]
     assert started.index("q/0") < started.index("d/0") and started[-1] == "sweep:t"
     assert all(started.index("e/0") < started.index(share) for share in shares["t"])
     assert sorted(started) == sorted(["d/0", "e/0", "q/0", "q/1", *shares["t"], "sweep:t"])
     started.clear()
     started.append("q/1")  # this time it works
-    assert module.run_all(experiment, tmp_path / "e.yaml", 2, None) == []
+    assert not folder.exists(), "a part of an experiment is no evidence"
+    assert run() == []
     assert started[1:3] == ["q/1", "d/1"] and started[-1] == "sweep:s" and len(started) == 8
-    assert module.run_all(experiment, tmp_path / "e.yaml", 2, None) == [] and len(started) == 8
-    runs = json.loads((tmp_path / "recorded" / "runs.json").read_text())
+    assert run() == [] and len(started) == 8
+    assert (folder / "s" / "metrics.json").read_text() == "s" and (folder / "t" / "run.json").is_file()
+    runs = json.loads((folder / "runs.json").read_text())
     assert [(run["arm"], run["seed"]) for run in runs] == [("q", 0), ("d", 0), ("q", 1), ("d", 1), ("e", 0)]
     assert {run["seconds"] for run in runs} == {26}, "13 steps of 2 s, however many processes took them"
+
+
+def measure(experiment, name):
+    import experiment as module
+
+    folder = experiment.sweeps_folder / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(name)
+    module.finish_sweep(folder, experiment.sweep_hash(name))
+
+
+def changed(experiment, place, value):
+    *path, last = place.split("/")
+    at = experiment
+    for key in path:
+        at = at[key] if isinstance(at, dict) else getattr(at, key)
+    if isinstance(at, dict):
+        at[last] = value
+    else:
+        setattr(at, last, value)
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """An experiment of which everything is done."""
+    experiment = load(tmp_path)
+    for arm, seed in experiment.runs():
+        finish(experiment, arm, seed)
+    for name in experiment.sweeps:
+        measure(experiment, name)
+    experiment.halfway = {}
+    return experiment
+
+
+def test_nothing_is_done_twice(whole):
+    from experiment import missing
+
+    assert missing(whole, None, 2) == {}
+    whole.output = str(whole.output)  # folders are not among the settings
+    whole.sweeps["test"] |= {"num_prompts": 64}
+    assert missing(whole, None, 2) == {}
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "sweeps"),
+    [
+        ("sweeps/test/num_prompts", 96, ["test"]),
+        ("sweeps/hacking/systems", [{"name": "base", "model": "nano"}], ["hacking"]),
+        ("snapshots", [25], ["validation", "test", "trajectories", "hacking"]),
+    ],
+)
+def test_a_changed_sweep_is_measured_again(whole, place, value, sweeps):
+    """Catches results of another protocol that pass for those of the file."""
+    from experiment import missing
+
+    changed(whole, place, value)
+    assert list(missing(whole, None, 0)) == [f"sweep:{name}" for name in sweeps]
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "arm"),
+    [
+        ("arms/beta-80/settings/diversity_coef", 999.0, "beta-80"),
+        ("settings/max_steps", 5, "quality"),
+        ("arms/quality/settings", {"learning_rate": 1.0}, "quality"),
+        ("arms/beta-20/start", "nano", "beta-20"),
+        ("arms/overdone/judged", False, "overdone"),
+    ],
+)
+def test_a_training_with_other_settings_is_neither_done_nor_replaced(whole, place, value, arm):
+    """Catches a student of another β that passes for the file's, and hours of training that are overwritten."""
+    from experiment import claim, missing
+
+    changed(whole, place, value)
+    with pytest.raises(ValueError, match=f"{arm}/seed-0 was trained with other settings"):
+        missing(whole, None, 0)
+    with pytest.raises(ValueError, match="take another --output"):
+        claim(whole, arm, 0)
+
+
+def test_an_heir_of_a_changed_start_is_not_done(whole):
+    """Catches a student whose own settings are the same, of a start that was trained anew."""
+    changed(whole, "arms/quality/settings", {"learning_rate": 1.0})
+    for seed in (0, 1, 2):
+        finish(whole, "quality", seed)
+    from experiment import missing
+
+    with pytest.raises(ValueError, match="beta-0/seed-0 was trained with other settings"):
+        missing(whole, None, 0)
+
+
+def test_a_training_does_not_go_on_with_other_settings(tmp_path):
+    from experiment import claim, missing
+
+    experiment = load(tmp_path)
+    claim(experiment, "quality", 0)
+    claim(experiment, "quality", 0)
+    experiment.settings["learning_rate"] = 1.0
+    with pytest.raises(ValueError, match="quality/seed-0 was trained with other settings"):
+        missing(experiment, None, 0)
+
+
+def test_what_was_done_before_settings_were_noted_counts_as_done(whole, capsys):
+    from experiment import missing
+
+    (whole.folder("beta-80", 0) / "done.json").write_text('{"steps": 300}')
+    whole.arms["beta-80"].settings["diversity_coef"] = 999.0
+    for seed in (1, 2):
+        finish(whole, "beta-80", seed)
+    tasks = missing(whole, "beta-80", 0)
+    assert (
+        tasks == {} and "beta-80/seed-0: done, with settings that were not noted" in capsys.readouterr().out
+    )
+
+
+def test_only_the_shipped_experiment_is_recorded_in_the_repository(tmp_path):
+    """Catches a trial with another file or folder that replaces the evidence of the page."""
+    from experiment import CONFIG, RECORDED, recorded_folder
+
+    experiment = load(tmp_path)
+    own = Path(experiment.output) / "recorded"
+    assert recorded_folder(CONFIG, None, None, experiment) == RECORDED
+    assert recorded_folder(CONFIG, "elsewhere", None, experiment) == own
+    assert recorded_folder(tmp_path / "mine.yaml", None, None, experiment) == own
+    assert recorded_folder(tmp_path / "mine.yaml", None, tmp_path, experiment) == tmp_path
+
+
+def test_half_way_comes_after_the_test_sweep(tmp_path):
+    from experiment import missing
+
+    experiment = load(tmp_path)
+    tasks = missing(experiment, None, 0)
+    assert list(tasks)[-1] == "halfway" and tasks["halfway"] == ["sweep:test"]
+    assert missing(experiment, "halfway", 0) == {"halfway": ["sweep:test"]}
 
 
 # ---- the page ----------------------------------------------------------------------------------------------------
