@@ -109,7 +109,9 @@ def test_the_legend_is_as_wide_as_the_page_and_has_the_corner(tmp_path, monkeypa
     broken = [row(f"a system with a long name @{step}", 0.9, 0.1) for step in range(9)]
     for one in broken:
         one.flags.append("only 0% of the clips are valid audio")
-    found = results(*lerp(), *broken)
+    name = "a series whose name is longer by far than the column of a paper is wide"
+    wide = [row(f"wide {k}", 0.1, 0.1, spread=0, series=name) for k in range(2)]
+    found = results(*wide, *lerp(), *broken)
     svg, _, table = front(found, "diversity_heldout", "adherence", tmp_path / "front", corner=(0.3, 0.8))
     assert "hypervolume above (0.300, 0.800), with its interval" in svg.read_text()
     assert float(read_csv(table)[-1][1]) == pytest.approx(0.05 * 0.06)
