@@ -34,6 +34,7 @@ def finish(experiment, arm, seed, steps=300, snapshots=()):
         (folder / "snapshots" / str(step)).mkdir(parents=True)
     folder.mkdir(parents=True, exist_ok=True)
     done = {"arm": arm, "seed": seed, "steps": steps, "alarms": ["KL budget"], "commit": "abc"}
+    done |= {"settings": experiment.training_hash(arm, seed)}
     log = [
         {"step": step, "kl/clip": 10.0 / step, "reward/diversity": 0.3, "step_time": 2.0}
         for step in (5, 10, 13)
@@ -121,13 +122,16 @@ def test_tasks_wait_for_what_they_start_from_and_failures_stop_only_their_heirs(
     """Catches a student trained before its start exists, a lost failure, and work that is done twice."""
     import experiment as module
 
-    monkeypatch.setattr(module, "RECORDED", tmp_path / "recorded")
+    folder = tmp_path / "recorded"
+    monkeypatch.setattr(
+        module.Experiment, "_merged", lambda self, arm: {"recipe": arm.recipe} | self.settings | arm.settings
+    )
     arms = {"q": module.Arm("r", "nano"), "d": module.Arm("r", "q"), "e": module.Arm("r", "nano", seeds=[0])}
     sweeps = {
         "s": {"systems": [{"name": "d", "model": "d"}]},
         "t": {"systems": [{"name": "e", "model": "e"}]},
     }
-    experiment = load(tmp_path, arms=arms, sweeps=sweeps, seeds=[0, 1])
+    experiment = load(tmp_path, arms=arms, sweeps=sweeps, seeds=[0, 1], halfway={})
     started = []
 
     def fake(command, **_):
@@ -138,30 +142,169 @@ def test_tasks_wait_for_what_they_start_from_and_failures_stop_only_their_heirs(
         if task.startswith("part:"):
             pass
         elif task.startswith("sweep:"):
-            folder = tmp_path / "runs" / "sweeps" / task[6:]
-            folder.mkdir(parents=True)
-            (folder / "done.json").write_text("{}")
+            measure(experiment, task[6:])
         else:
             arm, _, seed = task.partition("/")
             finish(experiment, arm, int(seed))
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(
-        module.subprocess, "run", lambda command, **k: fake(command) if "--task" in command else None
+        module.subprocess,
+        "run",
+        lambda command, **_: (
+            fake(command) if "--task" in command else subprocess.CompletedProcess(command, 0, stdout="abc")
+        ),
     )
     shares = {name: [f"part:{name}:{part}/4" for part in range(4)] for name in sweeps}
-    assert module.run_all(experiment, tmp_path / "e.yaml", 2, None) == ["q/1", "d/1", *shares["s"], "sweep:s"]
+    run = lambda only=None: module.run_all(experiment, tmp_path / "e.yaml", 2, only, folder)  # noqa: E731
+    assert run() == ["q/1", "d/1", *shares["s"], "sweep:s"]
     assert started.index("q/0") < started.index("d/0") and started[-1] == "sweep:t"
     assert all(started.index("e/0") < started.index(share) for share in shares["t"])
     assert sorted(started) == sorted(["d/0", "e/0", "q/0", "q/1", *shares["t"], "sweep:t"])
     started.clear()
     started.append("q/1")  # this time it works
-    assert module.run_all(experiment, tmp_path / "e.yaml", 2, None) == []
+    assert not folder.exists(), "a part of an experiment is no evidence"
+    assert run() == []
     assert started[1:3] == ["q/1", "d/1"] and started[-1] == "sweep:s" and len(started) == 8
-    assert module.run_all(experiment, tmp_path / "e.yaml", 2, None) == [] and len(started) == 8
-    runs = json.loads((tmp_path / "recorded" / "runs.json").read_text())
+    assert run() == [] and len(started) == 8
+    assert (folder / "s" / "metrics.json").read_text() == "s" and (folder / "t" / "run.json").is_file()
+    runs = json.loads((folder / "runs.json").read_text())
     assert [(run["arm"], run["seed"]) for run in runs] == [("q", 0), ("d", 0), ("q", 1), ("d", 1), ("e", 0)]
     assert {run["seconds"] for run in runs} == {26}, "13 steps of 2 s, however many processes took them"
+
+
+def measure(experiment, name):
+    import experiment as module
+
+    folder = experiment.sweeps_folder / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(name)
+    module.finish_sweep(folder, experiment.sweep_hash(name))
+
+
+def changed(experiment, place, value):
+    *path, last = place.split("/")
+    at = experiment
+    for key in path:
+        at = at[key] if isinstance(at, dict) else getattr(at, key)
+    if isinstance(at, dict):
+        at[last] = value
+    else:
+        setattr(at, last, value)
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """An experiment of which everything is done."""
+    experiment = load(tmp_path)
+    for arm, seed in experiment.runs():
+        finish(experiment, arm, seed)
+    for name in experiment.sweeps:
+        measure(experiment, name)
+    experiment.halfway = {}
+    return experiment
+
+
+def test_nothing_is_done_twice(whole):
+    from experiment import missing
+
+    assert missing(whole, None, 2) == {}
+    whole.output = str(whole.output)  # folders are not among the settings
+    whole.sweeps["test"] |= {"num_prompts": 64}
+    assert missing(whole, None, 2) == {}
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "sweeps"),
+    [
+        ("sweeps/test/num_prompts", 96, ["test"]),
+        ("sweeps/hacking/systems", [{"name": "base", "model": "nano"}], ["hacking"]),
+        ("snapshots", [25], ["validation", "test", "trajectories", "hacking"]),
+    ],
+)
+def test_a_changed_sweep_is_measured_again(whole, place, value, sweeps):
+    """Catches results of another protocol that pass for those of the file."""
+    from experiment import missing
+
+    changed(whole, place, value)
+    assert list(missing(whole, None, 0)) == [f"sweep:{name}" for name in sweeps]
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "arm"),
+    [
+        ("arms/beta-80/settings/diversity_coef", 999.0, "beta-80"),
+        ("settings/max_steps", 5, "quality"),
+        ("arms/quality/settings", {"learning_rate": 1.0}, "quality"),
+        ("arms/beta-20/start", "nano", "beta-20"),
+        ("arms/overdone/judged", False, "overdone"),
+    ],
+)
+def test_a_training_with_other_settings_is_neither_done_nor_replaced(whole, place, value, arm):
+    """Catches a student of another β that passes for the file's, and hours of training that are overwritten."""
+    from experiment import claim, missing
+
+    changed(whole, place, value)
+    with pytest.raises(ValueError, match=f"{arm}/seed-0 was trained with other settings"):
+        missing(whole, None, 0)
+    with pytest.raises(ValueError, match="take another --output"):
+        claim(whole, arm, 0)
+
+
+def test_an_heir_of_a_changed_start_is_not_done(whole):
+    """Catches a student whose own settings are the same, of a start that was trained anew."""
+    changed(whole, "arms/quality/settings", {"learning_rate": 1.0})
+    for seed in (0, 1, 2):
+        finish(whole, "quality", seed)
+    from experiment import missing
+
+    with pytest.raises(ValueError, match="beta-0/seed-0 was trained with other settings"):
+        missing(whole, None, 0)
+
+
+def test_a_training_does_not_go_on_with_other_settings(tmp_path):
+    from experiment import claim, missing
+
+    experiment = load(tmp_path)
+    claim(experiment, "quality", 0)
+    claim(experiment, "quality", 0)
+    experiment.settings["learning_rate"] = 1.0
+    with pytest.raises(ValueError, match="quality/seed-0 was trained with other settings"):
+        missing(experiment, None, 0)
+
+
+def test_what_was_done_before_settings_were_noted_counts_as_done(whole, capsys):
+    from experiment import missing
+
+    (whole.folder("beta-80", 0) / "done.json").write_text('{"steps": 300}')
+    whole.arms["beta-80"].settings["diversity_coef"] = 999.0
+    for seed in (1, 2):
+        finish(whole, "beta-80", seed)
+    tasks = missing(whole, "beta-80", 0)
+    assert (
+        tasks == {} and "beta-80/seed-0: done, with settings that were not noted" in capsys.readouterr().out
+    )
+
+
+def test_only_the_shipped_experiment_is_recorded_in_the_repository(tmp_path):
+    """Catches a trial with another file or folder that replaces the evidence of the page."""
+    from experiment import CONFIG, RECORDED, recorded_folder
+
+    experiment = load(tmp_path)
+    own = Path(experiment.output) / "recorded"
+    assert recorded_folder(CONFIG, None, None, experiment) == RECORDED
+    assert recorded_folder(CONFIG, "elsewhere", None, experiment) == own
+    assert recorded_folder(tmp_path / "mine.yaml", None, None, experiment) == own
+    assert recorded_folder(tmp_path / "mine.yaml", None, tmp_path, experiment) == tmp_path
+
+
+def test_half_way_comes_after_the_test_sweep(tmp_path):
+    from experiment import missing
+
+    experiment = load(tmp_path)
+    tasks = missing(experiment, None, 0)
+    assert list(tasks)[-1] == "halfway" and tasks["halfway"] == ["sweep:test"]
+    assert missing(experiment, "halfway", 0) == {"halfway": ["sweep:test"]}
 
 
 # ---- the page ----------------------------------------------------------------------------------------------------
@@ -184,6 +327,7 @@ def recorded(tmp_path):
         row("β=0", 0.1, 0.8, 3, series="students"), row("β=80", 0.3, 0.75, 3, series="students"),
         *(row(f"LERP λ={w:g}", 0.1 + 0.2 * w, 0.8 - 0.05 * w**2, 3, series="merges", role="merge", merge_weight=w)
           for w in (0.0, 0.5, 1.0)),
+        row("paper's estimator", 0.2, 0.7, series="baselines"),
     ]  # fmt: skip
     settings = {"num_generations": 8, "seeds": [0, 1], "machine": "a machine"}
     Results([f"p{i}" for i in range(6)], rows, settings).save(tmp_path / "test")
@@ -193,6 +337,8 @@ def recorded(tmp_path):
         f"beta-80,{seed},{step},{seed + 1.0},0.{step},1.5,,,," for seed in range(3) for step in range(1, 9)
     ]
     lines += [f"overdone,0,{step},,,,{step}.5,0.4,0.2,0.8" for step in (0, 25, 50)]
+    lines += [f"forward-kl,0,{step},7,0.5,1.5,,,," for step in (1, 2)]
+    (tmp_path / "test" / "run.json").write_text('{"commit": "abc"}')
     (tmp_path / "logs.csv").write_text("\n".join(lines) + "\n")
     runs = [
         {"arm": "beta-80", "seed": seed, "seconds": 3600, "commit": "abc", "alarms": []} for seed in range(3)
@@ -224,11 +370,21 @@ def test_page_is_built_from_recorded_numbers_alone(tmp_path):
     assert (
         "took 3.0 hours" in page
         and "Training seeds: 0, 1, 2" in page
-        and "6 test prompts × 2 sampling seeds × 8" in page
+        and "| test | 6 × 2 × 8 | abc | a machine |" in page
+        and "| hacking | 6 × 2 × 8 | not recorded |" in page
     )
     assert "| β=80 | 0.75" in page
     assert "| β=80 − β=0 | **-0.050" in page
-    assert "small price in quality | **fails** | **holds** |" in page, "held out, then as the reward has it"
+    price = "2. The diversity reward restores diversity at a small price in quality"
+    measured = "**fails** | **fails** | **holds** | **not measured** |"
+    assert f"| {price} | β=80 | {measured}" in page, "by two encoders; quality by rules was not measured"
+    assert f"| {price} | β=40 | **not measured** | **not measured** |" in page, "what validation chose"
+    assert page.count("| 1. Distillation alone") == 1, "the diversity student plays no part"
+    assert "| it is more diverse than the base | β=80 | -0.200" in page
+    assert "diversity of base γ=3, quality of base γ=1: the claim's | (0.10" in page
+    assert "| paper's estimator ¹ | 0.70" in page and "¹ One training seed" in page
+    assert "| paper's estimator − β=20 ¹ | – |" in page and "| β=80 − β=0 |" in page, "three seeds: no mark"
+    assert "| forward-kl | 1 | 7 (forward) | 7 (forward) |" in page
     assert "| offline − β=0 | – |" in page, "what was not evaluated is a dash"
     row = "| β = 80 | 3 | 2 ± 1 | 2 ± 1 | 0.75 ± 0 |"
     assert row in page, (
@@ -248,6 +404,20 @@ def test_page_is_built_from_recorded_numbers_alone(tmp_path):
     assert "not measured" in page
     for name in ("training", "test/front", "test/lerp-merges"):
         assert (tmp_path / f"{name}.svg").is_file() and (tmp_path / f"{name}.csv").is_file()
+
+
+def test_a_point_is_dominated_in_both_metrics_or_not_at_all(tmp_path):
+    """Catches ties, a merge that beats a point in one metric alone, and a flagged merge that beats anything."""
+    from report import Arms, dominated
+
+    results = Results.load(recorded(tmp_path) / "test")
+    arms = Arms("base γ=1", "base γ=3", "β=0", "β=80", "merges", sweeps=["guidance on the base", "baselines"])
+    xy = ("diversity_heldout", "adherence")
+    assert dominated(results, arms, *xy) == (
+        "- paper's estimator: LERP λ=0.5, LERP λ=1\n- by no merge: base γ=1, base γ=3"
+    )
+    results["LERP λ=0.5"].flags.append("broken")
+    assert dominated(results, arms, *xy).startswith("- paper's estimator: LERP λ=1\n")
 
 
 def test_arms_are_measured_along_the_way_from_where_they_started(tmp_path):

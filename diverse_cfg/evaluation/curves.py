@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from diverse_cfg.evaluation.plotting import STYLE, Look, new_figure, running_mean, save
 
 Log = Sequence[Mapping[str, Any]]
-"""What a run logged: entries with a `step` and metrics by name."""
+"""What a run logged: entries with a `step` and metrics by name; one that is `flagged` is drawn hollow."""
 
 PANELS = (("kl/clip", "KL to the teacher (nats)"), ("reward/diversity", "diversity (reward)"))
 
@@ -66,11 +66,19 @@ def draw_curves(
                 steps, values = _aligned(logs, name)
                 if len(steps):
                     _line(axes, steps, values, smooth, arm, Look.number(index))
+                    hollow = [step in _flagged(logs, name) for step in steps]
+                    if any(hollow):
+                        _hollow(axes, steps[hollow], values.mean(0)[hollow], Look.number(index))
                     rows = zip(steps, values.mean(0), values.min(0), values.max(0), strict=True)
                     table += [[arm, name, int(step), *numbers] for step, *numbers in rows]
             axes.set_xlabel("training step")
             axes.set_ylabel(label)
             axes.grid(axis="y", linewidth=0.3, color="0.85")
+        if any(_flagged(logs, name) for logs in arms.values() for name, _ in found):
+            panels[0].plot(
+                [], [], color="0.3", marker="o", markersize=3, markerfacecolor="white", linestyle="none",
+                label="hollow: invalid audio",
+            )  # fmt: skip
         handles = {}
         for axes in panels:  # a run may have logged one metric only
             handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
@@ -107,6 +115,18 @@ def _aligned(logs: Sequence[Log], name: str) -> tuple[np.ndarray, np.ndarray]:
     points = [point for point in points if point]
     steps = sorted(set.intersection(*map(set, points))) if points else []
     return np.array(steps, dtype=float), np.array([[p[step] for step in steps] for p in points], dtype=float)
+
+
+def _flagged(logs: Sequence[Log], name: str) -> set[float]:
+    """Steps at which a metric was measured of something flagged."""
+    return {entry["step"] for log in logs for entry in log if name in entry and entry.get("flagged")}
+
+
+def _hollow(axes: Axes, steps: np.ndarray, values: np.ndarray, look: Look) -> None:
+    axes.plot(
+        steps, values, color=look.color, linestyle="none", marker=look.marker, markersize=5,
+        markerfacecolor="white", markeredgewidth=0.7, zorder=3,
+    )  # fmt: skip
 
 
 def _line(axes: Axes, steps: np.ndarray, values: np.ndarray, smooth: int, label: str, look: Look) -> None:

@@ -8,7 +8,9 @@ black-and-white print can be read.
 import itertools
 import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +30,25 @@ from diverse_cfg.evaluation.plotting import (
 )
 from diverse_cfg.evaluation.results import Estimate, Results, SystemResult, above_line, mean_estimate
 
-_LABEL_SIZE = 5.5  # points
+_LABEL_SIZE = 6.5  # points
 _LEGEND_LINE = 0.13  # inches
 _NARROW_LABEL = 22  # characters, of which two columns have room
+_MANY = 6  # systems of a series; of more, every second has a label
+_WIDE_LABEL = 58  # characters, of which one column has room
+_FLAGGED = "hollow: invalid audio"
 
 
-def front(results: Results, x: str, y: str, stem: str | os.PathLike) -> list[Path]:
+def front(
+    results: Results,
+    x: str,
+    y: str,
+    stem: str | os.PathLike,
+    corner: tuple[float, float] | None = None,
+) -> list[Path]:
     """Every system in the plane of two metrics, with intervals; the systems of a series are joined.
 
-    The legend gives each series of several systems its hypervolume above the worst coordinates of all
-    systems.
+    The legend gives each series of several systems its hypervolume with its interval. A series of merges is
+    the strongest line.
     Flagged systems are named below the plot and count for nothing: their numbers stay in the CSV.
 
     Args:
@@ -45,6 +56,7 @@ def front(results: Results, x: str, y: str, stem: str | os.PathLike) -> list[Pat
         x: metric on the horizontal axis, e.g. "diversity_heldout".
         y: metric on the vertical axis, e.g. "adherence".
         stem: path without ending.
+        corner: where hypervolumes begin; None takes the worst coordinates of all systems.
 
     Returns:
         The SVG, the PNG and the CSV.
@@ -53,7 +65,7 @@ def front(results: Results, x: str, y: str, stem: str | os.PathLike) -> list[Pat
         ValueError: no system has both metrics, or a name that is no metric.
     """
     rows = _with_metrics(results, (x, y))
-    volumes = series_hypervolumes(results, x, y)
+    volumes = series_hypervolumes(results, x, y, corner)
     table: list[list[Any]] = [
         ["system", "series", x, f"{x}_low", f"{x}_high", y, f"{y}_low", f"{y}_high", "flags"]
     ]
@@ -64,44 +76,68 @@ def front(results: Results, x: str, y: str, stem: str | os.PathLike) -> list[Pat
     table += [[], ["series", "hypervolume", "low", "high"]]
     table += [[name, volume.estimate, volume.low, volume.high] for name, volume in volumes.items()]
     sound = [row for row in rows if not row.flags]
+    looks = _looks(sound)
     with matplotlib.rc_context(STYLE):
-        figure, (axes,) = new_figure(1, height=2.4)
-        for index, (name, members) in enumerate(_by_series(sound).items()):
-            look = Look.number(index)
+        figure, (axes,) = new_figure(1, height=2.7)
+        for name, members in _by_series(sound).items():
+            look = looks[name]
             joined = len(members) > 1
             if joined:
                 line = [(_value(row, x), _value(row, y)) for row in members]
-                axes.plot(*zip(*line, strict=True), color=look.color, linestyle=look.linestyle, alpha=0.8)
+                axes.plot(
+                    *zip(*line, strict=True),
+                    color=look.color,
+                    linestyle=look.linestyle,
+                    linewidth=look.width,
+                    zorder=2.5 if look.strong else 2,
+                )
             for row in members:
-                _point(axes, row, x, y, look)
-            # The interval is in the CSV: a legend has room for one number.
-            text = name if name not in volumes else f"{name} (hypervolume {volumes[name].estimate:.3f})"
-            line = look.linestyle if joined else "none"
-            axes.plot([], [], color=look.color, linestyle=line, marker=look.marker, label=text)
-        flagged = [row.system.name for row in rows if row.flags]
-        if flagged:
+                _point(axes, row, x, y, look, alone=not joined)
+            text = name if name not in volumes else f"{name}: {volumes[name].text()}"
             axes.plot(
                 [],
                 [],
-                color="0.4",
-                marker="x",
-                linestyle="none",
-                label=f"not drawn, invalid audio: {', '.join(flagged)}",
+                color=look.color,
+                linestyle=look.linestyle if joined else "none",
+                linewidth=look.width,
+                marker=look.marker,
+                label=textwrap.fill(text, _WIDE_LABEL),
             )
+        flagged = [row.system.name for row in rows if row.flags]
+        if flagged:
+            text = textwrap.fill(f"not drawn, invalid audio: {', '.join(flagged)}", _WIDE_LABEL)
+            axes.plot([], [], color="0.4", marker="x", linestyle="none", label=text)
         _upper_bound(axes, results, x)
-        _finish(axes, x, y)
+        place = "the worst coordinates" if corner is None else f"({corner[0]:.3f}, {corner[1]:.3f})"
+        _finish(axes, x, y, title=f"hypervolume above {place}, with its interval" if volumes else None)
         figure.draw_without_rendering()  # only then is it known where points lie
         taken = [
             Bbox.from_bounds(*(_in_points(axes, row, x, y) - 2), 4, 4) for row in sound
         ]  # points that no label may hide
-        for index, members in enumerate(_by_series(sound).values()):
-            if len(members) > 1:
-                _label_points(axes, members, x, y, Look.number(index), index, taken)
+        taken += [
+            Bbox(text.get_window_extent().get_points() * 72 / figure.dpi) for text in axes.texts
+        ]  # the upper bound's
+        labelled = [(name, members) for name, members in _by_series(sound).items() if len(members) > 1]
+        for name, members in sorted(labelled, key=lambda item: not looks[item[0]].strong):
+            _label_points(axes, members, x, y, looks[name], list(looks).index(name), taken)
         return save(figure, stem, table)
 
 
-def series_hypervolumes(results: Results, x: str, y: str) -> dict[str, Estimate]:
-    """Hypervolume of every series of several systems, above the worst coordinates that any system has.
+def _looks(rows: Sequence[SystemResult]) -> dict[str, Look]:
+    """Series → how it is drawn; merges as the strongest line, all others in their order."""
+    strong = [
+        name
+        for name, members in _by_series(rows).items()
+        if sum(row.system.merge_weight is not None for row in members) > 2
+    ]
+    order = [*strong, *(name for name in _by_series(rows) if name not in strong)]
+    return {name: replace(Look.number(index), strong=name in strong) for index, name in enumerate(order)}
+
+
+def series_hypervolumes(
+    results: Results, x: str, y: str, corner: tuple[float, float] | None = None
+) -> dict[str, Estimate]:
+    """Hypervolume of every series of several systems, above a corner: None takes the worst coordinates of all.
 
     Empty when a metric has no direction, no cells, or fewer than two systems can be compared.
     """
@@ -110,7 +146,7 @@ def series_hypervolumes(results: Results, x: str, y: str) -> dict[str, Estimate]
     rows = [row for row in _with_metrics(results, (x, y)) if not row.flags and {x, y} <= row.cells.keys()]
     if len(rows) < 2:
         return {}
-    corner = results.worst(x, y)
+    corner = corner or results.worst(x, y)
     return {
         name: results.hypervolume([row.system.name for row in members], x, y, corner)
         for name, members in _by_series(rows).items()
@@ -196,14 +232,27 @@ def merge_curve(results: Results, series: str, metrics: Sequence[str], stem: str
         return save(figure, stem, table)
 
 
-def trajectories(results: Results, x: str, y: str, stem: str | os.PathLike) -> list[Path]:
+def trajectories(
+    results: Results,
+    x: str,
+    y: str,
+    stem: str | os.PathLike,
+    starts: Mapping[str, str] | None = None,
+) -> list[Path]:
     """Training runs as paths in the quality–diversity plane: the systems of a series in the order of their
     `step`.
 
-    Systems without a step are drawn as single points (base, guided base).
+    Systems without a step are drawn as single points (base, guided base), flagged ones hollow.
+
+    Args:
+        results: of a sweep.
+        x: metric on the horizontal axis.
+        y: metric on the vertical axis.
+        stem: path without ending.
+        starts: series → name of the system that its runs began with; its path leaves from there.
 
     Raises:
-        ValueError: no series has two systems with a step.
+        ValueError: no series has two systems with a step, or a start that is not there.
     """
     rows = _with_metrics(results, (x, y))
     runs = {
@@ -216,12 +265,18 @@ def trajectories(results: Results, x: str, y: str, stem: str | os.PathLike) -> l
         raise ValueError(
             "no series has two systems with a step: evaluate checkpoints of a run to draw its path"
         )
-    table: list[list[Any]] = [["series", "step", x, f"{x}_low", f"{x}_high", y, f"{y}_low", f"{y}_high"]]
+    began = {name: results[system] for name, system in (starts or {}).items()}
+    table: list[list[Any]] = [
+        ["series", "step", x, f"{x}_low", f"{x}_high", y, f"{y}_low", f"{y}_high", "flags"]
+    ]
     with matplotlib.rc_context(STYLE):
-        figure, (axes,) = new_figure(1, height=2.3)
+        figure, (axes,) = new_figure(1, height=2.7)
         for index, (name, members) in enumerate(_by_series(rows).items()):
             look, run = Look.number(index), runs[name]
-            points = [(_value(row, x), _value(row, y)) for row in run]
+            path = [began[name], *run] if name in began else run
+            if name in began:
+                table.append([name, 0, *_numbers(began[name], x), *_numbers(began[name], y), ""])
+            points = [(_value(row, x), _value(row, y)) for row in path]
             for start, end in itertools.pairwise(points):
                 arrow = {
                     "arrowstyle": "-|>",
@@ -238,17 +293,21 @@ def trajectories(results: Results, x: str, y: str, stem: str | os.PathLike) -> l
                     _value(row, y),
                     color=look.color,
                     marker=look.marker,
+                    markerfacecolor="white" if row.flags else look.color,
+                    markeredgewidth=0.7,
+                    markersize=5.0 if row.flags else 4.0,
                     linestyle="none",
                     zorder=4 if row.system.step is None else 2,  # single points must not be hidden by paths
                 )
-                table.append([name, row.system.step, *_numbers(row, x), *_numbers(row, y)])
+                numbers = [*_numbers(row, x), *_numbers(row, y)]
+                table.append([name, row.system.step, *numbers, "; ".join(row.flags)])
             if run:
                 axes.annotate(
                     f"step {run[-1].system.step}",
                     points[-1],
                     xytext=(4, 3),
                     textcoords="offset points",
-                    fontsize=6,
+                    fontsize=_LABEL_SIZE,
                     color=look.color,
                 )
             axes.plot(
@@ -258,6 +317,10 @@ def trajectories(results: Results, x: str, y: str, stem: str | os.PathLike) -> l
                 marker=look.marker,
                 linestyle=look.linestyle if run else "none",
                 label=name,
+            )
+        if any(row.flags for row in rows):
+            axes.plot(
+                [], [], color="0.3", marker="o", markerfacecolor="white", linestyle="none", label=_FLAGGED
             )
         _finish(axes, x, y)
         return save(figure, stem, table)
@@ -298,7 +361,7 @@ def _numbers(row: SystemResult, metric: str) -> list[float | None]:
     return [found.estimate, found.low, found.high]
 
 
-def _point(axes: Axes, row: SystemResult, x: str, y: str, look: Look) -> None:
+def _point(axes: Axes, row: SystemResult, x: str, y: str, look: Look, alone: bool) -> None:
     axes.errorbar(
         _value(row, x),
         _value(row, y),
@@ -306,9 +369,12 @@ def _point(axes: Axes, row: SystemResult, x: str, y: str, look: Look) -> None:
         yerr=error_bars([row.metrics[y]]),
         color=look.color,
         marker=look.marker,
-        elinewidth=0.5,
-        alpha=0.95,
+        markersize=6.0 if alone else 4.0 if look.strong else 3.2,
+        markeredgecolor="white" if alone else look.color,  # which a strong line beneath must not swallow
+        markeredgewidth=0.6,
+        elinewidth=0.7 if look.strong else 0.4,
         linestyle="none",
+        zorder=4 if alone else 3 if look.strong else 2,
     )
 
 
@@ -334,13 +400,14 @@ def _label_points(
     }
     # Each series tries another side first, so that the labels of neighbouring curves do not meet.
     sides = ((-1, -1), (1, 1), (1, -1), (-1, 1))
-    for row in [rows[0], rows[-1], *rows[1:-1]]:
+    inner = rows[1:-1] if len(rows) <= _MANY else rows[2:-1:2]
+    for row in [rows[0], rows[-1], *inner]:
         text = short_label(row, varied) or row.system.name
         width, height = 0.6 * _LABEL_SIZE * len(text), 1.2 * _LABEL_SIZE
         for right, up in (*sides[index % 4 :], *sides[: index % 4]):
             left, bottom = _in_points(axes, row, x, y) + np.array([4 * right, 3.5 * up])
             place = Bbox.from_bounds(left - width * (right < 0), bottom - height * (up < 0), width, height)
-            if any(place.overlaps(other) for other in taken):
+            if any(place.overlaps(other) for other in taken) or not _inside(place, axes):
                 continue
             taken.append(place)
             axes.annotate(
@@ -356,10 +423,18 @@ def _label_points(
             break
 
 
+def _inside(place: Bbox, axes: Axes) -> bool:
+    """Whether a label leaves the axis and its numbers alone."""
+    frame = axes.get_window_extent().get_points() * 72 / axes.get_figure(root=True).dpi
+    return bool((place.min >= frame[0] + 1).all() and (place.max <= frame[1]).all())
+
+
 def short_label(row: SystemResult, varied: Mapping[str, bool]) -> str:
-    """λ of a merge; γ, T and k where they vary along the series or are not neutral; empty for a plain
-    model."""
+    """λ of a merge; step of a checkpoint; γ, T and k where they vary along the series or are not neutral;
+    empty for a plain model."""
     system = row.system
+    if system.step is not None:
+        return f"@{system.step}"
     if system.merge_weight is not None:
         return f"λ {_short(system.merge_weight)}"
     parts = [f"γ {system.guidance_scale:g}"] if varied["γ"] or system.guidance_scale != 1 else []
@@ -390,7 +465,7 @@ def _upper_bound(axes: Axes, results: Results, x: str) -> None:
             rotation=90,
             ha="right",
             va="bottom",
-            fontsize=5.5,
+            fontsize=_LABEL_SIZE,
             color="0.3",
         )
     else:  # far away it would press the front into a corner
@@ -400,12 +475,12 @@ def _upper_bound(axes: Axes, results: Results, x: str) -> None:
             xycoords="axes fraction",
             ha="right",
             va="bottom",
-            fontsize=5.5,
+            fontsize=_LABEL_SIZE,
             color="0.3",
         )
 
 
-def _finish(axes: Axes, x: str, y: str) -> None:
+def _finish(axes: Axes, x: str, y: str, title: str | None = None) -> None:
     axes.set_xlabel(axis_label(x))
     axes.set_ylabel(axis_label(y))
     axes.grid(linewidth=0.3, color="0.88")
@@ -415,7 +490,14 @@ def _finish(axes: Axes, x: str, y: str) -> None:
     labels = axes.get_legend_handles_labels()[1]
     columns = 2 if max(map(len, labels)) <= _NARROW_LABEL else 1
     # The figure grows with its legend, so that the axes keep their height.
-    figure.set_figheight(figure.get_figheight() + _LEGEND_LINE * math.ceil(len(labels) / columns))
+    lines = sum(label.count("\n") for label in labels) + math.ceil(len(labels) / columns) + bool(title)
+    figure.set_figheight(figure.get_figheight() + _LEGEND_LINE * lines)
     figure.legend(
-        frameon=False, loc="outside lower center", handlelength=3.0, labelspacing=0.3, ncols=columns
+        frameon=False,
+        loc="outside lower center",
+        handlelength=3.0,
+        labelspacing=0.3,
+        ncols=columns,
+        title=title,
+        title_fontsize=6.5,
     )

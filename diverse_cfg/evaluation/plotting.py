@@ -49,6 +49,12 @@ class Look:
     color: str
     marker: str
     linestyle: Any
+    strong: bool = False
+
+    @property
+    def width(self) -> float:
+        """Of its line, in points."""
+        return 1.8 if self.strong else 0.8
 
     @classmethod
     def number(cls, index: int) -> "Look":

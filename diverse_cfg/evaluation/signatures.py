@@ -6,7 +6,7 @@ margin, named beforehand: a wide interval around zero is no evidence of equality
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,8 +25,9 @@ class Arms:
         guided: the base with the teacher's guidance.
         quality: the student without diversity reward.
         diverse: the student with the diversity reward that is merged with it.
-        merges: series of the LERP between the two, ends included.
-        sweeps: series of what a user could do without training or merging: guidance, temperature.
+        merges: series of the LERP between the two; its ends may be left out, as they are the two students.
+        sweeps: what a user could do without the diversity reward: guidance, temperature. Each is a series,
+            or a list of series and systems that count as one sweep.
         uniform: the uniform average of all students, if it was evaluated.
     """
 
@@ -35,8 +36,17 @@ class Arms:
     quality: str
     diverse: str
     merges: str
-    sweeps: tuple[str, ...] = ()
+    sweeps: Sequence[str | Sequence[str]] = ()
     uniform: str | None = None
+
+    @property
+    def pools(self) -> dict[str, tuple[str, ...]]:
+        """Name of a sweep → its series and systems; of several sweeps, all of them together come last."""
+        parts = [(sweep,) if isinstance(sweep, str) else tuple(sweep) for sweep in self.sweeps]
+        pools = {" with ".join(map(repr, part)): part for part in parts}
+        if len(parts) > 1:
+            pools["all of these together"] = tuple(dict.fromkeys(name for part in parts for name in part))
+        return pools
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,12 @@ def signatures(
     """
     test = _Tests(results)
     base, guided, student, diverse = arms.base, arms.guided, arms.quality, arms.diverse
-    merges = _series(results, arms.merges)
+    merges = merges_of(results, arms)
+    front = [row.system.name for row in merges]
+
+    def corner() -> tuple[float, float]:
+        return useful_corner(results, arms, diversity, quality)
+
     return [
         Signature(
             1,
@@ -123,10 +138,11 @@ def signatures(
         ),
         Signature(
             4,
-            "The merges' front dominates what guidance and temperature reach",
+            "The merges have a larger hypervolume than guidance and temperature, above the guided base's diversity "
+            "and the base's quality",
             tuple(
-                test.larger_front(f"larger hypervolume than {name!r}", arms.merges, name, diversity, quality)
-                for name in arms.sweeps
+                test.larger_front(f"larger hypervolume than {name}", front, pool, diversity, quality, corner)
+                for name, pool in arms.pools.items()
             )
             or (Evidence("larger hypervolume than guidance and temperature", None, MISSING),),
         ),
@@ -140,6 +156,36 @@ def signatures(
             ),
         ),
     ]
+
+
+def useful_corner(results: Results, arms: Arms, x: str, y: str) -> tuple[float, float]:
+    """Where hypervolumes begin: the guided base's diversity, the base's quality.
+
+    A model that is worse than the base, or less diverse than guidance makes it, is of no use: both can be had
+    without training. The corner depends on these two systems alone, not on what else was evaluated.
+
+    Raises:
+        ValueError: one of the two failed, or has not been evaluated by this metric.
+    """
+    _require(x, results[arms.guided])
+    _require(y, results[arms.base])
+    return float(np.nanmean(results[arms.guided].cells[x])), float(np.nanmean(results[arms.base].cells[y]))
+
+
+def members(results: Results, pool: Sequence[str]) -> list[str]:
+    """Names of the comparable systems of some series, or so named.
+
+    Raises:
+        ValueError: there is none of one of them.
+    """
+    found: list[str] = []
+    for name in pool:
+        rows = [row.system for row in results.usable if not row.flags]
+        names = [system.name for system in rows if name in (system.name, system.series)]
+        if not names:
+            raise ValueError(f"no comparable system is named {name!r} or of that series")
+        found += names
+    return list(dict.fromkeys(found))
 
 
 def to_markdown(found: Sequence[Signature]) -> str:
@@ -180,10 +226,17 @@ class _Tests:
     def above_line(self, claim: str, merges: Sequence[SystemResult], metric: str) -> Evidence:
         return self._judged(claim, lambda: _mean_above_line(merges, metric), above=0.0)
 
-    def larger_front(self, claim: str, series: str, other: str, x: str, y: str) -> Evidence:
+    def larger_front(
+        self,
+        claim: str,
+        front: Sequence[str],
+        pool: Sequence[str],
+        x: str,
+        y: str,
+        corner: Callable[[], tuple[float, float]],
+    ) -> Evidence:
         def found() -> Estimate:
-            names = [[row.system.name for row in _series(self.results, name)] for name in (series, other)]
-            return self.results.hypervolume_difference(*names, x, y, self.results.worst(x, y))
+            return self.results.hypervolume_difference(front, members(self.results, pool), x, y, corner())
 
         return self._judged(claim, found, above=0.0)
 
@@ -213,18 +266,24 @@ class _Tests:
         return Evidence(claim, found, HOLDS if holds else FAILS if fails else OPEN)
 
 
-def _series(results: Results, name: str) -> list[SystemResult]:
-    rows = [row for row in results.usable if row.system.series == name and not row.flags]
-    return sorted(
-        rows, key=lambda row: row.system.merge_weight if row.system.merge_weight is not None else -1.0
-    )
+def merges_of(results: Results, arms: Arms) -> list[SystemResult]:
+    """The comparable systems of a LERP by merge weight; where an end is not among them, the student it is."""
+    rows = [row for row in results.usable if row.system.series == arms.merges and not row.flags]
+    rows = [row for row in rows if row.system.merge_weight is not None]
+    for weight, student in ((0.0, arms.quality), (1.0, arms.diverse)):
+        if all(row.system.merge_weight != weight for row in rows):
+            rows += [
+                replace(row, system=replace(row.system, merge_weight=weight))
+                for row in results.usable
+                if row.system.name == student and not row.flags
+            ]
+    return sorted(rows, key=lambda row: row.system.merge_weight or 0.0)
 
 
 def _ends(merges: Sequence[SystemResult]) -> tuple[SystemResult, list[SystemResult], SystemResult]:
-    weighted = [row for row in merges if row.system.merge_weight is not None]
-    if len(weighted) < 3 or weighted[0].system.merge_weight != 0 or weighted[-1].system.merge_weight != 1:
+    if len(merges) < 3 or merges[0].system.merge_weight != 0 or merges[-1].system.merge_weight != 1:
         raise ValueError("a LERP needs its two ends and something between")
-    return weighted[0], weighted[1:-1], weighted[-1]
+    return merges[0], list(merges[1:-1]), merges[-1]
 
 
 def _mean_above_line(merges: Sequence[SystemResult], metric: str) -> Estimate:

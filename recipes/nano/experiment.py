@@ -3,16 +3,19 @@
     python recipes/nano/experiment.py                    # everything that is missing; Ctrl-C and again: it goes on
     python recipes/nano/experiment.py --jobs 1 --only beta-20
 
-Every training is its own process, every sweep a few that fill its cache side by side and one that reads it. What the
-results page needs is copied to `results/experiment`.
+Every training is its own process, every sweep a few that fill its cache side by side and one that reads it. A task is
+done when it was finished with the settings that the file has now. When all are, what the results page needs is copied
+to `--recorded`: a part of an experiment never replaces a whole one.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -28,8 +31,10 @@ from tqdm import tqdm
 from diverse_cfg.atomic import replacing, write_text
 
 HERE = Path(__file__).parent
+CONFIG = HERE / "experiment.yaml"
 RECORDED = HERE / "results" / "experiment"
-DONE = "done.json"
+DONE, STARTED = "done.json", "started.json"
+HALFWAY = "halfway"
 # A thread per process; and glibc keeps large blocks that are freed, which the kernel would clear again for every batch.
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
@@ -65,6 +70,8 @@ class Experiment:
     sweeps: dict[str, dict[str, Any]]
     settings: dict[str, Any] = field(default_factory=dict)
     snapshots: list[int] = field(default_factory=list)
+    halfway: dict[str, str] = field(default_factory=dict)  # the arms of `halfway.py`; empty leaves it out
+    far_end: dict[str, str] = field(default_factory=dict)  # the findings' arms with another diversity student
 
     @classmethod
     def load(cls, path: Path) -> Experiment:
@@ -77,6 +84,9 @@ class Experiment:
         for name, arm in experiment.arms.items():
             if arm.start != "nano" and arm.start not in experiment.arms:
                 raise ValueError(f"{path}, arm {name}: start={arm.start!r} is neither nano nor an arm")
+        for arm in experiment.halfway.values():
+            if arm not in experiment.arms or "test" not in experiment.sweeps:
+                raise ValueError(f"{path}, halfway: needs a sweep named test, and {arm!r} among the arms")
         return experiment
 
     def folder(self, arm: str, seed: int) -> Path:
@@ -96,8 +106,7 @@ class Experiment:
         from diverse_cfg.assets import NANO_PARTS, nano_path
 
         arm = self.arms[arm_name]
-        settings = yaml.safe_load((HERE / arm.recipe).read_text(encoding="utf-8"))
-        settings |= self.settings | arm.settings
+        settings = self._merged(arm)
         start = "nano" if arm.start == "nano" else str(self.folder(arm.start, seed))
         settings |= {"model_name_or_path": start, "teacher_model": "nano", "seed": seed}
         settings["output_dir"] = str(self.folder(arm_name, seed))
@@ -107,10 +116,34 @@ class Experiment:
                 settings[key] = str(nano_path(name))
         return settings
 
+    def _merged(self, arm: Arm) -> dict[str, Any]:
+        recipe = yaml.safe_load((HERE / arm.recipe).read_text(encoding="utf-8"))
+        return recipe | self.settings | arm.settings
+
+    def training_hash(self, arm_name: str, seed: int) -> str:
+        """Of everything that decides what a training learns, its start included; folders are not in it."""
+        arm = self.arms[arm_name]
+        start = "nano" if arm.start == "nano" else self.training_hash(arm.start, seed)
+        return _hash([self._merged(arm), arm.judged, start, seed])
+
+    def sweep_hash(self, name: str) -> str:
+        """Of everything that decides what a sweep measures."""
+        students = {f"{arm}/{seed}": self.training_hash(arm, seed) for arm, seed in self.students(name)}
+        return _hash([self.sweeps[name], students, self.snapshots])
+
+    def students(self, name: str) -> list[tuple[str, int]]:
+        """The (arm, seed) that a sweep plays."""
+        text = json.dumps(self.sweeps[name]["systems"])
+        return [(arm, seed) for arm, seed in self.runs() if f'"{arm}"' in text]
+
+    @property
+    def sweeps_folder(self) -> Path:
+        return Path(self.output) / "sweeps"
+
     def sweep(self, name: str) -> dict[str, Any]:
         """A sweep's settings with the arms' names replaced by their students' folders."""
         settings = dict(self.sweeps[name])
-        settings["output"] = str(Path(self.output) / "sweeps" / name)
+        settings["output"] = str(self.sweeps_folder / name)
         settings["systems"] = [
             entry for system in settings["systems"] for entry in self._entries(dict(system))
         ]
@@ -155,6 +188,24 @@ class Experiment:
         return folders[0] if len(folders) == 1 else folders
 
 
+def _hash(settings: Any) -> str:
+    text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def finished(path: Path, wanted: str) -> bool | None:
+    """Whether a task is done: None where it was done with other settings.
+
+    What was done before settings were noted counts as done, and is named.
+    """
+    if not path.is_file():
+        return False
+    found = json.loads(path.read_text(encoding="utf-8")).get("settings")
+    if found is None:
+        tqdm.write(f"{path.parent}: done, with settings that were not noted")
+    return True if found in (None, wanted) else None
+
+
 def _known(values: dict[str, Any], kind: type, where: str) -> None:
     known = [f.name for f in fields(kind)]
     unknown = sorted(set(values) - set(known))
@@ -183,6 +234,7 @@ def train(experiment: Experiment, arm: str, seed: int) -> None:
     from diverse_cfg.trainer.state import last_checkpoint
 
     quiet_libraries()
+    claim(experiment, arm, seed)
     settings = experiment.settings_of(arm, seed)
     settings["teacher_model"] = model_source(settings["teacher_model"])
     judged = experiment.arms[arm].judged
@@ -215,11 +267,28 @@ def train(experiment: Experiment, arm: str, seed: int) -> None:
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     done = {
-        "arm": arm, "seed": seed, "steps": trainer.state.global_step,
+        "arm": arm, "seed": seed, "steps": trainer.state.global_step, "settings": experiment.training_hash(arm, seed),
         "threads": torch.get_num_threads(), "alarms": [raised for c in alarms for raised in c.raised],
         "commit": _git("rev-parse", "--short", "HEAD"), "versions": {"torch": torch.__version__},
     }  # fmt: skip
     write_text(folder / DONE, json.dumps(done, indent=1) + "\n")
+
+
+def claim(experiment: Experiment, arm: str, seed: int) -> None:
+    """Note with which settings a training begins, so that none goes on with others.
+
+    Raises:
+        ValueError: it was begun, or finished, with others.
+    """
+    folder, wanted = experiment.folder(arm, seed), experiment.training_hash(arm, seed)
+    for name in (STARTED, DONE):
+        if finished(folder / name, wanted) is None:
+            raise ValueError(
+                f"{folder} was trained with other settings than arm {arm} has now: move that folder and the students "
+                "that start from it away, or take another --output"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / STARTED, json.dumps({"settings": wanted}))
 
 
 def judge_reward():
@@ -249,31 +318,55 @@ def part_of_sweep(experiment: Experiment, name: str, part: int, parts: int) -> N
 
 
 def sweep(experiment: Experiment, name: str) -> None:
-    """One sweep; its numbers are copied to where the results page finds them."""
+    """One sweep; one in which a system failed is not done."""
     from diverse_cfg.cli.quiet import quiet_libraries
     from diverse_cfg.evaluation.protocol import SweepConfig
     from diverse_cfg.evaluation.report import evaluate
 
     quiet_libraries()
     settings = experiment.sweep(name)
-    evaluate(SweepConfig.from_dict(settings))
-    target = RECORDED / name
-    target.mkdir(parents=True, exist_ok=True)
-    for file in ("metrics.json", "metrics.csv", "cells.npz"):
-        with replacing(target / file) as temporary:
-            shutil.copyfile(Path(settings["output"]) / file, temporary)
-    done = {"sweep": name, "commit": _git("rev-parse", "--short", "HEAD")}
-    write_text(Path(settings["output"]) / DONE, json.dumps(done))
+    results = evaluate(SweepConfig.from_dict(settings))
+    failed = [row.system.name for row in results.systems if not row.ok]
+    if failed:
+        raise RuntimeError(f"sweep {name}: {', '.join(failed)} failed")
+    finish_sweep(experiment.sweeps_folder / name, experiment.sweep_hash(name))
 
 
-def record(experiment: Experiment) -> None:
-    """Training logs and times of every finished run, as files that the results page reads."""
-    RECORDED.mkdir(parents=True, exist_ok=True)
+def halfway(experiment: Experiment) -> None:
+    """`halfway.py`, on the prompts of the test sweep."""
+    import halfway as recipe
+
+    arms = experiment.halfway
+    seeds = [str(seed) for seed in experiment.seeds_of(arms["diverse"])]
+    options = ["--quality", arms["quality"], "--diverse", arms["diverse"], "--seeds", *seeds]
+    recipe.main(["--output", experiment.output, "--recorded", str(experiment.sweeps_folder), *options])
+    finish_sweep(experiment.sweeps_folder / HALFWAY, _hash([arms, experiment.sweep_hash("test")]))
+
+
+def finish_sweep(folder: Path, settings: str) -> None:
+    """Note by what code and where a sweep was measured, then that it is done."""
+    where = {
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        "machine": f"{processor()}, {os.cpu_count()} cores",
+    }
+    write_text(folder / "run.json", json.dumps(where) + "\n")
+    write_text(folder / DONE, json.dumps(where | {"settings": settings}))
+
+
+def processor() -> str:
+    """What the machine calls its CPU."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def record(experiment: Experiment, recorded: Path) -> None:
+    """What the results page reads, from a whole experiment: logs and times of the runs, numbers of the sweeps."""
+    recorded.mkdir(parents=True, exist_ok=True)
     rows, runs = [], []
     for arm, seed in experiment.runs():
         folder = experiment.folder(arm, seed)
-        if not (folder / DONE).is_file():
-            continue
         log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
         done = json.loads((folder / DONE).read_text(encoding="utf-8"))
         runs.append(done | {"seconds": round(seconds_of(log))})
@@ -281,9 +374,16 @@ def record(experiment: Experiment) -> None:
             [arm, seed, entry["step"], *(f"{entry[name]:.5g}" if name in entry else "" for name in LOGGED)]
             for entry in log if any(name in entry for name in LOGGED)
         ]  # fmt: skip
-    with replacing(RECORDED / "logs.csv") as temporary, temporary.open("w", encoding="utf-8") as file:
+    with replacing(recorded / "logs.csv") as temporary, temporary.open("w", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([["arm", "seed", "step", *LOGGED], *rows])
-    write_text(RECORDED / "runs.json", json.dumps(runs, indent=1) + "\n")
+    write_text(recorded / "runs.json", json.dumps(runs, indent=1) + "\n")
+    for name in [*experiment.sweeps, *([HALFWAY] if experiment.halfway else [])]:
+        (recorded / name).mkdir(exist_ok=True)
+        for file in ("metrics.json", "metrics.csv", "cells.npz", "run.json"):
+            source = experiment.sweeps_folder / name / file
+            if source.is_file():  # what was measured before run.json was written has none
+                with replacing(recorded / name / file) as temporary:
+                    shutil.copyfile(source, temporary)
 
 
 def seconds_of(log: list[dict[str, Any]]) -> float:
@@ -302,26 +402,45 @@ def _git(*arguments: str) -> str:
 
 
 def missing(experiment: Experiment, only: str | None, parts: int) -> dict[str, list[str]]:
-    """What is to be done: task → tasks that come first. A task is `arm/seed`, `part:name:i/n` or `sweep:name`."""
+    """What is to be done: task → tasks that come first.
+
+    A task is `arm/seed`, `part:name:i/n`, `sweep:name` or `halfway`. A sweep with other settings is run again, which
+    its cache makes cheap; a training is hours, and is not replaced.
+
+    Raises:
+        ValueError: a training was begun or finished with other settings.
+    """
     tasks: dict[str, list[str]] = {}
     for arm, seed in experiment.runs():
-        if (experiment.folder(arm, seed) / DONE).is_file() or (only and arm != only):
+        folder, wanted = experiment.folder(arm, seed), experiment.training_hash(arm, seed)
+        done = finished(folder / DONE, wanted)
+        if done is None or finished(folder / STARTED, wanted) is None:
+            claim(experiment, arm, seed)  # which says what to do about it
+        if done or (only and arm != only):
             continue
         start = experiment.arms[arm].start
         tasks[f"{arm}/{seed}"] = [] if start == "nano" else [f"{start}/{seed}"]
-    for name, settings in experiment.sweeps.items():
-        if (Path(experiment.output) / "sweeps" / name / DONE).is_file() or (only and f"sweep:{name}" != only):
+    for name in experiment.sweeps:
+        if (only and f"sweep:{name}" != only) or finished(
+            experiment.sweeps_folder / name / DONE, experiment.sweep_hash(name)
+        ):
             continue
-        text = json.dumps(settings["systems"])
-        students = [f"{arm}/{seed}" for arm, seed in experiment.runs() if f'"{arm}"' in text]
+        students = [f"{arm}/{seed}" for arm, seed in experiment.students(name)]
         shares = [f"part:{name}:{part}/{parts}" for part in range(parts)]
         tasks |= dict.fromkeys(shares, students)
         tasks[f"sweep:{name}"] = students + shares
+    if experiment.halfway and only in (None, HALFWAY):
+        path, wanted = (
+            experiment.sweeps_folder / HALFWAY / DONE,
+            _hash([experiment.halfway, experiment.sweep_hash("test")]),
+        )
+        if not finished(path, wanted):
+            tasks[HALFWAY] = ["sweep:test"]
     return tasks
 
 
-def run_all(experiment: Experiment, config: Path, jobs: int, only: str | None) -> list[str]:
-    """Run what is missing, `jobs` processes at a time; returns the tasks that failed."""
+def run_all(experiment: Experiment, config: Path, jobs: int, only: str | None, recorded: Path) -> list[str]:
+    """Run what is missing, `jobs` processes at a time; record all once nothing is. Returns the tasks that failed."""
     # Twice as many parts as processes, since systems differ in cost; a single process needs none.
     tasks, failed = missing(experiment, only, 2 * jobs if jobs > 1 else 0), []
     waiting = {task: {first for first in before if first in tasks} for task, before in tasks.items()}
@@ -359,27 +478,43 @@ def run_all(experiment: Experiment, config: Path, jobs: int, only: str | None) -
                     failed.append(task)
                     tqdm.write(f"{task} failed: see {logs}")
                 else:
-                    record(experiment)
                     for before in waiting.values():
                         before.discard(task)
                 bar.update()
+    if failed or waiting or (only and missing(experiment, None, 0)):
+        tqdm.write(f"{recorded} is left as it is: not all of the experiment is done")
+    else:
+        record(experiment, recorded)
     return failed + sorted(waiting)
+
+
+def recorded_folder(config: Path, output: str | None, recorded: Path | None, experiment: Experiment) -> Path:
+    """Where the numbers go: into the repository only those of the experiment that it ships."""
+    shipped = config.resolve() == CONFIG.resolve() and output is None
+    return recorded or (RECORDED if shipped else Path(experiment.output) / "recorded")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", type=Path, default=HERE / "experiment.yaml")
+    parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, one thread each")
-    parser.add_argument("--only", metavar="TASK", help="one arm, or one sweep as sweep:NAME")
+    parser.add_argument("--only", metavar="TASK", help="one arm, one sweep as sweep:NAME, or halfway")
     parser.add_argument("--output", help="overrides `output` of the file")
+    parser.add_argument(
+        "--recorded",
+        type=Path,
+        help="folder for the numbers of the page; results/experiment for the shipped file, else OUTPUT/recorded",
+    )
     parser.add_argument("--task", help=argparse.SUPPRESS)  # one task in this process
     arguments = parser.parse_args(argv)
     experiment = Experiment.load(arguments.config)
     experiment.output = arguments.output or experiment.output
     if arguments.task:
         match arguments.task.replace("/", ":").split(":"):
+            case ["halfway"]:
+                halfway(experiment)
             case ["sweep", name]:
                 sweep(experiment, name)
             case ["part", name, part, parts]:
@@ -387,7 +522,12 @@ def main(argv: list[str] | None = None) -> int:
             case [arm, seed]:
                 train(experiment, arm, int(seed))
         return 0
-    failed = run_all(experiment, arguments.config, arguments.jobs, arguments.only)
+    recorded = recorded_folder(arguments.config, arguments.output, arguments.recorded, experiment)
+    try:
+        failed = run_all(experiment, arguments.config, arguments.jobs, arguments.only, recorded)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
     if failed:
         print(f"not done: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

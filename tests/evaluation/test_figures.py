@@ -99,6 +99,69 @@ def test_hypervolume_above_the_worst_of_all_systems():
     assert volumes["s"].estimate == pytest.approx(0.05)
 
 
+def test_the_legend_is_as_wide_as_the_page_and_has_the_corner(tmp_path, monkeypatch):
+    """Catches a long entry that pushes the legend off the page, and a hypervolume above another corner than it says."""
+    figures = []
+    write = figures_module.save
+    monkeypatch.setattr(
+        figures_module, "save", lambda figure, *rest: figures.append(figure) or write(figure, *rest)
+    )
+    broken = [row(f"a system with a long name @{step}", 0.9, 0.1) for step in range(9)]
+    for one in broken:
+        one.flags.append("only 0% of the clips are valid audio")
+    name = "a series whose name is longer by far than the column of a paper is wide"
+    wide = [row(f"wide {k}", 0.1, 0.1, spread=0, series=name) for k in range(2)]
+    found = results(*wide, *lerp(), *broken)
+    svg, _, table = front(found, "diversity_heldout", "adherence", tmp_path / "front", corner=(0.3, 0.8))
+    assert "hypervolume above (0.300, 0.800), with its interval" in svg.read_text()
+    assert float(read_csv(table)[-1][1]) == pytest.approx(0.05 * 0.06)
+    [legend] = figures[0].legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figures[0].bbox.x1
+
+
+def test_merges_are_the_strongest_line(tmp_path, monkeypatch):
+    """Catches a main series that is told from the others by its colour alone."""
+    drawn = []
+    monkeypatch.setattr(
+        figures_module, "_point", lambda axes, row, x, y, look, alone: drawn.append((row, look, alone))
+    )
+    sweep = [row(f"base {k}", 0.2 + k / 10, 0.8 - k / 10, series="guidance") for k in range(3)]
+    front(
+        results(*sweep, *lerp(), row("one", 0.4, 0.7)), "diversity_heldout", "adherence", tmp_path / "front"
+    )
+    looks = {r.system.series: look for r, look, _ in drawn}
+    assert (
+        looks["LERP"].strong
+        and not looks["guidance"].strong
+        and looks["LERP"].width > looks["guidance"].width
+    )
+    assert [alone for r, _, alone in drawn if r.system.name in ("one", "base 0")] == [False, True]
+
+
+def test_flagged_checkpoints_are_hollow_and_paths_begin_where_training_did(tmp_path, monkeypatch):
+    """Catches invalid audio drawn like any other, and a path that leaves its start out."""
+    faces = []
+    plot = figures_module.Axes.plot
+    monkeypatch.setattr(
+        figures_module.Axes,
+        "plot",
+        lambda self, *a, **k: faces.append((k.get("label"), k.get("markerfacecolor"))) or plot(self, *a, **k),
+    )
+    steps = [row(f"run {step}", 0.5, 0.6 + step / 100, series="run", step=step) for step in (10, 20)]
+    steps[1].flags.append("only 80% of the clips are valid audio")
+    found = results(row("base", 0.3, 0.5), *steps)
+    xy = ("diversity_heldout", "adherence")
+    _, _, table = trajectories(found, *xy, tmp_path / "t", starts={"run": "base"})
+    assert [face for label, face in faces if label is None].count("white") == 1
+    assert any(label and "hollow" in label for label, _ in faces)
+    lines = [line for line in read_csv(table) if line[0] == "run"]
+    assert [line[1] for line in lines] == ["0", "10", "20"] and lines[-1][-1] == steps[1].flags[0]
+    assert float(lines[0][2]) == found["base"].metrics[xy[0]].estimate
+    with pytest.raises(ValueError, match="no system 'gone'"):
+        trajectories(found, *xy, tmp_path / "t", starts={"run": "gone"})
+
+
 def test_results_without_intervals_can_be_drawn(tmp_path):
     one = row("base", 0.5, 0.6)
     one.metrics = {name: Estimate(estimate.estimate, num_prompts=1) for name, estimate in one.metrics.items()}
@@ -212,6 +275,23 @@ def test_curves_are_smoothed_over_steps_not_over_points(tmp_path, monkeypatch):
     (steps, logged), (at, measured) = drawn
     assert steps == pytest.approx([10, 15, 20, 25]) and logged == pytest.approx([10, 15, 20, 25])
     assert at == pytest.approx([0, 50, 100]) and measured == pytest.approx([0, 0.5, 1])
+
+
+def test_only_what_was_measured_of_flagged_audio_is_hollow(tmp_path, monkeypatch):
+    """Catches flags of one log that spread to another metric of the same steps."""
+    hollow = []
+    plot = figures_module.Axes.plot
+
+    def spy(self, x, y, **kwargs):
+        if kwargs.get("markerfacecolor") == "white" and len(x):
+            hollow.append((list(x), list(y)))
+        return plot(self, x, y, **kwargs)
+
+    monkeypatch.setattr(figures_module.Axes, "plot", spy)
+    logged = [{"step": step, "kl/clip": 1.0} for step in (1, 2, 3)]
+    measured = [{"step": step, "reward/diversity": step / 10, "flagged": step == 2} for step in (1, 2, 3)]
+    svg, *_ = draw_curves({"arm": [logged, measured]}, tmp_path / "curves")
+    assert hollow == [([2.0], [0.2])] and "hollow" in svg.read_text()
 
 
 def test_metrics_that_cannot_be_drawn(tmp_path):

@@ -1,11 +1,22 @@
 """The five findings: shown when they are there, refuted when the opposite is, and open when the numbers do
 not tell."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from diverse_cfg.evaluation.results import Results, SystemResult, mean_estimate
-from diverse_cfg.evaluation.signatures import FAILS, HOLDS, MISSING, OPEN, Arms, signatures, to_markdown
+from diverse_cfg.evaluation.signatures import (
+    FAILS,
+    HOLDS,
+    MISSING,
+    OPEN,
+    Arms,
+    signatures,
+    to_markdown,
+    useful_corner,
+)
 from diverse_cfg.evaluation.systems import System, single
 
 PROMPTS = 24
@@ -96,6 +107,43 @@ def test_what_was_not_measured_is_said_so():
     assert answers[0].verdict == HOLDS
     no_arms = Arms("base", "guided", "q", "d", "LERP")
     assert [signatures(results(), no_arms)[index].verdict for index in (3, 4)] == [MISSING] * 2
+
+
+def test_the_ends_of_a_lerp_may_be_the_students_themselves():
+    """Catches a finding that is lost because the ends of a LERP were evaluated under another series."""
+    found, other = results(), results()
+    for name in ("q", "d"):
+        other[name].system = replace(other[name].system, series="students", merge_weight=None)
+    assert signatures(other, ARMS) == signatures(found, ARMS)
+    other["q"].flags.append("broken")
+    assert signatures(other, ARMS)[2].verdict == MISSING
+
+
+def test_the_corner_does_not_depend_on_what_else_was_evaluated():
+    """Catches the worst of all systems as the corner: another system would change the verdict."""
+    before = signatures(results(), ARMS)[3]
+    after = signatures(results({"bad": (0.01, 0.01, 90.0, 78, "other", None)}), ARMS)[3]
+    assert before == after
+    assert useful_corner(results(spread=0), ARMS, "diversity_heldout", "adherence") == (0.3, 0.6)
+
+
+def test_sweeps_are_pooled_with_the_members_of_other_series():
+    """Two sweeps that lose to the merges one by one may win together, so both are claimed."""
+    sweeps = (("guidance", "q"), "temperature")
+    found = signatures(results(), replace(ARMS, sweeps=sweeps))[3]
+    assert [claim.claim.removeprefix("larger hypervolume than ") for claim in found.evidence] == [
+        "'guidance' with 'q'", "'temperature'", "all of these together"
+    ]  # fmt: skip
+    changes = {  # above (.3, .6): .019 and .0145, together .026; the merges .0232
+        "one": (0.79, 0.40, 9.0, 78, "guidance", None),
+        "two": (0.65, 0.54, 9.0, 78, "temperature", None),
+        "LERP .5": (0.75, 0.44, 6.0, 78, "LERP", 0.5),
+        "d": (0.62, 0.55, 9.0, 78, "LERP", 1.0),
+    }
+    apart = signatures(results(changes, spread=0.0005), ARMS)[3]
+    assert [claim.verdict for claim in apart.evidence] == [HOLDS, HOLDS, FAILS], to_markdown([apart])
+    gone = signatures(results(), replace(ARMS, sweeps=(*sweeps, "never played")))[3]
+    assert [claim.verdict for claim in gone.evidence] == [HOLDS, HOLDS, MISSING, MISSING]
 
 
 def test_a_flagged_system_proves_nothing():
