@@ -209,6 +209,34 @@ def test_effective_weight_is_the_merged_weight(rslora):
     torch.testing.assert_close(weights["head"], merged.lm_heads[0].weight)
 
 
+def test_weights_of_a_table_with_adapters_and_their_dtype():
+    """Fault: heads in float32 for one adapter among bfloat16 layers, or a sum that was rounded on the way."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["embed_tokens.0", "lm_heads.0"], init_lora_weights=False)
+    wrapped = get_peft_model(load_policy(tiny_musicgen()).to(torch.bfloat16), config)
+    decoder = wrapped.get_base_model().decoder
+    for layer in (decoder.model.decoder.embed_tokens[0], decoder.lm_heads[0]):
+        exact = layer.base_layer.weight.float() + layer.get_delta_weight("default")
+        assert torch.equal(effective_weight(layer, wide=True), exact)
+        assert torch.equal(effective_weight(layer), exact.to(torch.bfloat16))
+    assert head_weights(wrapped).dtype == torch.bfloat16
+    rows = torch.arange(17)
+    with torch.no_grad():
+        table = decoder.model.decoder.embed_tokens[0]
+        torch.testing.assert_close(table(rows), effective_weight(table))
+
+
+def test_adapters_upon_adapters_are_refused():
+    """Only the outer one would count, since the weight is that of the innermost layer."""
+    config = LoraConfig(r=2, target_modules=["fc1", "fc2"])
+    layer = (
+        get_peft_model(load_policy(tiny_musicgen()), config).get_base_model().decoder.model.decoder.layers[0]
+    )
+    layer.fc1.base_layer = layer.fc2
+    with pytest.raises(ValueError, match=r"adapters of type .*Linear are not supported"):
+        effective_weight(layer.fc1)
+
+
 def test_adapters_that_are_no_sum_are_refused():
     """DoRA rescales the weight: adding its low-rank part alone would sample another policy."""
     config = LoraConfig(r=2, target_modules=["fc1"], use_dora=True)
