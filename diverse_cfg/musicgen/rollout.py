@@ -113,7 +113,7 @@ def fast_generate(
         negative_prompt=negative_prompt,
         dtype=dtype,
     )
-    _check_dtype(weights, dtype)
+    _check_weights(model, weights, dtype)
     if getattr(unwrap(model), "is_distilled", False):
         warn_if_guided(guidance_scale, stacklevel=3)
     num_clips = len(prompts) * num_generations
@@ -211,7 +211,7 @@ def sample_codes(
         if not settings.guided:
             raise ValueError("negative_condition needs guidance: set guidance_scale above 1")
     _check_counts(batch_size=batch_size)
-    _check_dtype(weights, dtype)
+    _check_weights(model, weights, dtype)
     sample_ids = _checked_ids(sample_ids, len(condition))
     require_64_bits("seed", seed)
     snapshot = None
@@ -414,8 +414,11 @@ def _check_counts(**counts: int | None) -> None:
             raise ValueError(f"{name}={value} must be an integer of at least 1")
 
 
-def _check_dtype(weights: RolloutWeights | None, dtype: torch.dtype | None) -> None:
-    if weights is not None and dtype not in (None, weights.dtype):
+def _check_weights(model: nn.Module, weights: RolloutWeights | None, dtype: torch.dtype | None) -> None:
+    if weights is None:
+        return
+    weights.require_fits(model)
+    if dtype not in (None, weights.dtype):
         raise ValueError(f"dtype={dtype} has no effect on weights that are {weights.dtype}: leave it out")
 
 
