@@ -14,7 +14,7 @@ import torch
 from transformers.trainer_utils import HubStrategy
 from trl import RLOOConfig
 
-from diverse_cfg.musicgen.rollout import ROLLOUT_BACKENDS
+from diverse_cfg.types import ROLLOUT_BACKENDS
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "generalized_jsd")
 ROLLOUT_SOURCES = ("student", "teacher", "mix")

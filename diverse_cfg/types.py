@@ -1,4 +1,4 @@
-"""What travels between the stages: the text a policy is conditioned on, and the clips it played.
+"""What travels between the stages: the text a policy is conditioned on, the clips it played, and who samples them.
 
 Shape letters, here and everywhere: P prompts, G generations per prompt, N = P·G clips (grouped: the clips of
 one prompt are adjacent), K codebooks, T frames, S decoder steps (mono T + K − 1, stereo T + K/2 − 1), V codes
@@ -10,6 +10,9 @@ from typing import Self
 
 import torch
 from torch import Tensor
+
+ROLLOUT_BACKENDS = ("fast", "transformers")
+"""Who samples: the package's own loop, or stock `generate`."""
 
 
 @dataclass(frozen=True)

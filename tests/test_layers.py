@@ -15,7 +15,8 @@ PACKAGE = ROOT / "diverse_cfg"
 # files of one folder may import each other. A new module needs a place here, chosen on purpose.
 LAYERS = [
     ["functional", "atomic"],
-    ["types", "config", "provenance"],
+    ["types", "provenance"],
+    ["config"],
     ["musicgen", "embeddings", "prompts", "assets"],
     ["rewards", "cards"],
     ["merging"],

@@ -6,9 +6,10 @@ and a wrong value an hour of generating before it fails.
 
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Union, get_args, get_origin
 
+_LISTS = (list, tuple, Sequence)
 _WORDS = {
     str: "text",
     int: "an integer",
@@ -26,7 +27,7 @@ def require_type(name: str, value: Any, annotation: Any) -> None:
     Args:
         name: of the setting, for the message.
         value: what it was given.
-        annotation: made of str, int, float, bool, None, Any, `|`, list, tuple[X, ...] and dict.
+        annotation: made of str, int, float, bool, None, Any, `|`, list, Sequence, tuple[X, ...] and dict.
 
     Raises:
         ValueError: with name, value and what is wanted.
@@ -41,7 +42,7 @@ def _fits(value: Any, annotation: Any) -> bool:
         return True
     if origin in (Union, types.UnionType):
         return any(_fits(value, part) for part in parts)
-    if origin in (list, tuple):
+    if origin in _LISTS:
         return isinstance(value, list | tuple) and all(_fits(item, parts[0]) for item in value)
     if origin is dict:
         return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
@@ -55,6 +56,6 @@ def _words(annotation: Any) -> str:
     origin, parts = get_origin(annotation) or annotation, get_args(annotation)
     if origin in (Union, types.UnionType):
         return " or ".join(_words(part) for part in parts)
-    if origin in (list, tuple):
+    if origin in _LISTS:
         return f"a list (each entry {_words(parts[0])})"
     return "settings by name" if origin is dict else _WORDS[annotation]

@@ -21,7 +21,7 @@ from diverse_cfg.musicgen.reference import generate_codes
 from diverse_cfg.musicgen.sampling import SamplingSettings, keyed_noise, not_finite, require_64_bits
 from diverse_cfg.musicgen.weights import RolloutWeights
 from diverse_cfg.provenance import warn_if_guided
-from diverse_cfg.types import Rollout, TextCondition
+from diverse_cfg.types import ROLLOUT_BACKENDS, Rollout, TextCondition
 
 __all__ = [
     "RolloutWeights",
@@ -35,8 +35,6 @@ __all__ = [
 
 MAX_SECONDS = 30
 """What MusicGen was trained on; longer music needs a sliding window, which is out of scope for now."""
-
-ROLLOUT_BACKENDS = ("fast", "transformers")
 
 _TEXT_BUCKET = 32
 
