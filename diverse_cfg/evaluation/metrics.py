@@ -37,6 +37,7 @@ class Metric:
         min_generations: clips per prompt that it needs.
         min_prompts: prompts that it needs.
         cluster: what is independent: "prompt", or "batch" for what the clips of a batch share.
+        is_share: whether it lies between 0 and 1, where its interval is cut off.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Metric:
     min_generations: int = 1
     min_prompts: int = 1
     cluster: str = "prompt"
+    is_share: bool = False
 
 
 METRICS: dict[str, Metric] = {}
@@ -130,7 +132,7 @@ for _feature, _name, _label, _how in (
     ("rules", "rules", "prompt adherence by rules", "judged without any network"),
 ):
     _text = f"Share of the attributes named in the prompt that a clip has, {_how}."
-    register(Metric(_name, _label, _text, 1, (_feature,), clip_mean(_feature, "mean")))
+    register(Metric(_name, _label, _text, 1, (_feature,), clip_mean(_feature, "mean"), is_share=True))
     for _column in _ATTRIBUTES[_feature]:
         _text = f"Share of clips with the {_column} that the prompt names, {_how}."
         register(
@@ -141,6 +143,7 @@ for _feature, _name, _label, _how in (
                 1,
                 (_feature,),
                 clip_mean(_feature, _column),
+                is_share=True,
             )
         )
 
@@ -265,7 +268,8 @@ for _name, _label, _column, _better, _unit, _text in (
     ("clipping", "clipped samples", "clipped_fraction", -1, "", "Share of samples at full scale."),
     ("silence", "silent frames", "silent_fraction", -1, "", "Share of a clip that is silent."),
 ):
-    register(Metric(_name, _label, _text, _better, ("validity",), clip_mean("validity", _column), unit=_unit))
+    _mean = clip_mean("validity", _column)
+    register(Metric(_name, _label, _text, _better, ("validity",), _mean, unit=_unit, is_share=not _unit))
 
 # ---- cost ----------------------------------------------------------------------------------------
 

@@ -12,7 +12,14 @@ import scipy.stats
 
 from diverse_cfg.evaluation.measures import Replicate
 from diverse_cfg.evaluation.metrics import METRICS, Metric, register, require
-from diverse_cfg.evaluation.results import Estimate, Results, SystemResult, estimate, mean_estimate
+from diverse_cfg.evaluation.results import (
+    Estimate,
+    Results,
+    SystemResult,
+    estimate,
+    estimate_of_cells,
+    mean_estimate,
+)
 from diverse_cfg.evaluation.systems import System, single
 
 ALL = {"reward", "heldout", "judge", "rules", "divergence", "validity", "codes", "timing", "reference"}
@@ -413,3 +420,15 @@ def test_names_are_registered_once():
         register(METRICS["adherence"])
     with pytest.raises(ValueError, match="either cells or of_set"):
         register(Metric("new", "new", "", 1, ()))
+
+
+def test_intervals_of_shares_stay_between_0_and_1():
+    """Student's interval of few seeds is symmetric, and would promise more valid clips than there are."""
+    cells = np.ones((40, 3))
+    cells[:2, 1], cells[5, 0] = 0.5, 0.0
+    plain = mean_estimate(cells)
+    assert plain.high > 1
+    share = estimate_of_cells(METRICS["validity"], cells)
+    assert (share.estimate, share.low, share.high) == (plain.estimate, plain.low, 1.0)
+    assert estimate_of_cells(METRICS["silence"], 1 - cells).low == 0
+    assert estimate_of_cells(METRICS["level"], cells) == plain
