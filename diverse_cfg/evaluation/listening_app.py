@@ -63,7 +63,7 @@ def build_app(folder: str | os.PathLike) -> Any:
     try:
         import gradio
     except ImportError as error:
-        raise ImportError("the listening page needs gradio: pip install 'diverse-cfg[listen]'") from error
+        raise ImportError("the listening page needs gradio: in a clone, pip install '.[listen]'") from error
 
     def show(listener: str) -> list[Any]:
         try:

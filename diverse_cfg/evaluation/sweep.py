@@ -168,7 +168,7 @@ class Sweep:
             valid = float(np.mean([replicate.clips("validity", "valid") for replicate in replicates]))
             if valid < self.min_validity:
                 flags.append(
-                    f"only {valid:.0%} of the clips are valid audio (at least {self.min_validity:.0%} are "
+                    f"only {valid:.1%} of the clips are valid audio (at least {self.min_validity:.1%} are "
                     "wanted): its diversity is not comparable, and it is left out of fronts"
                 )
         for encoder in sorted(names & {"reward", "heldout"}):

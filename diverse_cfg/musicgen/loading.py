@@ -157,7 +157,7 @@ def _load_full(source: str) -> MusicgenForConditionalGeneration:
         raise ValueError(
             f"{source} has no config.json: it is neither a MusicGen checkpoint, nor AudioCraft's (state_dict."
             "bin and compression_state_dict.bin), nor an adapter (for a Hub id, check the spelling and "
-            "whether the Hub can be reached)"
+            "whether the Hub can be reached; the shipped base is diverse_cfg.nano_path())"
         )
     kind = config.get("model_type")
     if kind == "musicgen_melody":

@@ -391,7 +391,7 @@ def test_the_page_shows_one_trial_after_the_other(study):
 
 def test_without_gradio_the_page_says_what_to_install(study, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gradio", None)
-    with pytest.raises(ImportError, match=r"diverse-cfg\[listen\]"):
+    with pytest.raises(ImportError, match=r"'\.\[listen\]'"):
         build_app(study)
 
 
