@@ -90,7 +90,7 @@ def test_the_page_says_what_its_numbers_rest_on(page, evaluated, tmp_path):
     """Catches "3 clips of each, over prompts" above numbers of two sampling and three training seeds."""
     text = (page / "index.html").read_text(encoding="utf-8")
     assert "Means over 4 held-out prompts, 3 clips of each, with" in text
-    assert "from a bootstrap over prompts. " in text
+    assert "intervals over prompts. " in text
     assert "belong to all 3 clips for the prompt; the players hold the first of them." in text
     rows = [
         replace(row, system=replace(row.system, replicates=row.system.replicates * count))
