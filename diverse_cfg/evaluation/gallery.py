@@ -197,8 +197,7 @@ def how_measured(results: Results) -> str:
     if training >= 3:
         drawn += ", and over training seeds where a system has three or more"
     return (
-        f"Means over {settings['num_prompts']} held-out prompts, {each}, with 95 % intervals "
-        f"over {drawn}."
+        f"Means over {settings['num_prompts']} held-out prompts, {each}, with 95 % intervals over {drawn}."
     ) + (" Sampling times are resampled by batch." if "seconds" in results.metrics else "")
 
 

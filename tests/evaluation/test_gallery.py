@@ -100,7 +100,7 @@ def test_the_page_says_what_its_numbers_rest_on(page, evaluated, tmp_path):
     write_gallery(several, {}, tmp_path / "several", title="x")
     text = (tmp_path / "several" / "index.html").read_text(encoding="utf-8")
     assert "3 clips of each under each of 2 sampling seeds, of students with up to 3 training seeds" in text
-    assert "bootstrap over prompts, and over training seeds where a system has three or more." in text
+    assert "intervals over prompts, and over training seeds where a system has three or more." in text
     assert "belong to all 6 clips of the system&#39;s first training seed for the prompt" in text
 
 
