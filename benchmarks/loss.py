@@ -4,7 +4,7 @@
     python benchmarks/loss.py --shape small --device cuda --write
     python benchmarks/loss.py --write                      # also results/loss-<device>.json and .md
 
-One measurement is a forward and backward pass of `chunked_distillation_loss` over one micro-batch: reverse KL
+One measurement is a forward and backward pass of `distillation_loss` over one micro-batch: reverse KL
 to a guided teacher, policy gradient, gradients of hidden states and (unless frozen, as with LoRA) of the
 heads. Memory is what the pass itself allocates at its peak, in units of one float32 logits tensor [N, K, S,
 V]. Times are taken in turns, one variant after the other and round after round, and given as ratios within a
@@ -16,6 +16,7 @@ import json
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import date
@@ -24,9 +25,13 @@ from pathlib import Path
 import torch
 
 from diverse_cfg.atomic import write_text
-from diverse_cfg.functional.divergence import GuidedTeacher, chunked_distillation_loss
+from diverse_cfg.functional.distillation import GuidedTeacher, distillation_loss
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # for the loss with autograd, which the tests compare with as well
+from tests.functional.autograd_loss import autograd_loss  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
 # N clips, K codebooks, T frames, V codes, H hidden size
 SHAPES = {
     "tiny": (2, 4, 40, 64, 16),
@@ -49,21 +54,18 @@ def make_pass(shape: tuple[int, ...], device: str, train_heads: bool) -> Callabl
     codes = torch.randint(vocab_size, (num_rows, num_codebooks, num_frames), generator=generator).to(device)
     weights = draw(num_rows, num_codebooks, num_frames) / codes.numel()
     teacher = GuidedTeacher(cond, uncond, heads.clone(), 3.0)
+    delays = tuple(range(num_codebooks))
     hidden.requires_grad_()
     heads.requires_grad_(train_heads)
 
     def one_pass(chunk_size: int | None) -> None:
         hidden.grad = heads.grad = None
-        terms = chunked_distillation_loss(
-            hidden,
-            heads,
-            codes,
-            teacher,
-            divergence_weights=1 / codes.numel(),
-            logp_weights=weights,
-            chunk_size=chunk_size,
-        )
-        terms.loss.backward()
+        material = hidden, heads, codes, teacher
+        settings = {"divergence_weights": 1 / codes.numel(), "logp_weights": weights, "delays": delays}
+        if chunk_size is AT_ONCE:
+            autograd_loss(*material, **settings).loss.backward()
+        else:
+            distillation_loss(*material, **settings, chunk_size=chunk_size).loss.backward()
 
     return one_pass
 

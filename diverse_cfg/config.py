@@ -14,9 +14,9 @@ import torch
 from transformers.trainer_utils import HubStrategy
 from trl import RLOOConfig
 
+from diverse_cfg.functional.divergence import DIVERGENCES
 from diverse_cfg.types import ROLLOUT_BACKENDS
 
-DIVERGENCES = ("reverse_kl", "forward_kl", "generalized_jsd")
 ROLLOUT_SOURCES = ("student", "teacher", "mix")
 
 

@@ -154,7 +154,7 @@ def test_leading_codebooks_of_both_channels(tmp_path):
     rewards = torch.tensor([[0.0, 1.0], [0.0, 2.0], [0.0, 3.0], [6.0, 6.0]])
     codes = torch.zeros(4, 8, 7, dtype=torch.long)
     functions, weights = [DiversityReward(CodeEmbedder()), reward_of_length], torch.ones(2)
-    found, _ = Advantages(args, functions, weights, audio_channels=2)(
+    found, _ = Advantages(args, functions, weights, delays=(0, 0, 1, 1, 2, 2, 3, 3))(
         rewards, codes, 4, torch.zeros(4, dtype=torch.bool), None
     )
     other, diverse = 6 - 2.0, 3 * 2 * 4 / 2 * (6 - 1.5)

@@ -169,6 +169,6 @@ def test_prefix_baseline_on_earlier_codes_is_found_out(tmp_path, monkeypatch, fi
     monkeypatch.setattr(
         advantages,
         "code_segments",
-        lambda frames, num_frames, codebooks, _: torch.ones(codebooks, num_frames).long(),
+        lambda frames, num_frames, delays: torch.ones(len(delays), num_frames).long(),
     )
     assert compare(tmp_path, 2, 3, prefix_baseline=True) > 1e-2

@@ -13,7 +13,7 @@ from diverse_cfg.trainer.sharding import check_sharding, whole_weights
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
 from tests.training import tiny_args
 
-SETTINGS = LossSettings("reverse_kl", 0.5, 1.0, 0.2, None, 1, 256)
+SETTINGS = LossSettings("reverse_kl", 0.5, 1.0, 0.2, None, (0, 1, 2, 3), 256)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from diverse_cfg.evaluation.systems import Mixture, System
 from diverse_cfg.functional.codebooks import num_decoder_steps
 from diverse_cfg.merging import merge_checkpoints
 from diverse_cfg.musicgen.loading import load_policy, load_processor
+from diverse_cfg.musicgen.policy import delays
 from diverse_cfg.musicgen.rollout import RolloutWeights, check_backend, decode_codes, fast_generate
 
 _VERSION = 2  # of the description and of the sampler; raise it when either changes what is played
@@ -125,8 +126,7 @@ class Player:
 
     def decoder_rows(self, system: System, num_frames: int) -> int:
         """Rows that the decoder computes for one clip: its steps, twice with guidance."""
-        config = self.model.config.decoder
-        steps = num_decoder_steps(num_frames, config.num_codebooks, config.audio_channels)
+        steps = num_decoder_steps(num_frames, delays(self.model))
         return steps * (2 if system.sampling.guided else 1)
 
     @contextmanager

@@ -5,11 +5,12 @@ Nothing here knows a model, a file or a trainer; every function can be read besi
 | module | what it holds |
 |---|---|
 | `guidance` | classifier-free guided logits, with a scale per code if wanted |
-| `codebooks` | MusicGen's delay pattern: apply, revert, which cells are real |
-| `divergence` | reverse and forward KL, generalised Jensen-Shannon; the chunked loss with analytic gradient |
+| `codebooks` | the delay pattern: apply, revert, which cells are real |
+| `divergence` | reverse and forward KL, generalised Jensen-Shannon: values and slopes |
+| `distillation` | the whole loss, a chunk of the distributions at a time, with its analytic gradient |
 | `diversity` | cosine distances in a group, the reward, its unbiased advantages, Vendi |
 | `prefix_baseline` | a variance reducer for it, from embeddings of the beginnings of the clips |
-| `policy_gradient` | leave-one-out advantages, per-code ratios, REINFORCE and its clipped surrogate |
+| `policy_gradient` | leave-one-out advantages, REINFORCE and its clipped surrogate |
 | `interpolation` | weighted sums of state dicts and of LoRA factors |
 | `statistics` | bootstrap and jackknife by prompt, Fréchet, MMD, Pareto front, hypervolume, win rate |
 

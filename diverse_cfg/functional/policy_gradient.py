@@ -1,13 +1,12 @@
-"""Policy gradient over codes: ordinary advantages, per-code ratios, REINFORCE and its clipped surrogate.
+"""Policy gradient over codes: ordinary advantages, and REINFORCE with its clipped surrogate.
 
-The losses are per code and to be minimised; the caller sums them and divides by the count it divides the
-distillation loss by, so that the paper's β keeps its meaning.
+The weights carry the count that the distillation loss is divided by, so that the paper's β keeps its meaning.
 """
 
 import torch
 from torch import Tensor
 
-from diverse_cfg.functional._checks import expand_per_code, promote, require_ndim, require_same_shape
+from diverse_cfg.functional._checks import promote, require_ndim
 
 
 def leave_one_out_advantages(rewards: Tensor) -> Tensor:
@@ -35,79 +34,41 @@ def leave_one_out_advantages(rewards: Tensor) -> Tensor:
     return num_generations / (num_generations - 1) * (rewards - rewards.mean(dim=1, keepdim=True))
 
 
-def importance_ratios(logps: Tensor, old_logps: Tensor) -> Tensor:
-    """Per-code importance ratios of the current policy to the one that sampled.
-
-        ρ = π_θ(y_kt | y_<) / π_old(y_kt | y_<) = exp(log π_θ − log π_old)              (arXiv 1707.06347)
-
-    Per code, never their product over the clip: over thousands of codes a rounding error of 0.1 nat is
-    normal.
-
-    Args:
-        logps: log-probs under the current policy [N, K, T] (any shape).
-        old_logps: log-probs recorded while sampling, same shape.
-
-    Returns:
-        Ratios, same shape; gradients flow into `logps` only.
-
-    Raises:
-        ValueError: shapes differ.
-    """
-    require_same_shape("logps", logps, "old_logps", old_logps)
-    logps, old_logps = promote(logps, old_logps)
-    return (logps - old_logps.detach()).exp()
-
-
-def reinforce_loss(logps: Tensor, advantages: Tensor) -> Tensor:
-    """REINFORCE per code, for samples of the current policy.
-
-        loss_nkt = − A_n · log π_θ(y_nkt | y_<)                               (Williams 1992; arXiv
-        2402.14740)
-
-    Args:
-        logps: [N, K, T].
-        advantages: one per clip [N], or one per code [N, K, T]; no gradient flows into them.
-
-    Returns:
-        Loss [N, K, T].
-
-    Raises:
-        ValueError: `logps` is not [N, K, T], or the advantages are neither [N] nor [N, K, T].
-    """
-    logps, advantages = _per_code(advantages, logps)
-    return -advantages * logps
-
-
-def clipped_surrogate_loss(
+def surrogate(
     logps: Tensor,
-    old_logps: Tensor,
-    advantages: Tensor,
+    weights: Tensor,
+    old_logps: Tensor | None = None,
     epsilon: float = 0.2,
     epsilon_high: float | None = None,
-) -> Tensor:
-    """PPO's clipped surrogate per code, for samples of a slightly older policy.
+) -> tuple[Tensor, Tensor]:
+    """REINFORCE per code, or PPO's clipped surrogate for samples of a slightly older policy.
 
-        loss_nkt = − min( ρ·A, clip(ρ, 1 − ε, 1 + ε_high)·A )                           (arXiv 1707.06347)
+        w · log π_θ(y_nkt | y_<)                                              (Williams 1992; arXiv 2402.14740)
+        max( w·ρ, w·clip(ρ, 1 − ε, 1 + ε_high) ),   ρ = π_θ / π_old                          (arXiv 1707.06347)
 
-    At ρ = 1 its gradient is that of `reinforce_loss`.
+    with w = −A / count, to be minimised. At ρ = 1 both have the same slope. The ratio is per code, never the
+    product over the clip: over thousands of codes a rounding error of 0.1 nat is normal.
 
     Args:
-        logps: [N, K, T].
-        old_logps: log-probs recorded while sampling [N, K, T].
-        advantages: one per clip [N], or one per code [N, K, T]; no gradient flows into them.
+        logps: log-probs under the current policy, any shape.
+        weights: w, the same shape.
+        old_logps: log-probs recorded while sampling, the same shape; None on the strictly on-policy path.
         epsilon: ε, how far below 1 a ratio may matter.
         epsilon_high: ε_high, how far above 1; None takes `epsilon`.
 
     Returns:
-        Loss [N, K, T].
+        Value and slope, its derivative with respect to `logps`, both in their shape.
 
     Raises:
-        ValueError: shapes do not fit, or an epsilon is not positive.
+        ValueError: see `clip_bounds`.
     """
+    if old_logps is None:
+        return weights * logps, weights
     low, high = clip_bounds(epsilon, epsilon_high)
-    logps, advantages = _per_code(advantages, logps)
-    ratios = importance_ratios(logps, old_logps)
-    return -torch.minimum(ratios * advantages, ratios.clamp(low, high) * advantages)
+    ratios = (logps - old_logps).exp()
+    values = torch.maximum(weights * ratios, weights * ratios.clamp(low, high))
+    clipped = ((ratios > high) & (weights < 0)) | ((ratios < low) & (weights > 0))
+    return values, torch.where(clipped, 0, weights * ratios)
 
 
 def clip_bounds(epsilon: float, epsilon_high: float | None) -> tuple[float, float]:
@@ -116,9 +77,3 @@ def clip_bounds(epsilon: float, epsilon_high: float | None) -> tuple[float, floa
     if not (0 < epsilon < 1 and 0 < high < float("inf")):
         raise ValueError(f"need 0 < epsilon < 1 and epsilon_high > 0, got {epsilon} and {high}")
     return 1 - epsilon, 1 + high
-
-
-def _per_code(advantages: Tensor, logps: Tensor) -> tuple[Tensor, Tensor]:
-    require_ndim("logps", logps, "N K T")
-    logps, advantages = promote(logps, advantages)
-    return logps, expand_per_code("advantages", advantages, logps)

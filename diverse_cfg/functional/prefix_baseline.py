@@ -34,7 +34,6 @@ import torch
 from torch import Tensor
 
 from diverse_cfg.functional._checks import promote, require_ndim, require_same_shape
-from diverse_cfg.functional.codebooks import codebook_delays
 from diverse_cfg.functional.diversity import unit_embeddings
 
 
@@ -191,9 +190,7 @@ def segment_advantages(values: Tensor, advantages: Tensor, gae_lambda: float = 1
     return segments
 
 
-def code_segments(
-    prefix_frames: Sequence[int], num_frames: int, num_codebooks: int, audio_channels: int = 1
-) -> Tensor:
+def code_segments(prefix_frames: Sequence[int], num_frames: int, delays: Sequence[int]) -> Tensor:
     """Segment of every code: how many prefixes were complete before it was sampled.
 
         segment(k, t) = #{ m : F_m + max(d) ≤ t + d_k }
@@ -204,8 +201,7 @@ def code_segments(
     Args:
         prefix_frames: F_m, frames of each prefix, increasing, each between 1 and T − 1.
         num_frames: T.
-        num_codebooks: K.
-        audio_channels: 1 or 2.
+        delays: d, one per codebook [K].
 
     Returns:
         Segments 0 to M, [K, T]: `segment_advantages(...).flatten(0, 1)[:, segments]` is [N, K, T].
@@ -219,7 +215,6 @@ def code_segments(
             f"prefix_frames must increase and lie between 1 and {num_frames - 1} (a clip has {num_frames} "
             f"frames), got {frames}"
         )
-    delays = codebook_delays(num_codebooks, audio_channels)
     step = torch.arange(num_frames) + torch.tensor(delays)[:, None]
     complete = torch.tensor(frames) + max(delays)
     return torch.bucketize(step, complete, right=True)

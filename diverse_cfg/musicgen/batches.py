@@ -10,6 +10,7 @@ from torch import nn
 from transformers import MusicgenDecoderConfig
 
 from diverse_cfg.functional.codebooks import num_decoder_steps
+from diverse_cfg.musicgen.layout import codebook_delays
 from diverse_cfg.musicgen.policy import unwrap
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def cache_bytes(
         device: where it is sampled: the CPU's loop keeps its caches in float32.
     """
     itemsize = dtype.itemsize if device.type == "cuda" else max(dtype.itemsize, torch.float32.itemsize)
-    steps = num_decoder_steps(num_frames, config.num_codebooks, config.audio_channels)
+    steps = num_decoder_steps(num_frames, codebook_delays(config.num_codebooks, config.audio_channels))
     return 2 * config.num_hidden_layers * config.hidden_size * steps * itemsize * (2 if guided else 1)
 
 

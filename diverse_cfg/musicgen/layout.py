@@ -175,9 +175,33 @@ def tokenizer_vocabulary(folder: Path) -> dict[str, int] | None:
     return AutoTokenizer.from_pretrained(str(folder)).get_vocab()
 
 
+def codebook_delays(num_codebooks: int, audio_channels: int = 1) -> tuple[int, ...]:
+    """MusicGen's delay pattern: d_k = k (mono) or k // 2 (stereo), in decoder steps.
+
+    Args:
+        num_codebooks: K, over both channels for stereo.
+        audio_channels: 1 or 2.
+
+    Returns:
+        K delays, for `functional.codebooks`.
+
+    Raises:
+        ValueError: other channel counts, or an odd K for stereo.
+    """
+    if audio_channels not in (1, 2):
+        raise ValueError(f"audio_channels must be 1 or 2, got {audio_channels}")
+    if num_codebooks < 1 or num_codebooks % audio_channels:
+        raise ValueError(
+            f"num_codebooks={num_codebooks} does not fit audio_channels={audio_channels}: "
+            "stereo has one codebook per channel in every pair"
+        )
+    return tuple(codebook // audio_channels for codebook in range(num_codebooks))
+
+
 def num_frames_to_tokens(num_frames: int, config: MusicgenConfig) -> int:
     """`max_new_tokens` for T frames: the delay pattern adds K − 1 steps in mono and K/2 − 1 in stereo."""
-    return num_frames + config.decoder.num_codebooks // config.decoder.audio_channels - 1
+    decoder = config.decoder
+    return num_frames + max(codebook_delays(decoder.num_codebooks, decoder.audio_channels))
 
 
 def frames_to_seconds(num_frames: int, config: MusicgenConfig) -> float:

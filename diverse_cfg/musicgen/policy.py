@@ -19,7 +19,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
-from diverse_cfg.functional.codebooks import apply_delay_pattern, codebook_delays
+from diverse_cfg.functional.codebooks import apply_delay_pattern
+from diverse_cfg.musicgen.layout import codebook_delays
 from diverse_cfg.musicgen.loading import is_distilled, load_policy, load_processor, unwrap, zero_dropout
 from diverse_cfg.types import TextCondition
 
@@ -72,7 +73,7 @@ def pad_token_id(model: nn.Module) -> int:
     return unwrap(model).decoder.config.vocab_size
 
 
-def delays(model: nn.Module) -> list[int]:
+def delays(model: nn.Module) -> tuple[int, ...]:
     """Delay of each codebook of this model in decoder steps [K]."""
     config = unwrap(model).decoder.config
     return codebook_delays(config.num_codebooks, config.audio_channels)
@@ -166,7 +167,7 @@ def code_hidden_states(model: nn.Module, codes: Tensor, condition: TextCondition
     config = policy.decoder.config
     if codes.ndim != 3 or codes.shape[1] != config.num_codebooks:
         raise ValueError(f"codes must have shape [N, {config.num_codebooks}, T], got {tuple(codes.shape)}")
-    inputs = apply_delay_pattern(codes, pad_token_id(policy), config.audio_channels)[..., :-1]
+    inputs = apply_delay_pattern(codes, pad_token_id(policy), delays(policy))[..., :-1]
     if inputs.shape[-1] > config.max_position_embeddings:
         raise ValueError(
             f"{codes.shape[-1]} frames need {inputs.shape[-1]} positions, the model has "

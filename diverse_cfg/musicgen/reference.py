@@ -20,7 +20,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput
 
 from diverse_cfg.functional.codebooks import num_decoder_steps
-from diverse_cfg.musicgen.policy import evaluating, null_condition, pad_token_id, unwrap
+from diverse_cfg.musicgen.policy import delays, evaluating, null_condition, pad_token_id, unwrap
 from diverse_cfg.musicgen.sampling import SamplingSettings, not_finite, race
 from diverse_cfg.types import TextCondition
 
@@ -58,7 +58,7 @@ def generate_codes(
     """
     policy = unwrap(model)
     config = policy.decoder.config
-    num_steps = num_decoder_steps(num_frames, config.num_codebooks, config.audio_channels)
+    num_steps = num_decoder_steps(num_frames, delays(policy))
     if num_frames < num_steps - num_frames:
         raise ValueError(
             f"num_frames={num_frames} is too short for transformers' generate, which leaves out the "
@@ -72,7 +72,7 @@ def generate_codes(
             torch.cat([condition.hidden_states, negative.hidden_states]),
             torch.cat([condition.attention_mask, negative.attention_mask]),
         )
-    draws = _KeyedMultinomial(noise, config.audio_channels)
+    draws = _KeyedMultinomial(noise, delays(policy))
     check = _RequireFinite(names or [f"row {row}" for row in range(len(ids))], config.num_codebooks)
     with (
         _LOCK,
@@ -94,11 +94,11 @@ def generate_codes(
 class _KeyedMultinomial(TorchFunctionMode):
     """While active, `torch.multinomial` draws with given random numbers, step after step."""
 
-    def __init__(self, noise: Tensor, audio_channels: int) -> None:
+    def __init__(self, noise: Tensor, delays: Sequence[int]) -> None:
         super().__init__()
         self.noise = noise
         self.logps = noise.new_zeros(noise.shape[:3])
-        self.delays = torch.arange(noise.shape[1], device=noise.device) // audio_channels
+        self.delays = torch.tensor(delays, device=noise.device)
         self.step = 0
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

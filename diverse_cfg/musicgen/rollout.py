@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from diverse_cfg.functional.codebooks import num_decoder_steps, revert_delay_pattern
 from diverse_cfg.musicgen.batches import automatic_batch, in_batches, may_be_kept
 from diverse_cfg.musicgen.loop import DecodeLoop, default_mode
-from diverse_cfg.musicgen.policy import encode_text, frame_rate, require_prompts, unwrap
+from diverse_cfg.musicgen.policy import delays, encode_text, frame_rate, require_prompts, unwrap
 from diverse_cfg.musicgen.reference import generate_codes
 from diverse_cfg.musicgen.sampling import SamplingSettings, keyed_noise, not_finite, require_64_bits
 from diverse_cfg.musicgen.weights import RolloutWeights
@@ -363,9 +363,8 @@ def _sample(
     if unusable.any():
         step, clip, _ = unusable.nonzero()[0].tolist()
         raise FloatingPointError(not_finite(names[clip], step))
-    channels = weights.shape.audio_channels
     codes, logps = (
-        revert_delay_pattern(grid[:, :num_clips].permute(1, 2, 0), num_frames, channels)
+        revert_delay_pattern(grid[:, :num_clips].permute(1, 2, 0), num_frames, weights.shape.delays)
         for grid in (loop.codes, loop.logps)
     )
     return codes, logps
@@ -423,7 +422,7 @@ def _check_weights(model: nn.Module, weights: RolloutWeights | None, dtype: torc
 def _check_length(model: nn.Module, num_frames: int) -> None:
     _check_counts(num_frames=num_frames)
     config = unwrap(model).decoder.config
-    num_steps = num_decoder_steps(num_frames, config.num_codebooks, config.audio_channels)
+    num_steps = num_decoder_steps(num_frames, delays(model))
     seconds = num_frames / frame_rate(model)
     if seconds > MAX_SECONDS:
         raise ValueError(

@@ -19,8 +19,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from diverse_cfg.functional.codebooks import codebook_delays
-from diverse_cfg.musicgen.policy import base_layer, effective_weight, unwrap
+from diverse_cfg.musicgen.policy import base_layer, delays, effective_weight, unwrap
 from diverse_cfg.types import TextCondition
 
 # They all compute softmax attention, which is what the loop computes; another name may mean another function.
@@ -48,7 +47,8 @@ class DecoderShape:
     num_heads: int
     vocab_size: int
     num_codebooks: int
-    audio_channels: int
+    delays: tuple[int, ...]
+    """Of each codebook, in steps."""
     max_positions: int
     activation: str
     layer_norm_eps: float
@@ -68,7 +68,7 @@ class DecoderShape:
             num_heads=config.num_attention_heads,
             vocab_size=config.vocab_size,
             num_codebooks=config.num_codebooks,
-            audio_channels=config.audio_channels,
+            delays=delays(policy),
             max_positions=config.max_position_embeddings,
             activation=config.activation_function,
             layer_norm_eps=getattr(decoder.layer_norm, "eps", 0.0),
@@ -81,11 +81,6 @@ class DecoderShape:
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.hidden_size // self.num_heads
-
-    @property
-    def delays(self) -> list[int]:
-        """Delay of each codebook in steps."""
-        return codebook_delays(self.num_codebooks, self.audio_channels)
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,12 @@ The diversity reward of a clip contains its distances to the others, so it takes
 multiplies the former, `reward_weights` the latter.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from diverse_cfg.config import CFGDiversityConfig
-from diverse_cfg.functional.codebooks import codebook_delays
 from diverse_cfg.functional.diversity import diversity_advantages
 from diverse_cfg.functional.policy_gradient import leave_one_out_advantages
 from diverse_cfg.functional.prefix_baseline import (
@@ -38,12 +37,16 @@ class PrefixBaseline:
     Args:
         num_frames: T.
         gae_lambda: λ of the segment-wise estimate; 1 is unbiased.
-        audio_channels: of the model.
+        delays: of the model's codebooks, in decoder steps [K].
         all_reduce: sums a tensor over the processes.
     """
 
     def __init__(
-        self, num_frames: int, gae_lambda: float, audio_channels: int, all_reduce: Callable[[Tensor], Tensor]
+        self,
+        num_frames: int,
+        gae_lambda: float,
+        delays: Sequence[int],
+        all_reduce: Callable[[Tensor], Tensor],
     ):
         frames = sorted({round(fraction * num_frames) for fraction in PREFIX_FRACTIONS})
         self.frames = [frame for frame in frames if 1 <= frame < num_frames]
@@ -51,7 +54,7 @@ class PrefixBaseline:
             raise ValueError(f"prefix_baseline needs clips of at least 2 frames, got {num_frames}")
         self.num_frames = num_frames
         self.gae_lambda = gae_lambda
-        self.audio_channels = audio_channels
+        self.delays = delays
         self.all_reduce = all_reduce
         self.statistics: RidgeStatistics | None = None
 
@@ -79,7 +82,7 @@ class PrefixBaseline:
         summed = RidgeStatistics(self.all_reduce(new.gram), self.all_reduce(new.moments))
         self.statistics = update_ridge(self.statistics, summed)
 
-        segments = code_segments(self.frames, self.num_frames, codes.shape[1], self.audio_channels)
+        segments = code_segments(self.frames, self.num_frames, self.delays)
         per_segment = segment_advantages(values, advantages, self.gae_lambda).flatten(0, 1)
         metrics = {
             f"prefix_baseline/explained_variance_{frames}": value
@@ -103,8 +106,8 @@ class Advantages:
         args: the run's settings.
         reward_funcs: in the order of the rewards' columns.
         reward_weights: one per function; the pairwise ones are 1 (their weight is `args.diversity_coef`).
+        delays: of the model's codebooks, in decoder steps [K].
         prefix: variance reducer of the pairwise rewards, or None.
-        audio_channels: of the model.
     """
 
     def __init__(
@@ -112,12 +115,12 @@ class Advantages:
         args: CFGDiversityConfig,
         reward_funcs: list[Callable],
         reward_weights: Tensor,
+        delays: Sequence[int],
         prefix: PrefixBaseline | None = None,
-        audio_channels: int = 1,
     ):
         self.reward_funcs = reward_funcs
+        self.delays = delays
         self.prefix = prefix
-        self.audio_channels = audio_channels
         self.diversity_codebooks = args.diversity_codebooks
         self.pairwise = [is_pairwise(reward_func) for reward_func in reward_funcs]
         self.coefs = [
@@ -158,8 +161,7 @@ class Advantages:
                 per_code = estimate.flatten()[:, None, None]
             if pairwise and self.diversity_codebooks is not None:
                 # The n-th codebook of a channel is delayed by n steps.
-                level = torch.tensor(codebook_delays(codes.shape[1], self.audio_channels))
-                reached = (level < self.diversity_codebooks).to(advantages)
+                reached = (torch.tensor(self.delays) < self.diversity_codebooks).to(advantages)
                 per_code = per_code * reached[:, None]
             advantages += coef * per_code
         advantages[from_teacher] = 0

@@ -15,6 +15,7 @@ from transformers import MusicgenForConditionalGeneration
 
 from diverse_cfg.functional.codebooks import num_decoder_steps
 from diverse_cfg.musicgen.batches import automatic_batch, cache_bytes
+from diverse_cfg.musicgen.policy import delays
 
 ACTIVATION_BYTES = 40.0
 CHECKPOINTED_BYTES = 3.5
@@ -100,7 +101,7 @@ def memory(
     config = policy.decoder.config
     decoder = sum(p.numel() * p.element_size() for p in policy.decoder.parameters())
     everything = sum(p.numel() * p.element_size() for p in policy.parameters())
-    num_steps = num_decoder_steps(num_frames, config.num_codebooks, config.audio_channels)
+    num_steps = num_decoder_steps(num_frames, delays(policy))
     per_unit = CHECKPOINTED_BYTES if checkpointing else ACTIVATION_BYTES
     units = micro_batch * num_steps * config.num_hidden_layers * config.hidden_size
     caches = [0]

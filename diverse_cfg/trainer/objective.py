@@ -8,7 +8,7 @@ happen, inside its `forward`. So `route_forward` teaches a MusicGen one more way
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,21 +16,21 @@ from torch import Tensor, nn
 from transformers import MusicgenForConditionalGeneration
 
 from diverse_cfg.functional.codebooks import apply_delay_pattern, revert_delay_pattern, valid_cells
-from diverse_cfg.functional.divergence import DistillationTerms, GuidedTeacher, chunked_distillation_loss
+from diverse_cfg.functional.distillation import DistillationTerms, GuidedTeacher, distillation_loss
 from diverse_cfg.musicgen.policy import code_hidden_states, head_weights
 from diverse_cfg.types import TextCondition
 
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What the chunked loss needs to know besides tensors; see `functional.divergence`."""
+    """What the loss needs to know besides tensors; see `functional.distillation`."""
 
     divergence: str
     alpha: float
     temperature: float
     epsilon: float
     epsilon_high: float | None
-    audio_channels: int
+    delays: tuple[int, ...]
     chunk_size: int
 
 
@@ -85,7 +85,7 @@ def student_terms(
     heads = head_weights(model)
 
     def terms(teacher: GuidedTeacher | None, logp_weights: Tensor | None) -> DistillationTerms:
-        return chunked_distillation_loss(
+        return distillation_loss(
             hidden,
             heads,
             batch.codes,
@@ -98,14 +98,14 @@ def student_terms(
             divergence=settings.divergence,
             alpha=settings.alpha,
             temperature=settings.temperature,
-            audio_channels=settings.audio_channels,
+            delays=settings.delays,
             chunk_size=settings.chunk_size,
         )
 
     advantages = batch.advantages
     if batch.score_coef:
         with torch.no_grad():
-            future = future_divergence(terms(batch.teacher, None).divergences, settings.audio_channels)
+            future = future_divergence(terms(batch.teacher, None).divergences, settings.delays)
         advantages = -batch.score_coef * future + (0 if advantages is None else advantages)
     # Minus the advantages, divided by the same count as the divergences.
     logp_weights = None if advantages is None else -advantages / batch.codes.numel()
@@ -115,7 +115,7 @@ def student_terms(
     return both, (terms(batch.teacher, None).loss, terms(None, logp_weights).loss)
 
 
-def future_divergence(divergences: Tensor, audio_channels: int) -> Tensor:
+def future_divergence(divergences: Tensor, delays: Sequence[int]) -> Tensor:
     """What every code leads to: the divergence of the steps after it, against the other clips' mean.
 
         R_nkt = Σ_{s > t + d_k} Σ_j D_nj(s)  −  the same mean over the other clips       (MiniLLM, arXiv
@@ -125,20 +125,20 @@ def future_divergence(divergences: Tensor, audio_channels: int) -> Tensor:
 
     Args:
         divergences: [N, K, T].
-        audio_channels: of the model, for the delays d.
+        delays: d, one per codebook [K].
 
     Returns:
         [N, K, T], centred when N > 1.
     """
     num_clips, num_codebooks, num_frames = divergences.shape
-    grid = apply_delay_pattern(divergences, None, audio_channels)[..., 1:]
-    valid = valid_cells(num_frames, num_codebooks, audio_channels, device=grid.device)
+    grid = apply_delay_pattern(divergences, None, delays)[..., 1:]
+    valid = valid_cells(num_frames, delays, device=grid.device)
     per_step = torch.where(valid, grid, 0).sum(dim=1)
     later = per_step.flip(1).cumsum(dim=1).flip(1) - per_step
     if num_clips > 1:
         later = (later - later.mean(dim=0)) * num_clips / (num_clips - 1)
     steps = later[:, None].expand(-1, num_codebooks, -1)
-    return revert_delay_pattern(steps, num_frames, audio_channels)
+    return revert_delay_pattern(steps, num_frames, delays)
 
 
 def term_gradient_norms(model: nn.Module, losses: tuple[Tensor, Tensor]) -> dict[str, float]:

@@ -28,6 +28,7 @@ from diverse_cfg.functional.codebooks import num_decoder_steps
 from diverse_cfg.musicgen.layout import num_frames_to_tokens, playing_config, repair_token_ids
 from diverse_cfg.musicgen.policy import (
     LORA_TARGET_MODULES,
+    delays,
     frame_rate,
     freeze_encoders,
     is_distilled,
@@ -204,7 +205,7 @@ def clip_frames(policy: MusicgenForConditionalGeneration, clip_seconds: float | 
     frames = round(clip_seconds * rate)
     if frames < 1:
         raise ValueError(f"clip_seconds={clip_seconds} is shorter than one frame ({1 / rate:g} s)")
-    steps = num_decoder_steps(frames, decoder.num_codebooks, decoder.audio_channels)
+    steps = num_decoder_steps(frames, delays(policy))
     if steps > decoder.max_position_embeddings:
         longest = (decoder.max_position_embeddings - (steps - frames)) / rate
         raise ValueError(
@@ -216,8 +217,7 @@ def clip_frames(policy: MusicgenForConditionalGeneration, clip_seconds: float | 
 
 def check_codebooks(policy: MusicgenForConditionalGeneration, diversity_codebooks: int | None) -> None:
     """Raise `ValueError` for more codebooks than a channel of the model has."""
-    decoder = policy.config.decoder
-    there = decoder.num_codebooks // decoder.audio_channels
+    there = max(delays(policy)) + 1
     if diversity_codebooks is not None and diversity_codebooks > there:
         raise ValueError(
             f"diversity_codebooks={diversity_codebooks}, but the model has {there} codebooks per channel: leave "

@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import MusicgenForConditionalGeneration
 
-from diverse_cfg.functional.divergence import GuidedTeacher
+from diverse_cfg.functional.distillation import GuidedTeacher
 from diverse_cfg.musicgen.policy import code_hidden_states, head_weights, null_condition, unwrap
 from diverse_cfg.types import TextCondition
 

@@ -27,7 +27,7 @@ from diverse_cfg.callbacks import AudioSamplesCallback, EvaluationClip, RewardHa
 from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.embeddings import load_embedder
 from diverse_cfg.musicgen.audiocraft import from_audiocraft, is_live_audiocraft
-from diverse_cfg.musicgen.policy import encode_text, load_policy, load_processor, unwrap
+from diverse_cfg.musicgen.policy import delays, encode_text, load_policy, load_processor, unwrap
 from diverse_cfg.musicgen.rollout import RolloutWeights
 from diverse_cfg.rewards import checked, is_pairwise
 from diverse_cfg.trainer import setup
@@ -164,21 +164,21 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
     def _prepare_run(self, policy) -> None:
         args = self.args
         check_sharding(self.accelerator, args)
-        channels = policy.config.decoder.audio_channels
+        pattern = delays(policy)
         self._loss_settings = LossSettings(
             divergence=args.divergence,
             alpha=args.jsd_alpha,
             temperature=args.temperature,
             epsilon=args.epsilon,
             epsilon_high=args.epsilon_high,
-            audio_channels=channels,
+            delays=pattern,
             chunk_size=args.loss_chunk_size,
         )
         prefix = None
         if args.prefix_baseline and args.diversity_coef > 0:
-            prefix = PrefixBaseline(self._num_frames, args.prefix_lambda, channels, self.accelerator.reduce)
+            prefix = PrefixBaseline(self._num_frames, args.prefix_lambda, pattern, self.accelerator.reduce)
         self._cross_guards = CrossGuards(args.guards, self.reward_func_names, self.reward_funcs)
-        self._advantages = Advantages(args, self.reward_funcs, self.reward_weights, prefix, channels)
+        self._advantages = Advantages(args, self.reward_funcs, self.reward_weights, pattern, prefix)
         self._fused_weights: dict[bool, RolloutWeights] = {}
         self._rollout: Rollout | None = None
         self._pending: dict[str, Any] = {}

@@ -41,17 +41,17 @@ from diverse_cfg.prompts import load_prompts
 from diverse_cfg.trainer.objective import LossBatch, LossSettings, student_terms
 
 HERE = Path(__file__).parent
-FRAMES, PREFIXES = 75, (10, 20, 30, 45, 60)
+FRAMES, PREFIXES, DELAYS = 75, (10, 20, 30, 45, 60), (0, 1, 2, 3)
 PROMPTS, GENERATIONS = 8, 8
 LEARNING = 8  # first batches only teach the prefix baseline
 REFERENCE = "prefix baseline"
-LOSS = LossSettings("reverse_kl", 0.5, 1.0, 0.2, None, 1, 256)
+LOSS = LossSettings("reverse_kl", 0.5, 1.0, 0.2, None, DELAYS, 256)
 
 
 def estimators(rewards: Tensor, values: Tensor, shape: torch.Size) -> dict[str, Tensor]:
     """Advantages per code [N, K, T] of every estimator, from rewards [P, G] and prefix values [P, G, M]."""
     whole = diversity_advantages(rewards)
-    segments = code_segments(PREFIXES, FRAMES, shape[1])
+    segments = code_segments(PREFIXES, FRAMES, DELAYS)
     every = {
         "paper": whole.flatten()[:, None, None].expand(shape),
         REFERENCE: segment_advantages(values, whole, 1.0).flatten(0, 1)[:, segments],

@@ -80,12 +80,13 @@ class LanguageModel(nn.Module):
         states = self.projection(self.text_encoder(text.input_ids, attention_mask=text.attention_mask)[0])
         states = states * mask[:, :, None]
         batch, books, frames = codes.shape
-        inputs = apply_delay_pattern(codes, PAD)[..., :-1]
+        delays = tuple(range(books))
+        inputs = apply_delay_pattern(codes, PAD, delays)[..., :-1]
         logits = self.decoder(
             input_ids=inputs.reshape(batch * books, -1), encoder_hidden_states=states, encoder_attention_mask=mask,
             use_cache=False,
         ).logits  # fmt: skip
-        logits = revert_delay_pattern(logits.view(batch, books, -1, CODEBOOK_SIZE), frames).float()
+        logits = revert_delay_pattern(logits.view(batch, books, -1, CODEBOOK_SIZE), frames, delays).float()
         nll = nn.functional.cross_entropy(
             logits.reshape(-1, CODEBOOK_SIZE), codes.reshape(-1), reduction="none"
         )

@@ -6,17 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from diverse_cfg.functional.divergence import GuidedTeacher, chunked_distillation_loss
+from diverse_cfg.functional.distillation import GuidedTeacher, distillation_loss
 from tests import oracles
+from tests.functional.autograd_loss import autograd_loss
 
 N, T, H, V = 2, 5, 3, 4
 NAMES = ["reverse_kl", "forward_kl", "generalized_jsd"]
+MONO, STEREO = (0, 1, 2, 3), (0, 0, 1, 1, 2, 2, 3, 3)
 
 
-def inputs(audio_channels=1, dtype=torch.float64, seed=0):
+def inputs(delays=MONO, dtype=torch.float64, seed=0):
     """Student and teacher material of a tiny decoder, codes and weights per code."""
     generator = torch.Generator().manual_seed(seed)
-    num_codebooks = 4 * audio_channels
+    num_codebooks = len(delays)
     steps = T + 3
 
     def draw(*shape):
@@ -29,29 +31,40 @@ def inputs(audio_channels=1, dtype=torch.float64, seed=0):
 
 
 def run(material, chunk_size, autocast=False, **options):
-    """Result and gradients of the loss times 1.7, as an outer loss would scale it."""
+    """Result and gradients of the loss times 1.7, as an outer loss would scale it; None is autograd's."""
     hidden, heads, codes, teacher, divergence_weights, logp_weights = material
     hidden, heads = hidden.clone().requires_grad_(), heads.clone().requires_grad_()
-    options = {"divergence_weights": divergence_weights, "logp_weights": logp_weights} | options
+    options = {
+        "divergence_weights": divergence_weights,
+        "logp_weights": logp_weights,
+        "delays": MONO,
+    } | options
+    loss = autograd_loss if chunk_size is None else distillation_loss
+    if chunk_size is not None:
+        options["chunk_size"] = chunk_size
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        terms = chunked_distillation_loss(hidden, heads, codes, teacher, chunk_size=chunk_size, **options)
+        terms = loss(hidden, heads, codes, teacher, **options)
     (1.7 * terms.loss).backward()
     return terms, (hidden.grad, heads.grad)
 
 
-@pytest.mark.parametrize("chunk_size", [None, 4])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    ("audio_channels", "scale", "temperature", "old"),
-    [(1, 3.0, 1.0, False), (2, 3.0, 0.7, True), (1, "schedule", 1.3, True), (2, "per code", 1.0, False)],
+    ("delays", "scale", "temperature", "old"),
+    [
+        (MONO, 3.0, 1.0, False),
+        (STEREO, 3.0, 0.7, True),
+        (MONO, "schedule", 1.3, True),
+        (STEREO, "per code", 1.0, False),
+    ],
 )
-def test_matches_the_loop(chunk_size, name, audio_channels, scale, temperature, old):
+def test_matches_the_loop(name, delays, scale, temperature, old):
     """Catches a code read at the wrong step, a schedule on the wrong frames, an untempered term."""
-    hidden, heads, codes, teacher, u, w = inputs(audio_channels)
+    hidden, heads, codes, teacher, u, w = inputs(delays)
     scales = {"schedule": 4 * torch.rand(T).double(), "per code": 4 * torch.rand(codes.shape).double()}
     guidance = scales.get(scale, scale)
     old_logps = -1.5 + 0.5 * torch.randn(codes.shape, dtype=torch.float64) if old else None
-    terms = chunked_distillation_loss(
+    terms = distillation_loss(
         hidden,
         heads,
         codes,
@@ -64,8 +77,8 @@ def test_matches_the_loop(chunk_size, name, audio_channels, scale, temperature, 
         divergence=name,
         alpha=0.3,
         temperature=temperature,
-        audio_channels=audio_channels,
-        chunk_size=chunk_size,
+        delays=delays,
+        chunk_size=4,
     )
     expected = oracles.distillation_loss(
         hidden.numpy(),
@@ -82,7 +95,7 @@ def test_matches_the_loop(chunk_size, name, audio_channels, scale, temperature, 
         name=name,
         alpha=0.3,
         temperature=temperature,
-        pairs_share_a_delay=audio_channels == 2,
+        pairs_share_a_delay=delays == STEREO,
     )
     for value, oracle in zip(terms, expected, strict=True):
         np.testing.assert_allclose(value.numpy(), oracle, rtol=1e-9, atol=1e-11)
@@ -96,7 +109,7 @@ def test_gradient_against_finite_differences(name, old):
     old_logps = -1.5 + 0.5 * torch.randn(codes.shape, dtype=torch.float64) if old else None
 
     def loss(hidden, heads):
-        return chunked_distillation_loss(
+        return distillation_loss(
             hidden,
             heads,
             codes,
@@ -107,18 +120,19 @@ def test_gradient_against_finite_differences(name, old):
             divergence=name,
             alpha=0.3,
             temperature=0.8,
+            delays=MONO,
             chunk_size=3,
         ).loss
 
     assert torch.autograd.gradcheck(loss, (hidden.requires_grad_(), heads.requires_grad_()))
 
 
-@pytest.mark.parametrize("audio_channels", [1, 2])
+@pytest.mark.parametrize("delays", [MONO, STEREO])
 @pytest.mark.parametrize("only", ["both", "divergence", "policy gradient"])
-def test_chunks_equal_autograd(audio_channels, only):
+def test_chunks_equal_autograd(delays, only):
     """Catches rows lost or counted twice at the borders of chunks, and one term leaking into the other."""
-    material = inputs(audio_channels)
-    options = {"audio_channels": audio_channels}
+    material = inputs(delays)
+    options = {"delays": delays}
     if only == "divergence":
         options["logp_weights"] = None
     if only == "policy gradient":
@@ -164,15 +178,13 @@ def test_guidance_of_one_needs_no_null_rows():
     assert torch.equal(first.loss, second.loss)
 
 
-@pytest.mark.parametrize("chunk_size", [None, 4])
-def test_half_precision_model(chunk_size):
+def test_half_precision_model():
     """Catches a loss in bfloat16 (under autocast too), and gradients that are not of the parameters' type."""
     material = inputs(dtype=torch.bfloat16)
     hidden, heads, codes, teacher, u, w = material
     widened = GuidedTeacher(*(x.float() for x in dataclasses.astuple(teacher)[:3]), 3.0)
-    other_path = {None: 4, 4: None}[chunk_size]
-    terms, gradients = run((hidden.float(), heads.float(), codes, widened, u.float(), w.float()), other_path)
-    half, half_gradients = run(material, chunk_size, autocast=True)
+    terms, gradients = run((hidden.float(), heads.float(), codes, widened, u.float(), w.float()), None)
+    half, half_gradients = run(material, 4, autocast=True)
     assert half.loss.dtype == torch.float32
     torch.testing.assert_close(half.loss, terms.loss, rtol=1e-6, atol=1e-6)
     assert all(gradient.dtype == torch.bfloat16 for gradient in half_gradients)
@@ -184,24 +196,21 @@ def test_frozen_heads_and_evaluation():
     """Catches work for heads that LoRA freezes, a graph under no_grad, and outputs that carry gradients."""
     hidden, heads, codes, teacher, *_ = inputs()
     hidden.requires_grad_()
-    terms = chunked_distillation_loss(hidden, heads, codes, teacher, chunk_size=4)
+    terms = distillation_loss(hidden, heads, codes, teacher, delays=MONO, chunk_size=4)
     assert not any(values.requires_grad for values in (terms.divergences, terms.logps, terms.entropies))
     terms.loss.backward()
     assert hidden.grad is not None and heads.grad is None
     with torch.no_grad():
-        silent = chunked_distillation_loss(hidden, heads, codes, teacher, chunk_size=4)
+        silent = distillation_loss(hidden, heads, codes, teacher, delays=MONO, chunk_size=4)
     assert not silent.loss.requires_grad
     assert torch.equal(silent.loss, terms.loss)
 
 
-@pytest.mark.parametrize("chunk_size", [None, 4])
-def test_a_weight_of_zero_leaves_a_clip_out(chunk_size):
+def test_a_weight_of_zero_leaves_a_clip_out():
     """Catches a masked clip that still moves the student."""
     material = inputs()
     keep = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    _, (hidden_gradient, _) = run(
-        material, chunk_size, divergence_weights=keep, logp_weights=keep, temperature=0.9
-    )
+    _, (hidden_gradient, _) = run(material, 4, divergence_weights=keep, logp_weights=keep, temperature=0.9)
     assert hidden_gradient[0].abs().min() > 0
     assert not hidden_gradient[1].any()
 
@@ -223,21 +232,14 @@ def peak_bytes(function):
 def test_peak_memory():
     """Catches a full distribution that is kept: at most 2.5 logits tensors where autograd holds over 6."""
     num_codebooks, vocab, size, steps = 4, 256, 8, 403
-    hidden = torch.randn(2, steps, size, requires_grad=True)
-    heads = torch.randn(num_codebooks, vocab, size, requires_grad=True)
+    hidden, heads = torch.randn(2, steps, size), torch.randn(num_codebooks, vocab, size)
     codes = torch.randint(vocab, (2, num_codebooks, steps - 3))
-    teacher = GuidedTeacher(torch.randn(2, steps, size), torch.randn(2, steps, size), heads.detach(), 3.0)
+    teacher = GuidedTeacher(torch.randn(2, steps, size), torch.randn(2, steps, size), heads, 3.0)
     logits_bytes = 2 * steps * num_codebooks * vocab * 4
     peaks = {}
     for chunk_size in (None, 64, 256):
-        peaks[chunk_size] = (
-            peak_bytes(
-                lambda chunk_size=chunk_size: chunked_distillation_loss(
-                    hidden, heads, codes, teacher, logp_weights=0.1, chunk_size=chunk_size
-                ).loss.backward()
-            )
-            / logits_bytes
-        )
+        material = hidden, heads, codes, teacher, 1.0, 0.1
+        peaks[chunk_size] = peak_bytes(lambda size=chunk_size, all=material: run(all, size)) / logits_bytes
     assert peaks[None] > 6
     assert peaks[256] < 2.5
     assert peaks[64] < 0.8
@@ -250,7 +252,8 @@ BAD = [
     ),
     ({"head_weights": torch.zeros(3, V, H)}, r"head_weights must be \[4, V, 3\]"),
     ({"hidden_states": torch.zeros(N, T + 3)}, r"hidden_states must have shape \[N, S, H\]"),
-    ({"audio_channels": 2}, r"need hidden_states \[2, 6, H\] with audio_channels=2"),
+    ({"delays": (0, 0, 1, 1)}, r"need hidden_states \[2, 6, H\] with delays=\(0, 0, 1, 1\)"),
+    ({"delays": (0, 1, 3)}, r"4 codebooks need one delay each, got delays=\(0, 1, 3\)"),
     ({"divergence": "kl"}, "divergence must be one of reverse_kl"),
     ({"alpha": 1.0, "divergence": "generalized_jsd"}, "alpha must lie between"),
     ({"temperature": -1.0}, "temperature must be a finite number above 0"),
@@ -269,9 +272,9 @@ BAD = [
 def test_bad_input_is_named(change, message):
     """Catches a mismatch that would broadcast, or a setting that means nothing, before any work is done."""
     hidden, heads, codes, teacher, *_ = inputs()
-    arguments = {"hidden_states": hidden, "head_weights": heads, "codes": codes, "teacher": teacher} | change
+    arguments = {"hidden_states": hidden, "head_weights": heads, "codes": codes, "teacher": teacher}
     with pytest.raises(ValueError, match=message):
-        chunked_distillation_loss(**arguments)
+        distillation_loss(**(arguments | {"delays": MONO} | change))
 
 
 @pytest.mark.parametrize(
@@ -291,7 +294,7 @@ def test_bad_teacher_is_named(change, message):
     """Catches a teacher of another shape than the student's."""
     hidden, heads, codes, teacher, *_ = inputs()
     with pytest.raises(ValueError, match=message):
-        chunked_distillation_loss(hidden, heads, codes, dataclasses.replace(teacher, **change))
+        distillation_loss(hidden, heads, codes, dataclasses.replace(teacher, **change), delays=MONO)
 
 
 def test_a_code_outside_the_vocabulary_fails():
@@ -299,4 +302,4 @@ def test_a_code_outside_the_vocabulary_fails():
     hidden, heads, codes, teacher, *_ = inputs()
     codes[0, 1, 2] = -1
     with pytest.raises((RuntimeError, IndexError)):
-        chunked_distillation_loss(hidden, heads, codes, teacher)
+        distillation_loss(hidden, heads, codes, teacher, delays=MONO)

@@ -22,6 +22,7 @@ from diverse_cfg.musicgen.audiocraft import (
     load_audiocraft,
     to_audiocraft,
 )
+from diverse_cfg.musicgen.layout import codebook_delays
 from diverse_cfg.musicgen.loading import load_policy, load_processor
 from diverse_cfg.musicgen.policy import code_logits, encode_text, null_condition
 from diverse_cfg.musicgen.rollout import decode_codes, fast_generate
@@ -212,7 +213,9 @@ def test_the_delay_pattern_is_audiocrafts(stereo):
     codes = torch.arange(2 * len(delays) * 6).reshape(2, len(delays), 6)
     pattern = DelayedPatternProvider(len(delays), delays).get_pattern(6)
     expected = pattern.build_pattern_sequence(codes, 999, keep_only_valid_steps=False)[0]
-    assert torch.equal(apply_delay_pattern(codes, 999, 2 if stereo else 1), expected)
+    assert torch.equal(
+        apply_delay_pattern(codes, 999, codebook_delays(codes.shape[1], 2 if stereo else 1)), expected
+    )
 
 
 @pytest.mark.slow

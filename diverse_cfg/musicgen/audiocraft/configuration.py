@@ -10,9 +10,8 @@ from typing import Any
 
 from transformers import EncodecConfig, GenerationConfig, MusicgenConfig, MusicgenDecoderConfig
 
-from diverse_cfg.functional.codebooks import codebook_delays
 from diverse_cfg.musicgen.audiocraft.stored_config import StoredConfig
-from diverse_cfg.musicgen.layout import num_frames_to_tokens, repair_token_ids
+from diverse_cfg.musicgen.layout import codebook_delays, num_frames_to_tokens, repair_token_ids
 
 # AudioCraft's `MusicGen.set_generation_params`.
 TOP_K = 250

@@ -6,9 +6,8 @@ from typing import Any
 
 from transformers import EncodecConfig, GenerationConfig, MusicgenConfig
 
-from diverse_cfg.functional.codebooks import codebook_delays
 from diverse_cfg.musicgen.audiocraft.configuration import NETWORK, SECONDS
-from diverse_cfg.musicgen.layout import num_frames_to_tokens
+from diverse_cfg.musicgen.layout import codebook_delays, num_frames_to_tokens
 
 
 @dataclass(frozen=True)
