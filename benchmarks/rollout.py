@@ -38,7 +38,6 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from diverse_cfg.atomic import write_text
-from diverse_cfg.musicgen.policy import null_condition
 from diverse_cfg.musicgen.rollout import RolloutWeights, sample_codes
 from diverse_cfg.types import TextCondition
 
@@ -89,11 +88,7 @@ def stock(model: Any, condition: TextCondition, num_frames: int, guidance_scale:
     """Sample with `generate`."""
     ids = condition.attention_mask
     if guidance_scale > 1:
-        null = null_condition(condition)
-        condition = TextCondition(
-            torch.cat([condition.hidden_states, null.hidden_states]),
-            torch.cat([condition.attention_mask, null.attention_mask]),
-        )
+        condition = condition.cat(condition.null())
     model.generate(
         input_ids=ids,
         encoder_outputs=BaseModelOutput(last_hidden_state=condition.hidden_states),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ROLLOUT_BACKENDS = ("fast", "transformers")
@@ -40,6 +41,32 @@ class TextCondition:
     def select(self, rows: Tensor | slice | list[int]) -> Self:
         """The given rows, in the given order (repeats allowed)."""
         return type(self)(self.hidden_states[rows], self.attention_mask[rows])
+
+    def null(self) -> Self:
+        """The null prompt in this shape: a zero text-encoder output *and* a zero attention mask.
+
+        A policy is trained with it (condition dropout), and it equals a decoder without cross-attention exactly.
+        Zeros with an open mask are another prompt: the bias of a projection would leak in.
+        """
+        return type(self)(torch.zeros_like(self.hidden_states), torch.zeros_like(self.attention_mask))
+
+    def pad(self, num_tokens: int) -> Self:
+        """With masked tokens after its own, up to `num_tokens`; they change nothing."""
+        missing = max(0, num_tokens - self.attention_mask.shape[1])
+        return type(self)(
+            F.pad(self.hidden_states, (0, 0, 0, missing)), F.pad(self.attention_mask, (0, missing))
+        )
+
+    def cat(self, other: Self | None) -> Self:
+        """These rows and then the other's, padded to the longer text."""
+        if other is None:
+            return self
+        num_tokens = max(condition.attention_mask.shape[1] for condition in (self, other))
+        first, second = self.pad(num_tokens), other.pad(num_tokens)
+        return type(self)(
+            torch.cat([first.hidden_states, second.hidden_states]),
+            torch.cat([first.attention_mask, second.attention_mask]),
+        )
 
     def repeat_interleave(self, num_generations: int) -> Self:
         """Every row `num_generations` times, repeats adjacent: from P prompts to N = P·G clips."""

@@ -25,7 +25,7 @@ from diverse_cfg.evaluation.systems import System
 from diverse_cfg.functional import codebooks, guidance
 from diverse_cfg.functional.guidance import guided_logits
 from diverse_cfg.musicgen import policy, sampling
-from diverse_cfg.musicgen.policy import code_logits, encode_text, null_condition
+from diverse_cfg.musicgen.policy import code_logits, encode_text
 from diverse_cfg.musicgen.sampling import SamplingSettings, sampling_logits
 from diverse_cfg.types import TextCondition
 
@@ -230,7 +230,7 @@ def _distribution(model: Any, codes: Tensor, condition: TextCondition, sampling:
     """Log-probabilities [B, K, T, V] under which the codes are drawn."""
     logits = code_logits(model, codes, condition)
     if sampling.guided:
-        null = code_logits(model, codes, null_condition(condition))
+        null = code_logits(model, codes, condition.null())
         logits = guided_logits(logits, null, sampling.guidance_scale)
     logits = sampling_logits(logits, sampling)
     if sampling.greedy:

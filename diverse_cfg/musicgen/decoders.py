@@ -10,8 +10,6 @@ beforehand, and attention over just the steps that exist. `StaticDecoder` is for
 tensor and the context is masked, so that a CUDA graph can replay it. Both give the logits of stock MusicGen.
 """
 
-import types
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -127,7 +125,7 @@ class EagerDecoder(_Decoder):
         self.text_queries = self.text_query.view(texts * heads, 1, width)
         self.text_attended = empty(texts * heads, 1, width)
         self.text_update = self.text_attended.view(texts, size)
-        bias, keys_values = self._text(_padded(condition, _LEAST_TOKENS))
+        bias, keys_values = self._text(condition.pad(_LEAST_TOKENS))
         self.text_bias = bias.expand(texts, heads, 1, -1).flatten(0, 1).contiguous()
         self.text_keys = [both[0].flatten(0, 1).transpose(1, 2) for both in keys_values]
         self.text_values = [both[1].flatten(0, 1) for both in keys_values]
@@ -183,14 +181,6 @@ class StaticDecoder(_Decoder):
         super().__init__(weights, num_clips, num_steps, condition, guidance_scale)
         self._clear()
         self.text_bias, self.text_keys_values = self._text(condition)
-        # A function that takes the decoder: a bound method would keep it, and its caches, alive in a cycle.
-        self._layer = StaticDecoder._decoder_layer
-        if weights.compiled:
-            # There is one recompilation per context bucket, and the limit counts per code object: a copy is
-            # needed, lest those of earlier batch shapes count too.
-            code, name = self._layer.__code__.replace(), self._layer.__name__
-            copy = types.FunctionType(code, self._layer.__globals__, name)
-            self._layer = torch.compile(copy, dynamic=False)
 
     def reset(self, condition: TextCondition) -> None:
         """Start another batch of the same shape on the same buffers."""
@@ -223,7 +213,7 @@ class StaticDecoder(_Decoder):
             x = x.repeat(2, 1)
         layers = zip(self.weights.layers, self.cache, self.text_keys_values, strict=True)
         for layer, cache, text in layers:
-            x = self._layer(self, x, layer, cache, text, position, length, bias)
+            x = self._decoder_layer(x, layer, cache, text, position, length, bias)
         return self._logits(x)
 
     def _decoder_layer(
@@ -254,10 +244,3 @@ class StaticDecoder(_Decoder):
 
         h = self._norm(x, layer.final_norm, layer.final_norm_bias)
         return self._add(x, activated_product(h, layer.fc1, self.activation), layer.fc2)
-
-
-def _padded(condition: TextCondition, num_tokens: int) -> TextCondition:
-    """A condition with masked tokens after its own, if it has fewer than `num_tokens`."""
-    missing = max(0, num_tokens - condition.attention_mask.shape[1])
-    hidden = F.pad(condition.hidden_states, (0, 0, 0, missing))
-    return TextCondition(hidden, F.pad(condition.attention_mask, (0, missing)))

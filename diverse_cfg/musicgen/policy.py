@@ -39,7 +39,6 @@ __all__ = [
     "is_distilled",
     "load_policy",
     "load_processor",
-    "null_condition",
     "pad_token_id",
     "project_text",
     "require_prompts",
@@ -133,20 +132,9 @@ def require_prompts(prompts: Sequence[str]) -> None:
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(
-                f"prompt {index} is {prompt!r}: every prompt needs text (for clips without a prompt, pass a "
-                "null_condition to sample_codes)"
+                f"prompt {index} is {prompt!r}: every prompt needs text (for clips without a prompt, pass "
+                "condition.null() to sample_codes)"
             )
-
-
-def null_condition(condition: TextCondition) -> TextCondition:
-    """The null prompt in the shape of `condition`: a zero text-encoder output *and* a zero attention mask.
-
-    MusicGen was trained with it (condition dropout), and it equals a decoder without cross-attention exactly.
-    Zeros with an open mask are another prompt: the bias of `enc_to_dec_proj` would leak in.
-    """
-    return TextCondition(
-        torch.zeros_like(condition.hidden_states), torch.zeros_like(condition.attention_mask)
-    )
 
 
 def code_hidden_states(model: nn.Module, codes: Tensor, condition: TextCondition | None) -> Tensor:

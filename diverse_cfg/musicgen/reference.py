@@ -20,7 +20,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput
 
 from diverse_cfg.functional.codebooks import num_decoder_steps
-from diverse_cfg.musicgen.policy import delays, evaluating, null_condition, pad_token_id, unwrap
+from diverse_cfg.musicgen.policy import delays, evaluating, pad_token_id, unwrap
 from diverse_cfg.musicgen.sampling import SamplingSettings, not_finite, race
 from diverse_cfg.types import TextCondition
 
@@ -67,11 +67,7 @@ def generate_codes(
     # As many ids as clips: with encoder states alone, `generate` would take the null rows for clips.
     ids = condition.attention_mask
     if settings.guided:
-        negative = negative_condition or null_condition(condition)
-        condition = TextCondition(
-            torch.cat([condition.hidden_states, negative.hidden_states]),
-            torch.cat([condition.attention_mask, negative.attention_mask]),
-        )
+        condition = condition.cat(negative_condition or condition.null())
     draws = _KeyedMultinomial(noise, delays(policy))
     check = _RequireFinite(names or [f"row {row}" for row in range(len(ids))], config.num_codebooks)
     with (

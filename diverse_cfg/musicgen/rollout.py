@@ -7,6 +7,7 @@ processes. Stock `generate` is the reference backend (`reference`), driven by th
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from numbers import Integral
 from typing import Any
 
@@ -115,35 +116,30 @@ def fast_generate(
     if getattr(unwrap(model), "is_distilled", False):
         warn_if_guided(guidance_scale, stacklevel=3)
     num_clips = len(prompts) * num_generations
-    sample_ids = _checked_ids(sample_ids, num_clips)
     global_state = torch.Generator()
     global_state.set_state(torch.get_rng_state())
-    key = int(torch.randint(2**62, (), generator=global_state)) if seed is None else seed
-    require_64_bits("seed", key)
-
-    def sample(rows: slice) -> tuple[Tensor, Tensor]:
-        prompt_rows = [clip // num_generations for clip in range(num_clips)[rows]]
-        text = condition.select(prompt_rows)
-        avoided = None if negative is None else negative.select([0] * len(prompt_rows))
-        names = [f"prompt {prompts[row]!r}" for row in prompt_rows]
-        noise = _noise(model, key, sample_ids[rows], num_frames)
-        if snapshot is None:
-            return generate_codes(model, text, num_frames, settings, noise, avoided, names)
-        return _sample(snapshot, text, num_frames, settings, noise, avoided, names)
-
     # The caller's autocast must not reach in: dtypes are those of the model and of the rollout's weights.
     with torch.autocast(unwrap(model).device.type, enabled=False):
         condition, negative = _encode(model, processor, prompts, negative_prompt)
-        snapshot = weights
-        if rollout_backend == "fast" and weights is None:
-            snapshot = RolloutWeights.from_model(model, dtype)
-        codes, logps = _batched(model, snapshot, num_clips, num_frames, settings, batch_size, sample)
-        if snapshot is not None and weights is None:
-            snapshot.loops.clear()  # nobody will use its graphs again
-        waveforms = decode_codes(model, codes) if decode else None
+        rollout = sample_codes(
+            model,
+            condition.repeat_interleave(num_generations),
+            num_frames,
+            **asdict(settings),
+            seed=int(torch.randint(2**62, (), generator=global_state)) if seed is None else seed,
+            sample_ids=sample_ids,
+            return_logps=return_logps,
+            negative_condition=None if negative is None else negative.repeat_interleave(num_clips),
+            batch_size=batch_size,
+            rollout_backend=rollout_backend,
+            names=[f"prompt {prompt!r}" for prompt in prompts for _ in range(num_generations)],
+            weights=weights,
+            dtype=dtype,
+        )
+        waveforms = decode_codes(model, rollout.codes) if decode else None
     if seed is None:  # only now: a call that fails leaves the global state as it was
         torch.set_rng_state(global_state.get_state())
-    return Rollout(codes, logps if return_logps else None, waveforms, _sampling_rate(model))
+    return replace(rollout, waveforms=waveforms)
 
 
 def sample_codes(
@@ -217,7 +213,7 @@ def sample_codes(
         snapshot = weights or RolloutWeights.from_model(model, dtype)
     elif negative_condition is not None:  # stock `generate` wants texts of one length
         longest = max(c.attention_mask.shape[1] for c in (condition, negative_condition))
-        condition, negative_condition = _padded(condition, longest), _padded(negative_condition, longest)
+        condition, negative_condition = condition.pad(longest), negative_condition.pad(longest)
     names = names or [f"row {row} of the condition" for row in range(len(condition))]
     if len(names) != len(condition):
         raise ValueError(f"{len(names)} names for {len(condition)} clips")
@@ -384,18 +380,18 @@ def _loop_for(
     """
     num_clips, mode = len(condition), default_mode(weights.device)
     if mode == "eager":
-        return DecodeLoop(weights, _stacked(condition, negative), num_clips, num_frames, settings, mode)
+        return DecodeLoop(weights, condition.cat(negative), num_clips, num_frames, settings, mode)
     key = (negative is not None, num_frames, settings)
     loop = weights.loops.get(key)
     num_tokens = max(text.attention_mask.shape[1] for text in (condition, negative) if text is not None)
     if loop is not None and num_clips <= loop.num_clips < 2 * num_clips and num_tokens <= loop.num_tokens:
         rows = _rows_for(loop, num_clips)
-        texts = _stacked(condition.select(rows), None if negative is None else negative.select(rows))
-        loop.reset(_padded(texts, loop.num_tokens))
+        texts = condition.select(rows).cat(None if negative is None else negative.select(rows))
+        loop.reset(texts.pad(loop.num_tokens))
         return loop
     del loop
     weights.loops.clear()  # two sets of caches would not fit where one just does
-    texts = _padded(_stacked(condition, negative), num_tokens + -num_tokens % _TEXT_BUCKET)
+    texts = condition.cat(negative).pad(num_tokens + -num_tokens % _TEXT_BUCKET)
     weights.loops[key] = DecodeLoop(weights, texts, num_clips, num_frames, settings, mode)
     return weights.loops[key]
 
@@ -461,25 +457,6 @@ def _encode(
         return encode_text(model, processor, prompts), None
     both = encode_text(model, processor, [*prompts, negative_prompt])
     return both.select(slice(0, len(prompts))), both.select(slice(len(prompts), None))
-
-
-def _padded(condition: TextCondition, num_tokens: int) -> TextCondition:
-    missing = num_tokens - condition.attention_mask.shape[1]
-    return TextCondition(
-        nn.functional.pad(condition.hidden_states, (0, 0, 0, missing)),
-        nn.functional.pad(condition.attention_mask, (0, missing)),
-    )
-
-
-def _stacked(condition: TextCondition, other: TextCondition | None) -> TextCondition:
-    if other is None:
-        return condition
-    num_tokens = max(condition.attention_mask.shape[1], other.attention_mask.shape[1])
-    first, second = _padded(condition, num_tokens), _padded(other, num_tokens)
-    return TextCondition(
-        torch.cat([first.hidden_states, second.hidden_states]),
-        torch.cat([first.attention_mask, second.attention_mask]),
-    )
 
 
 def _sampling_rate(model: nn.Module) -> int:

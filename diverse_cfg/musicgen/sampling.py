@@ -47,7 +47,7 @@ class SamplingSettings:
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 1):
             raise ValueError(
                 f"guidance_scale={self.guidance_scale} must be a finite number ≥ 1: 1 samples the prompt "
-                "alone, the paper's γ is 3, and clips without a prompt come from null_condition"
+                "alone, the paper's γ is 3, and clips without a prompt come from a null condition"
             )
         if not (math.isfinite(self.temperature) and (self.temperature == 0 or self.temperature >= 1e-6)):
             raise ValueError(

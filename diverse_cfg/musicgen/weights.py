@@ -108,13 +108,11 @@ class RolloutWeights:
     Args:
         shape: of the decoder.
         tensors: name → fused tensor, as `from_model` collects them.
-        compiled: let `torch.compile` fuse each layer's small operations.
     """
 
-    def __init__(self, shape: DecoderShape, tensors: dict[str, Tensor], compiled: bool = False) -> None:
+    def __init__(self, shape: DecoderShape, tensors: dict[str, Tensor]) -> None:
         self.shape = shape
         self.tensors = tensors
-        self.compiled = compiled
         self.loops: dict[Any, Any] = {}
         """Loops kept by `rollout` for their CUDA graphs, which stay valid as long as these tensors do."""
         self.batch_sizes: dict[Any, int] = {}
@@ -133,7 +131,7 @@ class RolloutWeights:
     # Tensors made in inference mode could not be refreshed outside of it.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def from_model(cls, model: nn.Module, dtype: torch.dtype | None = None, compiled: bool = False) -> Self:
+    def from_model(cls, model: nn.Module, dtype: torch.dtype | None = None) -> Self:
         """Snapshot the decoder of a policy, active LoRA adapters added.
 
         Args:
@@ -141,9 +139,6 @@ class RolloutWeights:
                 one that changes a layer's output is not seen.
             dtype: of the matrices, the model's by default. Norms, residual stream and sampling stay in
                 float32 (or the model's, if wider), so that bfloat16 costs little accuracy.
-            compiled: let `torch.compile` fuse the small operations of a layer: a GPU saves launches, at the
-                cost of a compilation per shape and context bucket. Needs a compiler (triton, or C++ on a
-                CPU).
 
         Raises:
             ValueError: an attention implementation, adapter, or kind of layer whose effect is not known;
@@ -160,7 +155,7 @@ class RolloutWeights:
         tensors = {}
         for name, tensor in _fused(policy, shape):
             # Filled by copy, so that no tensor shares memory with the model.
-            if not compiled and _is_better_packed(name, tensor, narrow, shape.activation):
+            if _is_better_packed(name, tensor, narrow, shape.activation):
                 tensors[name] = _packed(tensor, narrow)
                 continue
             if name.split(".")[-1] in _MATRICES:
@@ -169,7 +164,7 @@ class RolloutWeights:
             else:
                 empty = torch.empty(tensor.shape, dtype=wide, device=device)
             tensors[name] = empty.copy_(tensor)
-        return cls(shape, tensors, compiled)
+        return cls(shape, tensors)
 
     @torch.no_grad()
     def refresh(self, model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import MusicgenForConditionalGeneration
 
 from diverse_cfg.functional.distillation import GuidedTeacher
-from diverse_cfg.musicgen.policy import code_hidden_states, head_weights, null_condition, unwrap
+from diverse_cfg.musicgen.policy import code_hidden_states, head_weights, unwrap
 from diverse_cfg.types import TextCondition
 
 
@@ -50,17 +50,6 @@ def share_encoders(
     return teacher.requires_grad_(False).eval()
 
 
-def stack_conditions(first: TextCondition, second: TextCondition) -> TextCondition:
-    """Rows of both, padded to the longer text; padding is masked and so changes nothing."""
-    length = max(first.hidden_states.shape[1], second.hidden_states.shape[1])
-    hidden, masks = [], []
-    for condition in (first, second):
-        missing = length - condition.hidden_states.shape[1]
-        hidden.append(nn.functional.pad(condition.hidden_states, (0, 0, 0, missing)))
-        masks.append(nn.functional.pad(condition.attention_mask, (0, missing)))
-    return TextCondition(torch.cat(hidden), torch.cat(masks))
-
-
 class Teacher:
     """π_γ,θ0: guided hidden states for the loss, and the policy that samples when clips come from the
     teacher.
@@ -90,7 +79,7 @@ class Teacher:
     def unconditional(self, condition: TextCondition) -> TextCondition:
         """The null or negative prompt, one row for each row of `condition`."""
         if self.negative is None:
-            return null_condition(condition)
+            return condition.null()
         return self.negative.select([0] * len(condition))
 
     @torch.no_grad()
@@ -105,6 +94,6 @@ class Teacher:
             heads = head_weights(policy).detach()
             if self.guidance_scale == 1:
                 return GuidedTeacher(code_hidden_states(policy, codes, condition), None, heads, 1.0)
-            rows = stack_conditions(condition, self.unconditional(condition))
+            rows = condition.cat(self.unconditional(condition))
             cond, uncond = code_hidden_states(policy, codes.repeat(2, 1, 1), rows).chunk(2)
             return GuidedTeacher(cond, uncond, heads, self.guidance_scale)

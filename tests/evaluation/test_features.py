@@ -18,7 +18,7 @@ from diverse_cfg.evaluation.features import (
 )
 from diverse_cfg.evaluation.generations import Player
 from diverse_cfg.evaluation.systems import System, single
-from diverse_cfg.musicgen.policy import code_logits, encode_text, null_condition
+from diverse_cfg.musicgen.policy import code_logits, encode_text
 from tests import oracles
 from tests.evaluation.worlds import CodesEncoder, WaveEncoder, broken_audio, encoder_folder
 from tests.tiny import PROMPTS, save_tiny, tiny_musicgen, tiny_processor
@@ -65,8 +65,7 @@ def slow_divergence(model, teacher, one, student_settings, teacher_scale):
     def logits(policy):
         condition = encode_text(policy, tiny_processor(), one.prompts)
         return [
-            code_logits(policy, one.codes, text).double().numpy()
-            for text in (condition, null_condition(condition))
+            code_logits(policy, one.codes, text).double().numpy() for text in (condition, condition.null())
         ]
 
     ours, theirs = logits(model), logits(teacher)

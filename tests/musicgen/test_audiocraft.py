@@ -14,7 +14,7 @@ from diverse_cfg.musicgen.audiocraft.folders import checkpoint_files, transforme
 from diverse_cfg.musicgen.audiocraft.stored_config import StoredConfig
 from diverse_cfg.musicgen.layout import architecture
 from diverse_cfg.musicgen.loading import load_policy, load_processor
-from diverse_cfg.musicgen.policy import code_logits, encode_text, null_condition
+from diverse_cfg.musicgen.policy import code_logits, encode_text
 from diverse_cfg.musicgen.rollout import decode_codes, fast_generate
 
 DATA = Path(__file__).parent / "data" / "audiocraft"
@@ -37,7 +37,7 @@ def test_logits_are_audiocrafts(frozen):
     condition = encode_text(model, processor, PROMPTS)
     with torch.no_grad():
         conditional = code_logits(model, expected["codes"], condition)
-        null = code_logits(model, expected["codes"], null_condition(condition))
+        null = code_logits(model, expected["codes"], condition.null())
     torch.testing.assert_close(conditional, expected["conditional_logits"], **TOLERANCE)
     torch.testing.assert_close(null, expected["null_logits"], **TOLERANCE)
     guided = guided_logits(conditional, null, 3.0)

@@ -24,7 +24,7 @@ from diverse_cfg.musicgen.audiocraft import (
 )
 from diverse_cfg.musicgen.layout import codebook_delays
 from diverse_cfg.musicgen.loading import load_policy, load_processor
-from diverse_cfg.musicgen.policy import code_logits, encode_text, null_condition
+from diverse_cfg.musicgen.policy import code_logits, encode_text
 from diverse_cfg.musicgen.rollout import decode_codes, fast_generate
 from diverse_cfg.provenance import read_provenance
 from tests.musicgen.audiocraft_world import (
@@ -65,7 +65,7 @@ def check_equal(model, processor, expected, tolerance=1e-5):
     condition = encode_text(model, processor, PROMPTS)
     with torch.no_grad():
         conditional = code_logits(model, expected["codes"], condition)
-        null = code_logits(model, expected["codes"], null_condition(condition))
+        null = code_logits(model, expected["codes"], condition.null())
     close = {"atol": tolerance, "rtol": 0.0}
     torch.testing.assert_close(conditional, expected["conditional_logits"], **close)
     torch.testing.assert_close(null, expected["null_logits"], **close)

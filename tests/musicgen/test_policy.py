@@ -17,7 +17,6 @@ from diverse_cfg.musicgen.policy import (
     freeze_encoders,
     head_weights,
     load_policy,
-    null_condition,
 )
 from diverse_cfg.types import TextCondition
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
@@ -74,7 +73,7 @@ def test_prompts_without_text_are_refused(policy, prompts):
 def test_null_prompt_is_no_cross_attention_exactly(policy, condition):
     """Zeros with an open mask would be another prompt, through the bias of the projection."""
     codes = random_codes(policy)
-    null = code_logits(policy, codes, null_condition(condition))
+    null = code_logits(policy, codes, condition.null())
     assert torch.equal(null, code_logits(policy, codes, None))
     open_mask = TextCondition(
         torch.zeros_like(condition.hidden_states), torch.ones_like(condition.attention_mask)
@@ -139,7 +138,7 @@ def test_teacher_forced_logits_are_the_scores_of_generate(policy, condition, gui
     )
     codes = caught[0] if len(caught) == 1 else torch.stack(caught, 2).flatten(1, 2)
     with torch.no_grad():
-        cond, null = (code_logits(policy, codes, c) for c in (condition, null_condition(condition)))
+        cond, null = (code_logits(policy, codes, c) for c in (condition, condition.null()))
     ours = guided_logits(cond, null, guidance_scale)
     num_clips, num_codebooks, num_frames = codes.shape
     scores = torch.stack(output.scores, 1).view(num_clips, num_codebooks, 12, -1)

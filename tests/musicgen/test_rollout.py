@@ -19,7 +19,6 @@ from diverse_cfg.musicgen.policy import (
     code_logits,
     encode_text,
     load_policy,
-    null_condition,
 )
 from diverse_cfg.musicgen.rollout import RolloutWeights, decode_codes, fast_generate, sample_codes
 from diverse_cfg.prompts import load_prompts
@@ -124,7 +123,7 @@ def test_recorded_log_probs_are_the_teacher_forced_ones(channels, guidance_scale
     )
     with torch.no_grad():
         cond = code_logits(model, rollout.codes, condition)
-        null = code_logits(model, rollout.codes, null_condition(condition))
+        null = code_logits(model, rollout.codes, condition.null())
     expected = log_probabilities(guided_logits(cond, null, guidance_scale) / 0.7, rollout.codes)
     assert (rollout.logps - expected).abs().max() < 1e-5
     assert rollout.waveforms is None
@@ -133,7 +132,7 @@ def test_recorded_log_probs_are_the_teacher_forced_ones(channels, guidance_scale
 def test_null_rows_sample_the_unconditional_model():
     model = policy_of()
     condition = encode_text(model, tiny_processor(), PROMPTS)
-    rollout = sample_codes(model, null_condition(condition), FRAMES, return_logps=True)
+    rollout = sample_codes(model, condition.null(), FRAMES, return_logps=True)
     with torch.no_grad():
         expected = log_probabilities(code_logits(model, rollout.codes, None), rollout.codes)
     assert (rollout.logps - expected).abs().max() < 1e-5
@@ -259,11 +258,12 @@ def test_lora_is_sampled_without_merging(active):
     assert torch.equal(ours, generate(policy_of(), decode=False).codes) is not active
 
 
-def test_a_snapshot_is_refreshed_in_place():
+def test_a_snapshot_is_refreshed_in_place(monkeypatch):
     """A CUDA graph keeps addresses: refreshing must change values, never tensors."""
+    monkeypatch.setattr(weights_module, "_is_better_packed", lambda *_: False)
     model, other = policy_of(), tiny_musicgen(seed=1)
-    weights = RolloutWeights.from_model(model, compiled=True)
-    expected = RolloutWeights.from_model(load_policy(other), compiled=True)
+    weights = RolloutWeights.from_model(model)
+    expected = RolloutWeights.from_model(load_policy(other))
     addresses = [tensor.data_ptr() for tensor in weights.tensors.values()]
     shared = {parameter.data_ptr() for parameter in model.parameters()}
     assert not shared & set(addresses)
@@ -283,7 +283,9 @@ def test_packed_matrices_play_the_same_clips_and_are_refreshed(dtype, smallest, 
     """Catches a matrix packed the wrong way round, one that keeps the weights of an earlier step, an activation left
     out or computed twice, and tensors packed that should not be."""
     model, other = policy_of(), tiny_musicgen(seed=1)
-    plain = RolloutWeights.from_model(model, dtype, compiled=True)  # the eager loop takes them as they are
+    with monkeypatch.context() as patch:  # the eager loop takes them as they are
+        patch.setattr(weights_module, "_is_better_packed", lambda *_: False)
+        plain = RolloutWeights.from_model(model, dtype)
     assert not any(tensor.is_mkldnn for tensor in plain.tensors.values())
     expected = generate(model, weights=plain, decode=False, return_logps=True)
     monkeypatch.setattr(weights_module, "_PACKED_FROM", smallest)
