@@ -14,7 +14,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 OFFLINE = HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick test-lowest lint format hooks build clean
+.PHONY: help setup demo test test-quick test-lowest lint format hooks house build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -68,6 +68,9 @@ format: $(STAMP)  ## let ruff fix and format the tree
 
 hooks: $(STAMP)  ## install the pre-commit hooks (they call the tools of .venv; nothing is downloaded)
 	$(BIN)/pre-commit install
+
+house: $(STAMP)  ## how much there is to read: lines, definitions, the files of one training step
+	$(OFFLINE) $(BIN)/python benchmarks/house.py $(ARGS)
 
 build: $(STAMP)  ## sdist and wheel in dist/
 	$(BIN)/python -m build --no-isolation --outdir dist .
