@@ -128,7 +128,8 @@ def _to_tracker(name: str, state, clips: list[EvaluationClip]) -> None:
 class RewardHackingAlarm(TrainerCallback):
     """Warn at an evaluation when what is optimised and what is wanted part ways.
 
-    Every alarm compares with the first evaluation of the run, so an `eval_on_start` is worth its time:
+    Every alarm compares with the first evaluation of the run on the same set of prompts, so an `eval_on_start`
+    is worth its time:
 
     * reward hacking: the rewarded diversity rose, the distance under the second encoder did not follow;
     * quality: a reward that is not diversity fell below its best by more than two standard errors;
@@ -150,23 +151,26 @@ class RewardHackingAlarm(TrainerCallback):
         self.kl_limit = kl_limit
         self.min_rise = min_rise
         self.follow = follow
-        self.first: dict[str, float] | None = None
-        self.best: dict[str, float] = {}
+        # By evaluation set: the first evaluation, and the best mean of every quality.
+        self.first: dict[str, dict[str, float]] = {}
+        self.best: dict[str, dict[str, float]] = {}
         self.raised: list[tuple[int, str]] = []  # step and message
 
     def on_evaluate(self, args, state, control, metrics: dict[str, Any] | None = None, **kwargs):
         if not state.is_world_process_zero:
             return
         now = {key.removeprefix("eval_"): value for key, value in (metrics or {}).items()}
-        if self.first is None:
-            self.first = now
-        for message in self.check(now, self.first):
+        # Of several evaluation sets transformers puts the name before what it measures itself.
+        name = next((key[: -len("runtime")] for key in now if key.endswith("runtime")), "").rstrip("_")
+        for message in self.check(now, name):
             self.raised.append((state.global_step, message))
-            logger.warning("alarm at step %d: %s", state.global_step, message)
+            where = f" on {name}" if name else ""
+            logger.warning("alarm at step %d%s: %s", state.global_step, where, message)
 
-    def check(self, now: dict[str, float], first: dict[str, float]) -> list[str]:
-        """The alarms that these metrics raise; also remembers the best qualities."""
+    def check(self, now: dict[str, float], name: str = "") -> list[str]:
+        """The alarms that these metrics of an evaluation set raise; also remembers the first and the best."""
         alarms = []
+        first, best = self.first.setdefault(name, now), self.best.setdefault(name, {})
         rise = _relative_rise(now, first, "reward/diversity")
         follows = _relative_rise(now, first, "reward/monitor_diversity")
         if rise is not None and follows is not None and rise > self.min_rise and follows < self.follow * rise:
@@ -174,9 +178,9 @@ class RewardHackingAlarm(TrainerCallback):
                 f"reward hacking: the rewarded diversity rose by {rise:.0%}, under the second encoder by "
                 f"{follows:.0%}; use a guard, another diversity_embedder, or a smaller diversity_coef"
             )
-        falling = [name for name in self.quality if self._fell(now, name)]
+        falling = [name for name in self.quality if _fell(now, best, name)]
         alarms += [
-            f"quality: {name} fell from {self.best[name]:.3f} to {now[f'rewards/{name}/mean']:.3f}, more "
+            f"quality: {name} fell from {best[name]:.3f} to {now[f'rewards/{name}/mean']:.3f}, more "
             "than two standard errors; lower diversity_coef or learning_rate"
             for name in falling
         ]
@@ -194,13 +198,14 @@ class RewardHackingAlarm(TrainerCallback):
             )
         return alarms
 
-    def _fell(self, now: dict[str, float], name: str) -> bool:
-        mean, std = now.get(f"rewards/{name}/mean"), now.get(f"rewards/{name}/std")
-        if mean is None or std is None:
-            return False
-        best = self.best.setdefault(name, mean)
-        self.best[name] = max(best, mean)
-        return mean < best - 2 * std / math.sqrt(max(now.get("clips", 1), 1))
+
+def _fell(now: dict[str, float], best: dict[str, float], name: str) -> bool:
+    mean, std = now.get(f"rewards/{name}/mean"), now.get(f"rewards/{name}/std")
+    if mean is None or std is None:
+        return False
+    before = best.setdefault(name, mean)
+    best[name] = max(before, mean)
+    return mean < before - 2 * std / math.sqrt(max(now.get("clips", 1), 1))
 
 
 def _relative_rise(now: dict[str, float], first: dict[str, float], key: str) -> float | None:

@@ -2,17 +2,20 @@
 
 A source is a Hub dataset id, a local folder, or one file (`.csv`, `.json`, `.jsonl`, `.parquet`, `.txt`, the
 text formats also `.gz`). What comes back always has a `prompt` column of non-empty strings; the other columns
-are kept, because TRL hands them to the reward functions. An AudioCraft manifest (one audio file per line,
+are kept, because the trainer hands them to the reward functions. An AudioCraft manifest (one audio file per line,
 captions in a JSON file beside each audio file) is such a file too.
 """
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import csv
 import gzip
 import io
 import json
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence, ValuesView
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +28,13 @@ _CAPTION_COLUMNS = ("caption", "text", "description")
 _SPLITS = ("train", "validation", "valid", "dev", "test", "eval")
 
 
-def load_prompts(
-    source: str | Path | Dataset | Sequence[str], *, split: str = "train", column: str | None = None
-) -> Dataset:
+def load_prompts(source: Any, *, split: str = "train", column: str | None = None) -> Dataset:
     """Load prompts from wherever they are into a dataset with a `prompt` column.
 
     Args:
-        source: Hub dataset id, folder, file, ready dataset, or a list of strings.
-        split: which split of a Hub dataset, a saved `DatasetDict` or a folder with one file per split.
+        source: Hub dataset id, folder, or file; a `Dataset` or `DatasetDict`; a table (pandas, polars, Arrow);
+            a dict of columns; or a list, tuple, iterator, array or series of strings or of dicts.
+        split: which split of a Hub dataset, a `DatasetDict` or a folder with one file per split.
         column: the column that holds the prompts (e.g. "caption"); None asks for "prompt".
 
     Returns:
@@ -40,15 +42,12 @@ def load_prompts(
 
     Raises:
         FileNotFoundError: the path, or the split's file in the folder, does not exist.
-        ValueError: unknown format, unreadable row, no such column, or an empty prompt (with its row number).
+        ValueError: unknown type or format, a damaged file, an unreadable row, no such column, or an empty
+            prompt (with its row number).
     """
-    from datasets import Dataset
-
-    if isinstance(source, Dataset):
-        return _with_prompt_column(source, column, "the dataset")
     if not isinstance(source, str | Path):
-        texts = [{"prompt": text} for text in source]
-        return _with_prompt_column(_from_rows(texts, "the list"), column, "the list")
+        where = f"the {type(source).__name__}"
+        return _with_prompt_column(_from_object(source, split, where), column, where)
     path = Path(source).expanduser()
     if path.is_dir():
         dataset = _from_folder(path, split, column)
@@ -59,6 +58,74 @@ def load_prompts(
     else:
         dataset = _from_hub(str(source), split)
     return _with_prompt_column(dataset, column, repr(str(source)))
+
+
+def _from_object(source: Any, split: str, where: str) -> Dataset:
+    from datasets import Dataset, IterableDataset
+
+    if isinstance(source, Mapping) and any(
+        isinstance(part, Dataset | IterableDataset) for part in source.values()
+    ):
+        source = _chosen_split(source, split, where)
+    if isinstance(source, Dataset):
+        return source
+    if isinstance(source, IterableDataset):
+        raise ValueError(f"{where} is a stream: pass it to the trainer as it is, or make a list of its rows")
+    to_list = getattr(source, "tolist", None) or getattr(source, "to_list", None)  # arrays and series
+    if to_list is not None:
+        source = to_list()
+    elif hasattr(source, "__arrow_c_stream__"):
+        source = _table_columns(source, where)
+    if isinstance(source, Mapping):
+        return _from_columns(source, where)
+    # A set has another order in every process; other containers hold something else than their prompts.
+    if not isinstance(source, Sequence | Iterator | ValuesView) or isinstance(
+        source, str | bytes | bytearray
+    ):
+        raise ValueError(
+            f"{where} is no source of prompts: pass a file, a dataset, a table, or a list of texts "
+            "(sorted(…) makes one of a set)"
+        )
+    return _from_rows(_as_rows(source, where), where)
+
+
+def _table_columns(table: Any, where: str) -> dict[str, list]:
+    """Columns of a pandas, polars or Arrow table, without pandas' numbering of rows."""
+    import pyarrow
+
+    with _named(where):
+        table = pyarrow.table(table)
+    _check_distinct(table.column_names, where)
+    return {
+        name: values for name, values in table.to_pydict().items() if not name.startswith("__index_level_")
+    }
+
+
+def _check_distinct(columns: Sequence[str], where: str) -> None:
+    for name in columns:
+        if columns.count(name) > 1:
+            raise ValueError(f"{where} has the column {name!r} twice: rename one")
+
+
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Errors of `datasets` and pyarrow as one line that names the source."""
+    import pyarrow
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except (FileNotFoundError, ConnectionError):
+        raise
+    except (DatasetsError, pyarrow.ArrowException, ValueError, OSError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise ValueError(f"{where} cannot be read: {reason}") from error
+
+
+def _chosen_split(splits: Mapping, split: str, where: str) -> Dataset:
+    if split not in splits:
+        raise ValueError(f"{where} has the splits {', '.join(map(str, splits))}, not {split!r}")
+    return splits[split]
 
 
 def _looks_like_path(source: str) -> bool:
@@ -83,7 +150,8 @@ def _from_hub(name: str, split: str) -> Dataset:
     from datasets.exceptions import DatasetNotFoundError
 
     try:
-        dataset = load_dataset(name, split=split)
+        with _named(repr(name)):
+            dataset = load_dataset(name, split=split)
     except (ConnectionError, DatasetNotFoundError) as error:
         raise FileNotFoundError(
             f"{name!r} is neither a local file nor a reachable Hub dataset: {error}"
@@ -93,16 +161,12 @@ def _from_hub(name: str, split: str) -> Dataset:
 
 
 def _from_folder(folder: Path, split: str, column: str | None) -> Dataset:
-    from datasets import Dataset, DatasetDict, load_from_disk
+    from datasets import Dataset, load_from_disk
 
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        saved = load_from_disk(str(folder))
-        if isinstance(saved, Dataset):
-            return saved
-        assert isinstance(saved, DatasetDict)
-        if split not in saved:
-            raise ValueError(f"{folder} has the splits {', '.join(map(str, saved))}, not {split!r}")
-        return saved[split]
+        with _named(str(folder)):
+            saved = load_from_disk(str(folder))
+        return saved if isinstance(saved, Dataset) else _chosen_split(saved, split, str(folder))
     files = sorted(path for path in folder.iterdir() if path.is_file() and _format(path))
     chosen = [path for path in files if path.name.split(".")[0] == split]
     if not chosen and len(files) == 1 and files[0].name.split(".")[0] not in _SPLITS:
@@ -125,12 +189,13 @@ def _from_file(path: Path, column: str | None) -> Dataset:
             f"{path}: unknown prompt format; use one of {', '.join(_FORMATS)} (text formats may be .gz)"
         )
     if ending == ".parquet":
-        dataset = Dataset.from_parquet(str(path))
+        with _named(str(path)):
+            dataset = Dataset.from_parquet(str(path))
         assert isinstance(dataset, Dataset)
         return dataset
     text = _read_text(path)
     if ending == ".txt":
-        rows: list[dict[str, Any]] = [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
+        rows: list[dict[str, Any]] = [{"prompt": line.strip()} for line in _lines(text) if line.strip()]
     elif ending == ".csv":
         rows = _csv_rows(text, path)
     else:
@@ -141,20 +206,45 @@ def _from_file(path: Path, column: str | None) -> Dataset:
 
 
 def _read_text(path: Path) -> str:
+    data = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            data = gzip.decompress(data)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{path} is no complete gzip file ({error}): copy or write it again") from error
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        return data.decode("utf-8-sig")
-    except (UnicodeDecodeError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+        text = data.decode("utf-16" if utf16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
+    if "\0" in text:  # so looks UTF-16 without a byte-order mark
+        raise ValueError(f"{path} is not UTF-8 text, it has NUL characters: save it as UTF-8")
+    return text
+
+
+def _lines(text: str) -> Iterator[str]:
+    """Lines as files have them; `splitlines` also cuts at U+2028, NEL and form feed, which texts contain."""
+    return io.StringIO(text, newline=None)
 
 
 def _csv_rows(text: str, path: Path) -> list[dict[str, Any]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows = []
-    for row in reader:
-        if None in row or None in row.values():
-            raise ValueError(f"{path}, line {reader.line_num}: {_columns(row)} cells do not match the header")
-        rows.append(row)
+    try:
+        header = list(reader.fieldnames or ())
+        _check_distinct(header, str(path))
+        if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
+            raise ValueError(f"{path} has the single column {header[0]!r}: separate columns by commas")
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: {_columns(row)} cells do not match the header"
+                )
+            rows.append(row)
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}, after line {reader.line_num}: {error}; a quote that opens a cell must close it"
+        ) from error
     return rows
 
 
@@ -165,29 +255,39 @@ def _columns(row: dict) -> int:
 
 def _json_rows(text: str, path: Path, *, lines: bool) -> list[dict[str, Any]]:
     if lines:
-        items = [
-            _json(line, f"{path}, line {n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()
-        ]
+        items = [_json(line, f"{path}, line {n}") for n, line in enumerate(_lines(text), 1) if line.strip()]
     else:
         items = _json(text, str(path))
         if not isinstance(items, list):
             raise ValueError(
                 f"{path} must hold a list of prompts or of objects, not a {type(items).__name__}"
             )
+    return _as_rows(items, str(path))
+
+
+def _as_rows(items: Iterable[Any], where: str) -> list[dict[str, Any]]:
     rows = [{"prompt": item} if isinstance(item, str) else item for item in items]
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise ValueError(
-                f"{path}, row {number}: expected a string or an object, found {type(row).__name__}"
+                f"{where}, row {number}: expected a string or an object, found {type(row).__name__}"
             )
     return rows
 
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: JSON that cannot be read ({error})") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that occurs twice, `json` would take the last value."""
+    _check_distinct([name for name, _ in pairs], "an object")
+    return dict(pairs)
 
 
 def _is_audiocraft_manifest(row: dict) -> bool:
@@ -202,6 +302,10 @@ def _audiocraft_rows(rows: list[dict], manifest: Path, column: str | None) -> li
     key = column or "description"
     result = []
     for row in rows:
+        if not isinstance(row.get("path"), str):
+            raise ValueError(
+                f"{manifest}: a row has the path {row.get('path')!r}; it must name an audio file"
+            )
         audio = Path(row["path"])
         beside = audio.with_suffix(".json")
         info = beside if beside.is_file() else manifest.parent / beside
@@ -215,37 +319,51 @@ def _audiocraft_rows(rows: list[dict], manifest: Path, column: str | None) -> li
 
 
 def _from_rows(rows: list[dict[str, Any]], where: str) -> Dataset:
-    from datasets import Dataset
-
     if not rows:
         raise ValueError(f"{where} has no prompts")
     names = dict.fromkeys(name for row in rows for name in row)
+    return _from_columns({name: [row.get(name) for row in rows] for name in names}, where)
+
+
+def _from_columns(columns: Mapping[str, Any], where: str) -> Dataset:
+    from datasets import Dataset
+
+    for name, values in columns.items():
+        if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+            raise ValueError(f"{where}: column {name!r} is a {type(values).__name__}; pass a list of values")
     try:
-        return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
-    except (TypeError, ValueError, OverflowError) as error:  # pyarrow's errors for columns of mixed types
-        raise ValueError(f"{where}: a column mixes types ({error})") from error
+        return Dataset.from_dict({name: list(values) for name, values in columns.items()})
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:  # mostly pyarrow's
+        raise ValueError(f"{where}: a column mixes types or cannot be stored ({error})") from error
+
+
+def check_column(names: Sequence[str], column: str | None, where: str) -> str:
+    """The column that holds the prompts, which must be among `names`; "prompt" by default."""
+    wanted = column or "prompt"
+    if wanted not in names:
+        candidates = [name for name in _CAPTION_COLUMNS if name in names]
+        remedy = f"; choose one with column={(candidates or names or ['…'])[0]!r}, or rename it"
+        raise ValueError(
+            f"{where} has no column {wanted!r}, only {', '.join(map(repr, names)) or 'none'}{remedy}"
+        )
+    return wanted
 
 
 def _with_prompt_column(dataset: Dataset, column: str | None, where: str) -> Dataset:
     names = dataset.column_names
-    wanted = column or "prompt"
-    if wanted not in names:
-        candidates = [name for name in _CAPTION_COLUMNS if name in names]
-        remedy = f"; choose one with column={(candidates or names or ['…'])[0]!r}"
-        raise ValueError(
-            f"{where} has no column {wanted!r}, only {', '.join(map(repr, names)) or 'none'}{remedy}"
-        )
+    wanted = check_column(names, column, where)
     if wanted != "prompt":
         dataset = dataset.remove_columns("prompt") if "prompt" in names else dataset
         dataset = dataset.rename_column(wanted, "prompt")
     if len(dataset) == 0:
         raise ValueError(f"{where} has no prompts")
-    _check_prompts(dataset["prompt"], where)
+    check_prompts(dataset["prompt"], where)
     return dataset
 
 
-def _check_prompts(prompts: Iterable[Any], where: str) -> None:
-    for number, prompt in enumerate(prompts, 1):
+def check_prompts(prompts: Iterable[Any], where: str, first: int = 1) -> None:
+    """Raise `ValueError` for a prompt that is blank or no text; rows count from `first`."""
+    for number, prompt in enumerate(prompts, first):
         if not isinstance(prompt, str):
             raise ValueError(f"{where}, row {number}: a prompt is a string, found {type(prompt).__name__}")
         if not prompt.strip():

@@ -2,15 +2,15 @@
 
     reward(prompts=…, completions=…, num_generations=…, sampling_rate=…, codes=…, waveforms=…, **columns)
 
-returns one number (or None: does not apply) per clip. `completions` holds one waveform per clip, or one grid
-of codes when nothing asked for audio. The rows of a prompt are adjacent and complete. A function that
-declares `reads = "codes"` spares the decoding when no other wants audio.
+returns one number (or None: does not apply) per clip. `columns` are those of the dataset; a name that is taken
+keeps its meaning. `completions` holds one waveform per clip, or one grid of codes when nothing asked for audio.
+The rows of a prompt are adjacent and complete. A function that declares `reads = "codes"` spares the decoding
+when no other wants audio.
 """
 
 import functools
 import inspect
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -239,27 +239,51 @@ def is_async(reward_func: Callable) -> bool:
 
 
 def checked(reward_func: Callable, name: str, prompts: list[str], context: dict[str, Any]) -> Callable:
-    """Wrap a reward function: hand it the audio `context`, and refuse non-finite rewards by name.
+    """Wrap a reward function: hand it the `context` (audio, columns), and refuse unusable rewards by name.
 
     TRL turns None into NaN and drops NaN from the sum, so a broken reward would silently train something
     else.
     """
+    pairwise = is_pairwise(reward_func)
 
     def verified(rewards: Any) -> list[float | None]:
-        rewards = rewards.tolist() if isinstance(rewards, Tensor) else list(rewards)
-        for index, reward in enumerate(rewards):
-            if reward is not None and not math.isfinite(reward):
-                prompt = prompts[index] if index < len(prompts) else "?"
+        found = rewards.tolist() if hasattr(rewards, "tolist") else rewards
+        if not isinstance(found, Iterable) or isinstance(found, str | bytes | Mapping):
+            raise ValueError(
+                f"reward function {name!r} returned {_short(rewards)} for {len(prompts)} clips, the first of prompt "
+                f"{prompts[0]!r}; return a list with one number per clip"
+            )
+        found = list(found)
+        if len(found) != len(prompts):
+            raise ValueError(
+                f"reward function {name!r} returned {len(found)} rewards for {len(prompts)} clips, the first of "
+                f"prompt {prompts[0]!r}; return one number per clip"
+            )
+        for index, (reward, prompt) in enumerate(zip(found, prompts, strict=True)):
+            if (reward is None and pairwise) or not (reward is None or _is_finite(reward)):
+                remedy = "" if pairwise else "return None if it does not apply, or "
                 raise ValueError(
-                    f"reward function {name!r} returned {reward} for clip {index} (prompt {prompt!r}); "
-                    "return None if it does not apply, or fix the function"
+                    f"reward function {name!r} returned {_short(reward)} for clip {index} (prompt {prompt!r}); "
+                    f"{remedy}fix the function"
                 )
-        return rewards
+        return [None if reward is None else float(reward) for reward in found]
 
     async def call_async(**kwargs):
-        return verified(await reward_func(**kwargs, **context))
+        return verified(await reward_func(**{**context, **kwargs}))
 
     def call(**kwargs):
-        return verified(reward_func(**kwargs, **context))
+        return verified(reward_func(**{**context, **kwargs}))
 
     return call_async if is_async(reward_func) else call
+
+
+def _is_finite(reward: Any) -> bool:
+    """Whether it is a number that float32 can hold."""
+    try:
+        return not isinstance(reward, str | bytes) and abs(float(reward)) <= torch.finfo(torch.float32).max
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # no number, a tensor of several, a huge one
+        return False
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:60]

@@ -115,6 +115,18 @@ def test_teacher_hacking_needs_both_signs():
     assert [message.split(":")[0] for message in raised] == ["quality", "teacher hacking"]
 
 
+def test_every_evaluation_set_is_compared_with_itself(caplog):
+    """Fault: with a dict of sets, the harder one raises an alarm at the first evaluation."""
+    callback = RewardHackingAlarm(["adherence"])
+    hard = BASE | {"eval_kl/clip": 90.0, "eval_rewards/adherence/mean": 0.3}
+    for step in range(2):
+        later = {"eval_kl/clip": 95.0} if step else {}
+        callback.on_evaluate(None, STATE, None, metrics=BASE | {"eval_easy_runtime": 1.0})
+        callback.on_evaluate(None, STATE, None, metrics=hard | {"eval_hard_runtime": 1.0} | later)
+    assert [message.split(":")[0] for _, message in callback.raised] == ["KL budget"]
+    assert f"alarm at step {STATE.global_step} on hard: KL budget: 95.0" in caplog.text
+
+
 def test_metrics_that_are_missing_raise_nothing():
     """Fault: a run without second encoder or quality reward crashes at its first evaluation."""
     callback = RewardHackingAlarm([])

@@ -4,6 +4,9 @@ import csv
 import gzip
 import json
 
+import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict
 
@@ -65,9 +68,81 @@ def test_text_is_one_prompt_a_line(tmp_path):
     assert list(load_prompts(tmp_path / "p.txt")["prompt"]) == PROMPTS
 
 
-def test_lists_and_datasets_pass_through():
-    assert list(load_prompts(PROMPTS)["prompt"]) == PROMPTS
-    assert list(load_prompts(Dataset.from_dict({"prompt": PROMPTS}))["prompt"]) == PROMPTS
+ODD = "a\u2028calm\u2029slow\x85piano\x0csong\x0b\x1cin d"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.jsonl", json.dumps({"prompt": ODD}, ensure_ascii=False) + '\r\n"second"\n'),
+        ("p.txt", f"{ODD}\r\nsecond\n"),
+        ("p.txt", f"{ODD}\rsecond"),
+        ("p.csv", f"prompt\n{ODD}\r\nsecond\n"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_only_ends_of_lines_end_a_line(tmp_path, name, content, encoding):
+    """Fault: `splitlines` cuts a prompt at characters that texts contain."""
+    (tmp_path / name).write_bytes(content.encode(encoding))
+    assert list(load_prompts(tmp_path / name)["prompt"]) == [ODD, "second"]
+
+
+FRAME = pd.DataFrame({"prompt": PROMPTS, "key": KEYS}, index=[7, 8, 9])
+SET = Dataset.from_dict({"prompt": PROMPTS, "key": KEYS})
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        SET,
+        DatasetDict(test=SET.select([0]), train=SET),
+        FRAME,
+        pa.table({"prompt": PROMPTS, "key": KEYS}),
+        {"prompt": np.array(PROMPTS), "key": tuple(KEYS)},
+        SET.to_list(),
+    ],
+    ids=lambda source: type(source).__name__,
+)
+def test_tables_keep_their_rows_and_columns(source):
+    """Fault: a DataFrame's or a dict's column names are trained on as prompts."""
+    assert load_prompts(source).to_list() == SET.to_list()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [PROMPTS, tuple(PROMPTS), iter(PROMPTS), np.array(PROMPTS), FRAME["prompt"], SET["prompt"]],
+    ids=lambda source: type(source).__name__,
+)
+def test_plain_texts_of_every_container(source):
+    assert load_prompts(source).to_list() == [{"prompt": prompt} for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (set(PROMPTS), "the set is no source of prompts"),
+        (b"a song", "the bytes is no source of prompts"),
+        (3, "the int is no source of prompts"),
+        (SET.to_iterable_dataset(), "is a stream: pass it to the trainer"),
+        (DatasetDict(test=SET), "the DatasetDict has the splits test, not 'train'"),
+        (
+            FRAME.rename(columns={"prompt": "caption"}),
+            "only 'caption', 'key'; choose one with column='caption'",
+        ),
+        (pd.DataFrame({"prompt": ["a", float("nan")]}), "row 2: a prompt is a string, found NoneType"),
+        (pd.DataFrame([["a", "b"]], columns=["prompt", "prompt"]), "the DataFrame cannot be read: Duplicate"),
+        (pa.table([["a"], ["b"]], names=["prompt", "prompt"]), "has the column 'prompt' twice"),
+        ({"prompt": "a song"}, "column 'prompt' is a str; pass a list"),
+        ({"prompt": ["a"], "key": []}, "the dict: a column .* expected length 1"),
+        (np.array([PROMPTS]), "row 1: expected a string or an object, found list"),
+        ([b"a song"], "row 1: expected a string or an object, found bytes"),
+        ([{"prompt": float("nan")}], "row 1: a prompt is a string, found float"),
+        (["\ud800"], "the list: a column .* surrogates"),
+    ],
+)
+def test_objects_that_hold_no_prompts_are_refused(source, message):
+    with pytest.raises(ValueError, match=message):
+        load_prompts(source)
 
 
 @pytest.mark.parametrize("column", ["caption", "text", "description"])
@@ -156,7 +231,27 @@ def test_an_audiocraft_manifest_reads_the_captions_beside_the_audio(tmp_path, ab
         ("p.csv", b"prompt\n", "has no prompts"),
         ("p.txt", b"\n", "has no prompts"),
         ("p.txt", b"\xff\xfe\x00", "not UTF-8"),
-        ("p.txt.gz", b"plain", "not UTF-8 text"),
+        ("p.txt", "a calm song".encode("utf-16-le"), "NUL characters: save it as UTF-8"),
+        ("p.csv", "prompt\na".encode("utf-16-be"), "NUL characters: save it as UTF-8"),
+        ("p.txt.gz", b"plain", "no complete gzip file"),
+        ("p.txt.gz", gzip.compress(b"a song\n" * 99)[:-9], "no complete gzip file"),
+        ("p.csv", b"prompt\n" + b"a" * 200_000, "after line 1: field larger than field limit"),
+        ("p.csv", b'prompt,key\na,C\n"b,D\nc,E\n', "after line 2: unexpected end of data; a quote"),
+        ("p.csv", b'prompt,key\na,C\n"b,D\nc","E\nd,F\n', "after line 2: .*; a quote"),
+        ("p.csv", b"prompt;key\na, slow;C\n", "single column 'prompt;key': separate columns by commas"),
+        ("p.csv", b"prompt\tkey\na\tC\n", "single column .*: separate columns by commas"),
+        ("p.csv", b"prompt,prompt\na,b\n", "column 'prompt' twice"),
+        ("p.jsonl", b'"x"\n{"prompt": "a", "prompt": "b"}\n', "line 2: JSON .*'prompt' twice"),
+        ("p.json", b"[" * 100_000, "JSON that cannot be read .*recursion"),
+        (
+            "p.jsonl",
+            b'{"prompt": "a", "x": ' + b"[" * 900 + b"]" * 900 + b"}",
+            "cannot be stored .*recursion",
+        ),
+        ("p.json", b'[{"prompt": ' + b"9" * 5000 + b"}]", "JSON that cannot be read .*digits"),
+        ("p.jsonl", b'{"prompt": NaN}', "row 1: a prompt is a string, found float"),
+        ("p.jsonl", b'{"path": 3, "duration": 1, "sample_rate": 2}', "path 3; it must name an audio file"),
+        ("p.parquet", b"PAR1", "cannot be read: Parquet file size"),
         ("p.wav", b"RIFF", "unknown prompt format; use one of"),
     ],
 )

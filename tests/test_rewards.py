@@ -1,6 +1,7 @@
 """Reward functions on clips whose reward is known by construction."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -177,6 +178,40 @@ def test_checked_passes_none_and_names_the_rest():
     with pytest.raises(ValueError, match=r"'mine' returned nan for clip 2 \(prompt 'c'\)"):
         call()
     assert checked(lambda **_: [None, 1.0], "mine", ["a", "b"], {})() == [None, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (None, r"'mine' returned None for 2 clips, the first of prompt 'a'; return a list"),
+        (0.5, "returned 0.5 for 2 clips"),
+        ("ab", "returned 'ab' for 2 clips"),
+        ({"a": 1.0, "b": 2.0}, "for 2 clips, the first of prompt 'a'; return a list"),
+        ([1.0], "returned 1 rewards for 2 clips, the first of prompt 'a'"),
+        (torch.zeros(3), "returned 3 rewards for 2 clips"),
+        (torch.zeros(2, 1), r"returned \[0.0\] for clip 0 \(prompt 'a'\)"),
+        ([1.0, "0.5"], r"returned '0.5' for clip 1 \(prompt 'b'\)"),
+        ([1.0, 1e39], r"returned 1e\+39 for clip 1 \(prompt 'b'\)"),
+        ([1.0, torch.tensor([1.0, 2.0])], "for clip 1"),
+    ],
+)
+def test_what_is_no_number_per_clip_is_refused(returned, message):
+    """Fault: a traceback of TRL's, or weights of NaN: 1e39 is finite, but not in float32."""
+    with pytest.raises(ValueError, match=message):
+        checked(lambda **_: returned, "mine", ["a", "b"], {})()
+
+
+def test_every_kind_of_number_is_taken():
+    for returned in (np.array([1, 2]), [np.float32(1), torch.tensor(2)], (True, Fraction(2)), iter([1, 2])):
+        assert checked(lambda **_: returned, "mine", ["a", "b"], {})() == [1.0, 2.0]  # noqa: B023
+
+
+def test_the_diversity_of_a_clip_always_applies():
+    """Fault: one None among the rewards of a group makes NaN of the whole group's advantages."""
+    reward = DiversityReward(Directions(0, 90, 180))
+    reward.__class__ = type("Sometimes", (DiversityReward,), {"__call__": lambda self, **_: [None, 1.0, 1.0]})
+    with pytest.raises(ValueError, match=r"'diversity' returned None for clip 0 \(prompt 'a'\); fix"):
+        checked(reward, "diversity", ["a"] * 3, {})()
 
 
 def guarded(names, rewards, **settings):

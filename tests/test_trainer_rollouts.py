@@ -51,6 +51,27 @@ def test_clips_follow_the_student_and_not_the_teacher(tmp_path, peft_config):
     assert trainer._fused_weights[False] is kept[False] and trainer._fused_weights[True] is kept[True]
 
 
+@pytest.mark.parametrize("is_teacher", [False, True])
+def test_clips_are_sampled_at_the_temperature_of_the_loss(tmp_path, is_teacher):
+    """Fault: a policy gradient and divergences at one temperature, on clips of another."""
+    trainer = tiny_trainer(tmp_path, temperature=0.5)
+    assert trainer._loss_settings.temperature == 0.5
+    guidance = {"guidance_scale": 3.0} if is_teacher else {}
+    found = play(trainer, is_teacher)
+    assert torch.equal(found, fresh(trainer, temperature=0.5, **guidance))
+    assert not torch.equal(found, fresh(trainer, temperature=1.0, **guidance))
+
+
+def test_the_teachers_clips_avoid_the_negative_prompt(tmp_path):
+    """Fault: the teacher that samples is another than the one that is distilled."""
+    negative = "sad cello song in the key of g minor"
+    trainer = tiny_trainer(tmp_path, negative_prompt=negative)
+    avoided = encode_text(unwrap(trainer.model), tiny_processor(), [negative] * len(PROMPTS))
+    found = play(trainer, is_teacher=True)
+    assert torch.equal(found, fresh(trainer, guidance_scale=3.0, negative_condition=avoided))
+    assert not torch.equal(found, fresh(trainer, guidance_scale=3.0))
+
+
 def test_an_update_does_not_reach_into_a_running_rollout(tmp_path, monkeypatch):
     """Fault: the fused copy shares a tensor with the student, whose optimizer writes in place."""
     trainer = tiny_trainer(tmp_path)

@@ -137,12 +137,15 @@ _COLUMNS = {"session_test_id", "trial_id", "stimuli_rating", "stimuli", "rating_
 
 
 def _rows(reader: csv.DictReader, path: Path) -> Iterator[dict[str, str]]:
-    missing = _COLUMNS - set(reader.fieldnames or ())
-    if missing:
-        raise ValueError(
-            f"{path} lacks the columns {', '.join(sorted(missing))}: it is no lms.csv of webMUSHRA"
-        )
-    yield from reader
+    try:
+        missing = _COLUMNS - set(reader.fieldnames or ())
+        if missing:
+            raise ValueError(
+                f"{path} lacks the columns {', '.join(sorted(missing))}: it is no lms.csv of webMUSHRA"
+            )
+        yield from reader
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): copy lms.csv from webMUSHRA again") from error
 
 
 def _page(trial: Trial, folder: Path, output: Path, audio: Path) -> dict[str, Any]:

@@ -98,6 +98,7 @@ def generate_files(
     require_64_bits("seed", seed)
     check_request(
         model,
+        processor,
         prompts,
         num_frames,
         settings,

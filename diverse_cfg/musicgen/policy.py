@@ -52,6 +52,9 @@ of these names; "all-linear" would also adapt the frozen text encoder and the he
 
 _TEXT_BATCH = 256
 
+_T5_TOKENS = 512
+"""What T5 was trained on: the limit of a tokenizer that has none of its own, which says so by a huge number."""
+
 _PEFT_LAYERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 _ADAPTED_FORWARDS = (
@@ -104,9 +107,9 @@ def encode_text(model: nn.Module, tokenizer: Any, prompts: Sequence[str]) -> Tex
         Condition with P rows, on the model's device.
 
     Raises:
-        ValueError: no prompts, or one that is blank or no text.
+        ValueError: no prompts, or one that is blank, no text, or longer than the text encoder was trained on.
     """
-    require_prompts(prompts)
+    require_prompts(prompts, tokenizer)
     policy = unwrap(model)
     distinct = list(dict.fromkeys(prompts))
     tokens = getattr(tokenizer, "tokenizer", tokenizer)(distinct, padding=True, return_tensors="pt").to(
@@ -125,8 +128,11 @@ def encode_text(model: nn.Module, tokenizer: Any, prompts: Sequence[str]) -> Tex
     )
 
 
-def require_prompts(prompts: Sequence[str]) -> None:
-    """Raise unless there are prompts and each has text."""
+def require_prompts(prompts: Sequence[str], tokenizer: Any, where: str = "") -> None:
+    """Raise unless there are prompts, each has text, and none is longer than the text encoder was trained on.
+
+    T5 would take a longer one, in memory that grows with the square of its length: 2.7 GB for 40,000 letters.
+    """
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts must be a non-empty list of texts, got {prompts!r}")
     for index, prompt in enumerate(prompts):
@@ -134,6 +140,15 @@ def require_prompts(prompts: Sequence[str]) -> None:
             raise ValueError(
                 f"prompt {index} is {prompt!r}: every prompt needs text (for clips without a prompt, pass "
                 "condition.null() to sample_codes)"
+            )
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    limit = tokenizer.model_max_length if tokenizer.model_max_length < 10**6 else _T5_TOKENS
+    distinct = list(dict.fromkeys(prompts))
+    for prompt, ids in zip(distinct, tokenizer(distinct, truncation=False)["input_ids"], strict=True):
+        if len(ids) > limit:
+            raise ValueError(
+                f"{where}prompt {prompts.index(prompt)} has {len(ids)} tokens, the text encoder takes {limit}: "
+                f"shorten it ({prompt[:60]!r}…)"
             )
 
 

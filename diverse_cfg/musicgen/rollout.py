@@ -103,6 +103,7 @@ def fast_generate(
     settings = SamplingSettings(guidance_scale, temperature, top_k, top_p, min_p)
     check_request(
         model,
+        processor,
         prompts,
         num_frames,
         settings,
@@ -276,6 +277,7 @@ def decode_codes(model: nn.Module, codes: Tensor, *, batch_size: int | None = No
 
 def check_request(
     model: nn.Module,
+    processor: Any,
     prompts: Sequence[str],
     num_frames: int,
     settings: SamplingSettings,
@@ -287,7 +289,7 @@ def check_request(
     dtype: torch.dtype | None = None,
 ) -> None:
     """Raise what `fast_generate` would raise for these arguments, before anything is computed or written."""
-    require_prompts(prompts)
+    require_prompts(prompts, processor)
     _check_length(model, num_frames)
     _check_counts(num_generations=num_generations, batch_size=batch_size)
     check_backend(rollout_backend)
@@ -295,7 +297,7 @@ def check_request(
     if rollout_backend == "transformers" and dtype not in (None, own):
         raise ValueError(f"dtype={dtype} needs rollout_backend='fast': stock generate computes in {own}")
     if negative_prompt is not None:
-        require_prompts([negative_prompt])
+        require_prompts([negative_prompt], processor)
         if not settings.guided:
             raise ValueError(
                 f"negative_prompt={negative_prompt!r} needs guidance: set guidance_scale above 1"

@@ -20,6 +20,7 @@ from diverse_cfg.functional.diversity import diversity_reward
 from diverse_cfg.musicgen.policy import encode_text, unwrap
 from diverse_cfg.musicgen.rollout import RolloutWeights, decode_codes, sample_codes
 from diverse_cfg.rewards import embed_clips, is_pairwise, reads_waveforms
+from diverse_cfg.trainer.data import columns
 from diverse_cfg.trainer.estimate import Sampling
 from diverse_cfg.trainer.guarding import CALIBRATION_PROMPTS, CrossGuards
 from diverse_cfg.trainer.sharding import whole_weights
@@ -244,7 +245,8 @@ class Rollouts(RLOOTrainer):
         if not guards.calibrated:
             return
         rows = zip(range(CALIBRATION_PROMPTS), self.train_dataset, strict=False)
-        prompts = [row["prompt"] for _, row in rows for _ in range(self.num_generations)]
+        clips = [row for _, row in rows for _ in range(self.num_generations)]
+        prompts = [row["prompt"] for row in clips]
         policy = unwrap(self.model)
         condition = encode_text(policy, self._tokenizer, prompts)
         ids = torch.arange(len(prompts), device=condition.hidden_states.device)
@@ -256,7 +258,7 @@ class Rollouts(RLOOTrainer):
                 self._cross_guards.measure_distances(function, inputs, self.num_generations, rate)
         if guards.gate is not None:
             codes = self._sample(condition, ids, self.args.seed, True)
-            context = {
+            context = columns(clips) | {
                 "num_generations": self.num_generations,
                 "sampling_rate": rate,
                 "codes": codes,

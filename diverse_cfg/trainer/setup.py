@@ -1,23 +1,21 @@
-"""Before the first step: the policy, its configuration, the data and the rewards, each checked where it
-enters.
+"""Before the first step: the policy, its configuration and the rewards, each checked where it enters.
 
 MusicGen looks to TRL and transformers like a text model with a strange configuration. `TrainerFacingConfig`
 and `TokenIds` keep their text habits off it, without changing what is saved.
 """
 
 import copy
+import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 from transformers import (
     MusicgenConfig,
     MusicgenForConditionalGeneration,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from diverse_cfg.assets import nano_path
@@ -36,14 +34,13 @@ from diverse_cfg.musicgen.policy import (
     unwrap,
     zero_dropout,
 )
-from diverse_cfg.prompts import load_prompts
 from diverse_cfg.provenance import read_provenance
 from diverse_cfg.rewards import DiversityReward, is_pairwise
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_CLAP = "laion/larger_clap_music"
 LONGEST_DEFAULT_CLIP = 10.0
-# A tokenizer without a limit says so with a huge number.
-_NO_LIMIT = 10**6
 
 
 class TrainerFacingConfig(MusicgenConfig):
@@ -225,59 +222,12 @@ def check_codebooks(policy: MusicgenForConditionalGeneration, diversity_codebook
         )
 
 
-def prompt_dataset(data: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> Any:
-    """A dataset with a checked `prompt` column, from a dataset, a list of texts, a file or a Hub id.
-
-    Raises:
-        ValueError: no rows, no prompts, or a prompt that is longer than the text encoder takes.
-    """
-    if data is None or isinstance(data, IterableDataset):
-        return data
-    if isinstance(data, dict):  # several evaluation sets
-        return {key: prompt_dataset(value, tokenizer, f"{name}[{key!r}]") for key, value in data.items()}
-    if isinstance(data, Sequence) and not isinstance(data, str) and data and isinstance(data[0], dict):
-        data = Dataset.from_list(list(data))
-    dataset = load_prompts(data)
-    if len(dataset) == 0:
-        raise ValueError(f"{name} is empty: it holds no prompt")
-    limit = tokenizer.model_max_length
-    if limit < _NO_LIMIT:
-        lengths = [len(ids) for ids in tokenizer(list(dataset["prompt"]), truncation=False)["input_ids"]]
-        longest = max(range(len(lengths)), key=lengths.__getitem__)
-        if lengths[longest] > limit:
-            raise ValueError(
-                f"{name}: prompt {longest} has {lengths[longest]} tokens, the text encoder takes {limit}: "
-                f"shorten it ({dataset[longest]['prompt'][:60]!r}…)"
-            )
-    return dataset
-
-
-def train_prompts(data: Any, tokenizer: PreTrainedTokenizerBase, args: CFGDiversityConfig) -> Any:
-    """The training prompts, enough of them to fill a generation batch.
-
-    Raises:
-        ValueError: none, or fewer than one rollout needs: TRL would drop them all and train nothing.
-    """
-    if data is None:
-        raise ValueError("train_dataset is required: a dataset, a file, or a list of prompts")
-    dataset = prompt_dataset(data, tokenizer, "train_dataset")
-    needed = args.generation_batch_size // args.num_generations
-    if not isinstance(dataset, IterableDataset) and len(dataset) < needed:
-        raise ValueError(
-            f"train_dataset has {len(dataset)} prompts, but one rollout takes {needed} "
-            "(generation_batch_size "
-            f"{args.generation_batch_size} / num_generations {args.num_generations}): add prompts or lower "
-            "the batch"
-        )
-    return dataset
-
-
 def check_reward_funcs(reward_funcs: Any, args: CFGDiversityConfig, base_model: str | None) -> list[Callable]:
     """The reward functions as a list, the default one if there is none.
 
     Raises:
-        ValueError: text reward models, an own weight for the diversity reward, or diversity without its
-            reward.
+        ValueError: text reward models, an own weight for the diversity reward, diversity without its reward,
+            or a pairwise reward that is not built like it.
     """
     if reward_funcs is None:
         reward_funcs = [default_reward(args, base_model)] if args.diversity_coef > 0 else []
@@ -303,6 +253,24 @@ def check_reward_funcs(reward_funcs: Any, args: CFGDiversityConfig, base_model: 
             raise ValueError(
                 f"the diversity reward has reward_weights={weight}: its weight is diversity_coef, keep 1 here"
             )
+    names = [getattr(reward_func, "__name__", type(reward_func).__name__) for reward_func in reward_funcs]
+    for reward_func, name, is_diversity in zip(reward_funcs, names, pairwise, strict=True):
+        embedder = getattr(reward_func, "embedder", None)
+        whole = hasattr(embedder, "embed") and getattr(embedder, "reads", None) in ("codes", "waveforms")
+        if is_diversity and not (
+            whole and hasattr(reward_func, "embeddings") and hasattr(reward_func, "distances")
+        ):
+            raise ValueError(
+                f"reward function {name!r} is pairwise, and so needs an embedder (with embed, reads and "
+                "sampling_rate) and the attributes embeddings and distances: derive it from DiversityReward, or "
+                "leave pairwise off"
+            )
+    if names and args.rollout_source == "teacher":
+        logger.warning(
+            "rollout_source='teacher': no clip is the student's own, so the rewards of %s are logged and train "
+            "nothing; use 'student' or 'mix' to train on them",
+            ", ".join(names),
+        )
     return list(reward_funcs)
 
 

@@ -30,7 +30,7 @@ from diverse_cfg.musicgen.audiocraft import from_audiocraft, is_live_audiocraft
 from diverse_cfg.musicgen.policy import delays, encode_text, load_policy, load_processor, unwrap
 from diverse_cfg.musicgen.rollout import RolloutWeights
 from diverse_cfg.rewards import checked, is_pairwise
-from diverse_cfg.trainer import setup
+from diverse_cfg.trainer import data, setup
 from diverse_cfg.trainer.advantages import Advantages, PrefixBaseline
 from diverse_cfg.trainer.checkpointing import Checkpointing
 from diverse_cfg.trainer.estimate import Sampling, seconds
@@ -62,8 +62,8 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
         reward_funcs: callables with TRL's reward interface (see `diverse_cfg.rewards`), sync or async. None
             takes `DiversityReward` with the shipped encoder (nano base) or CLAP.
         args: a `CFGDiversityConfig`.
-        train_dataset: prompts: a dataset with a `prompt` column (a streaming one needs TRL 1.9), a list of
-            texts, a file, or a Hub id.
+        train_dataset: prompts: whatever `load_prompts` takes, with a `prompt` column, or a streaming dataset
+            (which needs TRL 1.9).
         eval_dataset: the same, or a dict of them.
         processing_class: the model's `MusicgenProcessor` or its tokenizer; needed when `model` is a live
             model that does not remember its folder.
@@ -124,8 +124,8 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
             model=policy,
             reward_funcs=reward_funcs,
             args=args,
-            train_dataset=setup.train_prompts(train_dataset, tokenizer, args),
-            eval_dataset=setup.prompt_dataset(eval_dataset, tokenizer, "eval_dataset"),
+            train_dataset=data.train_prompts(train_dataset, tokenizer, args, reward_funcs),
+            eval_dataset=data.prompt_dataset(eval_dataset, tokenizer, "eval_dataset", reward_funcs),
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -182,6 +182,7 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
         self._fused_weights: dict[bool, RolloutWeights] = {}
         self._rollout: Rollout | None = None
         self._pending: dict[str, Any] = {}
+        self._rows: list[dict[str, Any]] = []
         self._evaluation_batch = 0
         self._generation_seconds = 0.0
         self._prepare_callbacks()
@@ -204,6 +205,20 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
         """Every clip is trained on before the policy that sampled it changes."""
         return self.args.gradient_accumulation_steps % self._block_length == 0
 
+    def train(self, *args, **kwargs):
+        """As `Trainer.train`, but a run that makes no step is no success.
+
+        Raises:
+            ValueError: the training prompts ended before the first step.
+        """
+        output = super().train(*args, **kwargs)
+        if self.state.global_step == 0 and self.state.max_steps > 0:
+            raise ValueError(
+                "no step was made: train_dataset gave no prompts when training began; a stream must start anew "
+                "whenever it is read"
+            )
+        return output
+
     # ---- rewards -----------------------------------------------------------------------------------------
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
@@ -213,7 +228,7 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
         assert rollout is not None
         num_generations = self.num_generations if mode == "train" else self.num_generations_eval
         waveforms = self._waveforms(mode)
-        context = {
+        context = data.columns(self._rows) | {
             "num_generations": num_generations,
             "sampling_rate": rollout.sampling_rate,
             "codes": rollout.codes,
@@ -246,8 +261,10 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
     def _generate_and_score_completions(self, inputs):
         """TRL's batch, plus what it has no room for: the text condition, and one advantage per code."""
         started = time.perf_counter()
+        self._rows = inputs
+        # TRL takes some columns for its own, such as pictures: it sees none.
         with self._without_tokenizer(_NoText()):
-            output = super()._generate_and_score_completions(inputs)
+            output = super()._generate_and_score_completions([{"prompt": row["prompt"]} for row in inputs])
         mode = "train" if self.model.training else "eval"
         pending, rollout = self._pending, self._rollout
         assert rollout is not None
@@ -264,15 +281,25 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
             )
             metrics |= more
         self._log_means(mode, metrics)
+        if self.log_completions:
+            self._log_advantages(advantages)
         output["advantages"] = advantages.flatten(1)
         output["condition_hidden"] = pending["condition"].hidden_states
         output["condition_mask"] = pending["condition"].attention_mask
         if "old_logps" in pending:
             output["old_per_token_logps"] = pending["old_logps"]
-        self._rollout, self._pending = None, {}
+        self._rollout, self._pending, self._rows = None, {}, []
         if mode == "train":
             self._generation_seconds = time.perf_counter() - started
         return output
+
+    def _log_advantages(self, advantages: Tensor) -> None:
+        """Each clip's mean advantage [N, K, T] in the table of completions, in the place of TRL's own."""
+        means = self.accelerator.gather(advantages.mean(dim=(1, 2))).tolist()
+        logged = self._logs["advantages"]
+        kept = list(logged)[: -len(means)]
+        logged.clear()
+        logged.extend(kept + means)
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **_

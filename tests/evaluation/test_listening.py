@@ -520,5 +520,10 @@ def test_ratings_that_cannot_be_used(study, tmp_path, rows, message):
             import_ratings(study, path)
     assert Votes(study).all() == []
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    for damage in (b"\xff", b"x" * 200_000):
+        damaged = tmp_path / "damaged.csv"
+        damaged.write_bytes(write_ratings(path, good).read_bytes() + damage)
+        with pytest.raises(ValueError, match=r"damaged.csv cannot be read \(.*copy lms.csv"):
+            import_ratings(study, damaged)
     with pytest.raises(ValueError, match=r"no lms.csv"):
         import_ratings(study, tmp_path / "other.csv")

@@ -142,6 +142,8 @@ def test_resuming_with_other_settings_is_refused(policy, tmp_path, change, named
     "wrong",
     [
         {"prompts": [""]},
+        {"prompts": [*PROMPTS, "piano " * 512]},
+        {"negative_prompt": "piano " * 512, "guidance_scale": 3.0},
         {"num_frames": 0},
         {"num_frames": 5000},
         {"num_generations": 0},

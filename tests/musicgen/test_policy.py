@@ -70,6 +70,20 @@ def test_prompts_without_text_are_refused(policy, prompts):
         encode_text(policy, tiny_processor(), prompts)
 
 
+@pytest.mark.parametrize("own", [None, 300])
+def test_prompts_longer_than_the_text_encoder_takes_are_refused(policy, own):
+    """Fault: gigabytes of memory for one prompt, of which T5 has seen no like."""
+    processor, limit = tiny_processor(), own or 512
+    if own:
+        processor.tokenizer.model_max_length = own
+    longest = " ".join(["piano"] * (limit - 1))  # and the end of the text
+    assert encode_text(policy, processor, ["a", longest]).attention_mask.shape == (2, limit)
+    with pytest.raises(
+        ValueError, match=rf"prompt 1 has {limit + 1} tokens, the text encoder takes {limit}: shorten it"
+    ):
+        encode_text(policy, processor, ["a", longest + " song"])
+
+
 def test_null_prompt_is_no_cross_attention_exactly(policy, condition):
     """Zeros with an open mask would be another prompt, through the bias of the projection."""
     codes = random_codes(policy)
