@@ -238,6 +238,20 @@ def is_async(reward_func: Callable) -> bool:
     )
 
 
+def keywords(reward_func: Callable) -> tuple[dict[str, inspect.Parameter], bool]:
+    """The arguments that a reward function names, and whether it takes others too."""
+    try:
+        found = inspect.signature(reward_func).parameters
+    except (TypeError, ValueError):  # written in C
+        return {}, True
+    named = {
+        name: parameter
+        for name, parameter in found.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+    return named, any(parameter.kind == parameter.VAR_KEYWORD for parameter in found.values())
+
+
 def checked(reward_func: Callable, name: str, prompts: list[str], context: dict[str, Any]) -> Callable:
     """Wrap a reward function: hand it the `context` (audio, columns), and refuse unusable rewards by name.
 
@@ -245,6 +259,10 @@ def checked(reward_func: Callable, name: str, prompts: list[str], context: dict[
     else.
     """
     pairwise = is_pairwise(reward_func)
+    named, is_open = keywords(reward_func)
+
+    def arguments(of_trl: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in {**context, **of_trl}.items() if is_open or name in named}
 
     def verified(rewards: Any) -> list[float | None]:
         found = rewards.tolist() if hasattr(rewards, "tolist") else rewards
@@ -269,10 +287,10 @@ def checked(reward_func: Callable, name: str, prompts: list[str], context: dict[
         return [None if reward is None else float(reward) for reward in found]
 
     async def call_async(**kwargs):
-        return verified(await reward_func(**{**context, **kwargs}))
+        return verified(await reward_func(**arguments(kwargs)))
 
     def call(**kwargs):
-        return verified(reward_func(**{**context, **kwargs}))
+        return verified(reward_func(**arguments(kwargs)))
 
     return call_async if is_async(reward_func) else call
 

@@ -206,6 +206,12 @@ def test_every_kind_of_number_is_taken():
         assert checked(lambda **_: returned, "mine", ["a", "b"], {})() == [1.0, 2.0]  # noqa: B023
 
 
+def test_a_function_gets_what_it_names():
+    """Fault: a TypeError about arguments and columns that the function did not ask for."""
+    call = checked(lambda prompts, style=None: [len(style)] * 2, "mine", ["a", "b"], {"style": "xyz", "n": 1})
+    assert call(prompts=["a", "b"], trainer_state=None) == [3, 3]
+
+
 def test_the_diversity_of_a_clip_always_applies():
     """Fault: one None among the rewards of a group makes NaN of the whole group's advantages."""
     reward = DiversityReward(Directions(0, 90, 180))
@@ -236,6 +242,13 @@ def test_a_guard_on_an_unknown_reward_is_refused():
         ValueError, match=r"guards.gate='clap' is none of the reward functions \(diversity, q\)"
     ):
         guarded(["diversity", "q"], [], gate="clap")
+
+
+def test_a_gate_that_judges_nothing_is_refused():
+    """Fault: RuntimeError about the quantile of nothing."""
+    guards = CrossGuards(GuardConfig(gate="mine"), ["mine"], [lambda prompts, **_: [None] * len(prompts)])
+    with pytest.raises(ValueError, match="gate='mine' gave none of the teacher's clips a reward"):
+        guards.measure_gate(["a", "b"], {"waveforms": torch.zeros(2, 10)})
 
 
 def test_a_negative_quality_is_refused():

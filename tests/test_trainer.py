@@ -385,9 +385,10 @@ def test_prompts_longer_than_the_encoder_are_refused(tmp_path):
         )
 
 
-def test_text_reward_models_are_refused(tmp_path):
+@pytest.mark.parametrize("reward", ["some/reward-model", torch.nn.Linear(2, 2)])
+def test_text_reward_models_are_refused(tmp_path, reward):
     with pytest.raises(ValueError, match="text reward model"):
-        tiny_trainer(tmp_path, reward=["some/reward-model"])
+        tiny_trainer(tmp_path, reward=[reward])
 
 
 def test_diversity_without_its_reward_is_refused(tmp_path):

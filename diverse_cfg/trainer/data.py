@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.musicgen.policy import require_prompts
 from diverse_cfg.prompts import check_column, check_prompts, load_prompts
+from diverse_cfg.rewards import keywords
 
 logger = logging.getLogger(__name__)
 
@@ -103,11 +104,11 @@ def _readable(dataset: Any, names: list[str], name: str, reward_funcs: list[Call
         if _is_ours(function):
             continue  # reads the prompt and the audio
         label = getattr(function, "__name__", type(function).__name__)
-        for parameter in _parameters(function):
-            wanted.add(parameter.name)
-            if parameter.kind == parameter.VAR_KEYWORD:
-                open_functions.append(label)
-            elif parameter.name in GIVEN & there:
+        named, is_open = keywords(function)
+        wanted |= named.keys()
+        open_functions += [label] * is_open
+        for parameter in named.values():
+            if parameter.name in GIVEN & there:
                 raise ValueError(
                     f"{name} has a column {parameter.name!r}, and reward function {label!r} asks for "
                     f"{parameter.name}, which the trainer gives: rename or remove the column"
@@ -132,14 +133,6 @@ def _readable(dataset: Any, names: list[str], name: str, reward_funcs: list[Call
         )
     # A stream decodes what `remove_columns` takes away.
     return dataset.select_columns([column for column in names if column not in media]) if media else dataset
-
-
-def _parameters(function: Callable) -> list[inspect.Parameter]:
-    try:
-        found = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # written in C
-        return []
-    return [parameter for parameter in found if parameter.kind != parameter.VAR_POSITIONAL]
 
 
 def _is_ours(function: Callable) -> bool:

@@ -93,4 +93,8 @@ class CrossGuards:
         if is_async(function):
             rewards = asyncio.run(rewards)
         seen = torch.tensor([reward for reward in rewards if reward is not None])
+        if not len(seen):
+            raise ValueError(
+                f"guards.gate={name!r} gave none of the teacher's clips a reward: leave the gate off"
+            )
         self.gate_threshold = seen.quantile(self.guards.gate_quantile).item()

@@ -15,7 +15,6 @@ from torch import nn
 from transformers import (
     MusicgenConfig,
     MusicgenForConditionalGeneration,
-    PreTrainedModel,
 )
 
 from diverse_cfg.assets import nano_path
@@ -234,10 +233,10 @@ def check_reward_funcs(reward_funcs: Any, args: CFGDiversityConfig, base_model: 
     if not isinstance(reward_funcs, list | tuple):
         reward_funcs = [reward_funcs]
     for reward_func in reward_funcs:
-        if isinstance(reward_func, str | PreTrainedModel):
+        if isinstance(reward_func, str | nn.Module):
             name = reward_func if isinstance(reward_func, str) else type(reward_func).__name__
             raise ValueError(
-                f"reward function {name!r} is a text reward model, and clips are audio: pass a callable that "
+                f"reward function {name!r} is a text reward model to TRL, and clips are audio: pass a function that "
                 "takes waveforms (see diverse_cfg.rewards)"
             )
         if not callable(reward_func):
