@@ -79,9 +79,7 @@ def _from_object(source: Any, split: str, where: str) -> Dataset:
     if isinstance(source, Mapping):
         return _from_columns(source, where)
     # A set has another order in every process; other containers hold something else than their prompts.
-    if not isinstance(source, Sequence | Iterator | ValuesView) or isinstance(
-        source, str | bytes | bytearray
-    ):
+    if not isinstance(source, Sequence | Iterator | ValuesView) or isinstance(source, str):
         raise ValueError(
             f"{where} is no source of prompts: pass a file, a dataset, a table, or a list of texts "
             "(sorted(…) makes one of a set)"

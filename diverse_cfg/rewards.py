@@ -266,16 +266,13 @@ def checked(reward_func: Callable, name: str, prompts: list[str], context: dict[
 
     def verified(rewards: Any) -> list[float | None]:
         found = rewards.tolist() if hasattr(rewards, "tolist") else rewards
-        if not isinstance(found, Iterable) or isinstance(found, str | bytes | Mapping):
+        listed = isinstance(found, Iterable) and not isinstance(found, str | bytes | Mapping)
+        found = list(found) if listed else []
+        if not listed or len(found) != len(prompts):
+            what = f"{len(found)} rewards" if listed else _short(rewards)
             raise ValueError(
-                f"reward function {name!r} returned {_short(rewards)} for {len(prompts)} clips, the first of prompt "
+                f"reward function {name!r} returned {what} for {len(prompts)} clips, the first of prompt "
                 f"{prompts[0]!r}; return a list with one number per clip"
-            )
-        found = list(found)
-        if len(found) != len(prompts):
-            raise ValueError(
-                f"reward function {name!r} returned {len(found)} rewards for {len(prompts)} clips, the first of "
-                f"prompt {prompts[0]!r}; return one number per clip"
             )
         for index, (reward, prompt) in enumerate(zip(found, prompts, strict=True)):
             if (reward is None and pairwise) or not (reward is None or _is_finite(reward)):

@@ -121,7 +121,8 @@ def test_plain_texts_of_every_container(source):
     ("source", "message"),
     [
         (set(PROMPTS), "the set is no source of prompts"),
-        (b"a song", "the bytes is no source of prompts"),
+        (b"a song", "the bytes, row 1: expected a string or an object, found int"),
+        (np.array("a song"), "the ndarray is no source of prompts"),
         (3, "the int is no source of prompts"),
         (SET.to_iterable_dataset(), "is a stream: pass it to the trainer"),
         (DatasetDict(test=SET), "the DatasetDict has the splits test, not 'train'"),

@@ -206,11 +206,7 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
         return self.args.gradient_accumulation_steps % self._block_length == 0
 
     def train(self, *args, **kwargs):
-        """As `Trainer.train`, but a run that makes no step is no success.
-
-        Raises:
-            ValueError: the training prompts ended before the first step.
-        """
+        """As `Trainer.train`; raises `ValueError` if the prompts ended before the first step."""
         output = super().train(*args, **kwargs)
         if self.state.global_step == 0 and self.state.max_steps > 0:
             raise ValueError(
