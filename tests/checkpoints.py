@@ -68,12 +68,12 @@ def make_base(folder: Path) -> Path:
     return Path(save_tiny(folder))
 
 
-def make_full(folder: Path, base: Path, seed: int) -> Path:
-    """A fine-tune of the whole base: other decoder and text encoder, the same codec."""
+def make_full(folder: Path, base: Path, seed: int, shared: tuple[str, ...] = ("audio_encoder.",)) -> Path:
+    """A fine-tune of the whole base: other decoder and text encoder, the same codec (or what else is `shared`)."""
     shutil.copytree(base, folder)
     weights = load_file(base / MODEL)
     trained = {k: v for k, v in tiny_musicgen(seed=seed).state_dict().items() if k in weights}
-    weights.update({k: v.clone() for k, v in trained.items() if not k.startswith("audio_encoder.")})
+    weights.update({k: v.clone() for k, v in trained.items() if not k.startswith(shared)})
     save_file(weights, folder / MODEL, metadata={"format": "pt"})
     return folder
 

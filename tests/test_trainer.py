@@ -340,8 +340,8 @@ def test_ready_made_peft_model_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"use_rslora": True}, "rsLoRA"),
-        ({"use_dora": True}, "DoRA"),
+        ({"use_rslora": True}, "use_rslora"),
+        ({"use_dora": True}, "use_dora"),
         ({"target_modules": "all-linear"}, "all-linear"),
         ({"lora_dropout": 0.1}, "lora_dropout"),
     ],

@@ -19,8 +19,22 @@ from diverse_cfg.merging.experts import Experts
 from diverse_cfg.merging.tensors import TensorSpec, write_safetensors
 
 
-def write_adapter(experts: Experts, weights: Sequence[float], folder: Path, dtype: torch.dtype) -> None:
+def write_adapter(
+    experts: Experts,
+    weights: Sequence[float],
+    folder: Path,
+    dtype: torch.dtype,
+    like: AdapterCheckpoint | None = None,
+) -> None:
     """Write adapter_config.json and adapter_model.safetensors of the interpolated adapter.
+
+    Args:
+        experts: adapters of one base.
+        weights: one number per expert.
+        folder: an existing folder without these files.
+        dtype: of the factors, at least float32.
+        like: an expert whose scaling its layers keep, so that its factors (with weight 1) are stored to the
+            bit. By default every scaling is 1.
 
     Raises:
         ValueError: an expert is not an adapter (nor their base), or changes more than LoRA factors can
@@ -49,12 +63,17 @@ def write_adapter(experts: Experts, weights: Sequence[float], folder: Path, dtyp
         for name in experts.names
         if any(name in c.factors for c, _ in terms)
     }
-    _write_factors(terms, ranks, folder / "adapter_model.safetensors", dtype)
-    _write_config(terms, ranks, folder / "adapter_config.json")
+    scalings = {name: like.scaling(name) if like and name in like.factors else 1 for name in ranks}
+    _write_factors(terms, ranks, scalings, folder / "adapter_model.safetensors", dtype)
+    _write_config(terms, ranks, scalings, folder / "adapter_config.json")
 
 
 def _write_factors(
-    terms: list[tuple[AdapterCheckpoint, float]], ranks: dict[str, int], path: Path, dtype: torch.dtype
+    terms: list[tuple[AdapterCheckpoint, float]],
+    ranks: dict[str, int],
+    scalings: dict[str, float],
+    path: Path,
+    dtype: torch.dtype,
 ) -> None:
     specs, owners = [], {}
     for name, rank in ranks.items():
@@ -70,7 +89,8 @@ def _write_factors(
         adapted = [(c, w) for c, w in terms if name in c.factors]
         factors = [c.lora_factors(name, dtype) for c, _ in adapted]
         merged = getattr(
-            interpolation.concatenate_lora(factors, [w for _, w in adapted]), f"lora_{half.lower()}"
+            interpolation.concatenate_lora(factors, [w / scalings[name] for _, w in adapted]),
+            f"lora_{half.lower()}",
         )
         for (checkpoint, _), factor in zip(adapted, factors, strict=True):
             if not (factor.lora_a.isfinite().all() and factor.lora_b.isfinite().all()):
@@ -82,18 +102,23 @@ def _write_factors(
     write_safetensors(path, specs, produce)
 
 
-def _write_config(terms: list[tuple[AdapterCheckpoint, float]], ranks: dict[str, int], path: Path) -> None:
+def _write_config(
+    terms: list[tuple[AdapterCheckpoint, float]],
+    ranks: dict[str, int],
+    scalings: dict[str, float],
+    path: Path,
+) -> None:
     config = json.loads((terms[0][0].folder / "adapter_config.json").read_text(encoding="utf-8"))
     modules = {name.removesuffix(".weight"): rank for name, rank in ranks.items()}
     largest = max(modules.values())
-    # α = r makes PEFT's scaling 1: it is inside the factors. Modules are named in full, so that PEFT adapts
-    # exactly those which have factors.
-    others = {module: rank for module, rank in modules.items() if rank != largest}
+    # α = r makes PEFT's scaling 1, where it is inside the factors. Modules are named in full, so that PEFT
+    # adapts exactly those which have factors.
+    alphas = {name.removesuffix(".weight"): rank * scalings[name] for name, rank in ranks.items()}
     config |= {
         "r": largest,
         "lora_alpha": largest,
-        "rank_pattern": others,
-        "alpha_pattern": dict(others),
+        "rank_pattern": {module: rank for module, rank in modules.items() if rank != largest},
+        "alpha_pattern": {module: alpha for module, alpha in alphas.items() if alpha != largest},
         "target_modules": sorted(modules),
         "exclude_modules": None,
         "layers_to_transform": None,

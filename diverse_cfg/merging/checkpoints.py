@@ -356,15 +356,20 @@ def locate(source: str | os.PathLike, near: Path | None = None) -> Path:
         ) from error
 
 
+def inexact_options(config: LoraConfig) -> list[str]:
+    """Options of an adapter whose effect is not `scaling · B·A` on the very base that it names."""
+    used = [f"{name}={value!r}" for name in _UNSUPPORTED if (value := getattr(config, name, None))]
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
+        used.append(f"init_lora_weights={init!r}")
+    return used
+
+
 def _lora_config(source: str | os.PathLike, folder: Path) -> LoraConfig:
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{source} is a {config.peft_type} adapter; only plain LoRA adapters can be merged")
-    used = [name for name in _UNSUPPORTED if getattr(config, name, None)]
-    init = config.init_lora_weights
-    if isinstance(init, str) and init.startswith(_BASE_CHANGING_INITS):
-        used.append(f"init_lora_weights={init!r}")
-    if used:
+    if used := inexact_options(config):
         raise ValueError(
             f"{source} uses {', '.join(used)}: its difference from the base is not a plain LoRA product, so "
             "mixing it would be silently wrong. Load it with PEFT, call merge_and_unload(), save the full "

@@ -75,7 +75,11 @@ def load_policy(
         policy.generation_config.guidance_scale = 1.0
         policy.is_distilled = True  # `fast_generate` warns when it is guided on top
     zero_dropout(policy)
+    positions = policy.decoder.model.decoder.embed_positions
+    rounded = positions.weights.dtype != torch.float32
     policy.to(torch_dtype)
+    if rounded:  # the table is computed, not stored: widened, it would stay rounded
+        positions.make_weights(*positions.weights.shape)
     policy.audio_encoder.float()
     return policy.eval()
 
@@ -170,7 +174,7 @@ def _load_full(source: str) -> MusicgenForConditionalGeneration:
             f"{source} is a {kind!r} model, not a MusicGen; use a checkpoint such as facebook/musicgen-small"
         )
     policy = MusicgenForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    policy.config._name_or_path = source  # adapters name their base by it
+    policy.name_or_path = policy.config._name_or_path = source  # adapters name their base by it
     decoder: Any = policy.config.decoder
     if decoder.pad_token_id != decoder.vocab_size:
         raise ValueError(

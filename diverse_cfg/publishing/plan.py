@@ -203,6 +203,7 @@ def _require_unguided(folder: Path) -> None:
 def _with_public_base(folder: Path, adapter: bool, base_model: str | None) -> dict[str, bytes]:
     """Files that name places on this machine, with content that names Hub ids or nothing."""
     content = json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8"))
+    theta0 = content.get("base_model")
     content["base_model"] = base_model or cards.public_name(content.get("base_model"))
     content["training"] = {
         key: cards.public_name(value) for key, value in content.get("training", {}).items()
@@ -210,7 +211,13 @@ def _with_public_base(folder: Path, adapter: bool, base_model: str | None) -> di
     replaced = {PROVENANCE_FILE: _json(content)}
     if adapter:
         content = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        named = base_model or content.get("base_model_name_or_path")
+        recorded = content.get("base_model_name_or_path")
+        if base_model == theta0 and recorded and read_provenance(recorded) is not None:
+            raise ValueError(
+                f"{folder} is an adapter of {recorded}, itself a student of {base_model}, and would be loaded onto "
+                f"{base_model}: publish the full model (merged=True, --merged), or {recorded} first and name its id"
+            )
+        named = base_model or recorded
         if not cards.is_hub_id(named):
             raise ValueError(
                 f"{folder} is an adapter of {named!r}, which others cannot load: pass the base's Hub id "

@@ -3,6 +3,8 @@
 import contextlib
 import os
 import sys
+import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,7 @@ from diverse_cfg.callbacks import AdaptiveClipCallback
 from diverse_cfg.cards import plot_training_curves, public_name, write_card
 from diverse_cfg.musicgen.policy import frame_rate, unwrap
 from diverse_cfg.provenance import Provenance, read_provenance, write_provenance
-from diverse_cfg.trainer import setup
+from diverse_cfg.trainer import start
 from diverse_cfg.trainer.estimate import memory
 from diverse_cfg.trainer.state import (
     STATE_FILE,
@@ -28,9 +30,13 @@ from diverse_cfg.trainer.state import (
     save_buffer,
     write_tensors,
 )
+from diverse_cfg.trainer.teacher import FrozenWeights
 
 if TYPE_CHECKING:
     from diverse_cfg.config import CFGDiversityConfig
+    from diverse_cfg.trainer.continuing import AdapterStart
+
+_LEFT_ALONE = "a callback or a reward function changes them; give it a copy of the model"
 
 
 class EpochSampler(RepeatSampler):
@@ -53,6 +59,9 @@ class Checkpointing(RLOOTrainer):
     """Base of the trainer: training loop, evaluation, saving and resuming around the objective."""
 
     args: "CFGDiversityConfig"
+    _start: "AdapterStart | None"
+    _frozen: FrozenWeights
+    _frozen_total: int | None
 
     def _prepare_checkpointing(self) -> None:
         self._average: WeightAverage | None = None
@@ -108,6 +117,7 @@ class Checkpointing(RLOOTrainer):
 
     def evaluate(self, *args, **kwargs):
         """As `Trainer.evaluate`, with the averaged weights if any, and the same noise every time."""
+        self._frozen.check(_LEFT_ALONE)
         self._evaluation_batch = 0
         self._evaluation_clips = []
         # A data loader draws a seed: the training run must not notice that it was looked at.
@@ -128,12 +138,16 @@ class Checkpointing(RLOOTrainer):
 
     def _begin(self) -> None:
         """First thing of a training run, the model being where it will be trained."""
-        setup.restore_token_ids(unwrap(self.model), self._sampling)
+        start.restore_token_ids(unwrap(self.model), self._sampling)
         if self.args.ema_decay > 0 and self._average is None:
             self._average = WeightAverage(self.model, self.args.ema_decay)
         if self.is_world_process_zero():
             tqdm.write(f"estimate: {self._estimate()}", file=sys.stderr)
         self._calibrate_guards()
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            # The student, and the encoders that the teacher shares with it, are in parts or another precision.
+            others = [model for model in self._frozen.models if model is not unwrap(self.model)]
+            self._frozen = FrozenWeights(*others, ignored=("audio_encoder.", "text_encoder."))
         if self._resume_from is not None:
             self._load_state(self._resume_from)
 
@@ -164,15 +178,21 @@ class Checkpointing(RLOOTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the student: the averaged weights, if any; checkpoints hold the raw ones beside them."""
+        self._frozen.check(_LEFT_ALONE)
         with contextlib.nullcontext() if _internal_call else self._averaged_weights():
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         output_dir = output_dir or self.args.output_dir
-        with self._without_tokenizer():
-            super()._save(output_dir, state_dict)
-        if not self.args.should_save:
-            return
+        with self._without_tokenizer(), tempfile.TemporaryDirectory() as own, warnings.catch_warnings():
+            # PEFT looks for the base's vocabulary of text; an adapter or AudioCraft's folder has none.
+            warnings.filterwarnings("ignore", "Could not find a config file")
+            super()._save(own if self._start else output_dir, state_dict)
+            if not self.args.should_save:
+                return
+            if self._start is not None:
+                os.makedirs(output_dir, exist_ok=True)
+                self._start.write(Path(own), Path(output_dir))
         # What playing the weights needs; an adapter's folder needs the generation settings most, since
         # without them its base's guidance of 3 would come back.
         self._processor.save_pretrained(output_dir)
@@ -212,6 +232,8 @@ class Checkpointing(RLOOTrainer):
         )
         training: dict[str, Any] = {
             "initial_model": self._base_model and named_here(self._base_model),
+            # One adapter holds both runs; see `continuing`.
+            "includes_adapter": self._start and named_here(self._start.checkpoint.source),
             "steps": self.state.global_step,
             "clip_seconds": self._num_frames / frame_rate(unwrap(self.model)),
         }
@@ -256,6 +278,8 @@ class Checkpointing(RLOOTrainer):
         if not self.args.should_save:
             return
         state = {"step": torch.tensor(self._step)}
+        if self._frozen_total is not None:
+            state["frozen_weights"] = torch.tensor(self._frozen_total)
         if self._advantages.prefix is not None:
             state |= {
                 f"prefix/{name}": value.cpu() for name, value in self._advantages.prefix.state().items()
@@ -273,6 +297,12 @@ class Checkpointing(RLOOTrainer):
                 f"{folder} has no {STATE_FILE}: it was not written by this trainer, or with save_only_model"
             )
         state, _ = read_tensors(path)
+        frozen = int(state.get("frozen_weights", -1))
+        if self._frozen_total is not None and frozen not in (-1, self._frozen_total):
+            raise ValueError(
+                f"{folder} was written by a run with another teacher or base: resume with the model and "
+                "teacher_model that the run began with"
+            )
         self._step = int(state["step"])
         self._buffered_inputs = load_buffer(folder, self.accelerator.process_index, self.accelerator.device)
         if self._advantages.prefix is not None:

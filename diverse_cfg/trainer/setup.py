@@ -1,184 +1,27 @@
-"""Before the first step: the policy, its configuration and the rewards, each checked where it enters.
+"""Before the first step: clip length and rewards, each checked where it enters (the model: `start`)."""
 
-MusicGen looks to TRL and transformers like a text model with a strange configuration. `TrainerFacingConfig`
-and `TokenIds` keep their text habits off it, without changing what is saved.
-"""
-
-import copy
 import logging
 import os
 from collections.abc import Callable
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
-from transformers import (
-    MusicgenConfig,
-    MusicgenForConditionalGeneration,
-)
+from transformers import MusicgenForConditionalGeneration
 
 from diverse_cfg.assets import nano_path
-from diverse_cfg.cards import is_hub_id
 from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.embeddings.clap import ClapEmbedder
 from diverse_cfg.functional.codebooks import num_decoder_steps
-from diverse_cfg.musicgen.layout import num_frames_to_tokens, playing_config, repair_token_ids
-from diverse_cfg.musicgen.policy import (
-    LORA_TARGET_MODULES,
-    delays,
-    frame_rate,
-    freeze_encoders,
-    is_distilled,
-    load_policy,
-    unwrap,
-    zero_dropout,
-)
+from diverse_cfg.musicgen.layout import num_frames_to_tokens
+from diverse_cfg.musicgen.policy import delays, frame_rate
 from diverse_cfg.provenance import read_provenance
 from diverse_cfg.rewards import DiversityReward, is_pairwise
+from diverse_cfg.trainer.start import same_model
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_CLAP = "laion/larger_clap_music"
 LONGEST_DEFAULT_CLIP = 10.0
-
-
-class TrainerFacingConfig(MusicgenConfig):
-    """A MusicGen configuration that can be asked for "the" text configuration.
-
-    MusicGen has two candidates and refuses to choose, while TRL and transformers read it and write T5's token
-    ids into it. They get a throw-away copy of the decoder's. Saved, this is an ordinary MusicGen
-    configuration.
-    """
-
-    def get_text_config(self, *_: Any, **__: Any):
-        return copy.deepcopy(self.decoder)
-
-
-def prepare_policy(
-    model: str | os.PathLike | nn.Module, args: CFGDiversityConfig
-) -> MusicgenForConditionalGeneration:
-    """Load or take the policy: float32, no dropout, encoders frozen, generation settings of a distilled
-    model.
-
-    Raises:
-        ValueError: a `PeftModel`, the command line's `nano`, or whatever `load_policy` refuses.
-    """
-    if isinstance(model, PeftModel):
-        raise ValueError(
-            "model is a ready-made PeftModel, of which TRL would add a second adapter as reference: pass the "
-            "base model and peft_config=LoraConfig(...) (merge an adapter that you want to continue from "
-            "first)"
-        )
-    if isinstance(model, nn.Module):
-        policy = unwrap(model)
-        zero_dropout(policy)
-    else:
-        if os.fspath(model) == "nano" and not os.path.isdir(model):
-            raise ValueError("there is no folder nano; in Python use diverse_cfg.nano_path()")
-        policy = load_policy(os.fspath(model))
-    freeze_encoders(policy)
-    policy.audio_encoder.float()
-    policy.config.__class__ = TrainerFacingConfig
-    if args.device.type == "cpu":
-        # At clip lengths of a CPU run, fused attention's backward pass is twice as slow as plain matrix
-        # products.
-        policy.decoder.set_attn_implementation("eager")
-    return policy
-
-
-def check_teacher(model: str | os.PathLike | nn.Module, args: CFGDiversityConfig) -> None:
-    """Refuse to guide a teacher that has its guidance inside.
-
-    Raises:
-        ValueError: the teacher is a student, a merge or an adapter of one, and γ > 1.
-    """
-    if args.guidance_scale == 1:
-        return
-    if args.teacher_model is not None:
-        if is_distilled(args.teacher_model):
-            raise ValueError(
-                f"teacher_model={args.teacher_model} is distilled already, and guidance_scale="
-                f"{args.guidance_scale:g} would guide it twice: name its base, or set guidance_scale to 1"
-            )
-        return
-    if isinstance(model, nn.Module):
-        name, distilled = "the model", getattr(unwrap(model), "is_distilled", False)
-    else:
-        name, distilled = os.fspath(model), is_distilled(model)
-    if distilled:
-        raise ValueError(
-            f"{name} is distilled already, and as its own teacher would be guided twice: set teacher_model "
-            "(--teacher_model) to the base that it was distilled from, or guidance_scale to 1"
-        )
-
-
-def has_own_teacher(base_model: str | None, args: CFGDiversityConfig) -> bool:
-    """Whether the teacher is another model than the student's start."""
-    return args.teacher_model is not None and not same_model(args.teacher_model, base_model)
-
-
-def base_model_name(model: str | os.PathLike | nn.Module) -> str | None:
-    """Id or folder that the model came from; None for a model built in memory."""
-    if isinstance(model, nn.Module):
-        return getattr(model.config, "_name_or_path", None) or None
-    return os.fspath(model)
-
-
-def restore_token_ids(
-    policy: MusicgenForConditionalGeneration, sampling: dict[str, Any] | None = None
-) -> None:
-    """Write MusicGen's special token wherever a text trainer put T5's; guidance is 1.0, since the student has
-    it inside.
-
-    With T5's ids `generate` would take code 0 for padding, and the saved model would carry the fault.
-    """
-    repair_token_ids(policy.config)
-    policy.generation_config = playing_config(policy.config, sampling, like=policy.generation_config)
-
-
-def lora_config(peft_config: PeftConfig | None) -> PeftConfig | None:
-    """The user's adapter with the decoder's own projections as default targets.
-
-    Raises:
-        ValueError: an adapter that cannot be merged exactly afterwards.
-    """
-    if peft_config is None:
-        return None
-    if not isinstance(peft_config, LoraConfig):
-        raise ValueError(f"peft_config is a {type(peft_config).__name__}; only LoraConfig is supported")
-    for flag, name in (("use_rslora", "rsLoRA"), ("use_dora", "DoRA")):
-        if getattr(peft_config, flag, False):
-            raise ValueError(
-                f"{flag}=True: merging is silently wrong with {name} adapters, so they are refused; use "
-                "plain LoRA"
-            )
-    peft_config = copy.deepcopy(peft_config)
-    if peft_config.target_modules is None:
-        peft_config.target_modules = list(LORA_TARGET_MODULES)
-    if peft_config.target_modules == "all-linear":
-        raise ValueError(
-            "target_modules='all-linear' would also adapt the frozen text encoder and the heads; leave it "
-            f"unset, or name modules of the decoder: {', '.join(LORA_TARGET_MODULES)}"
-        )
-    if peft_config.lora_dropout:
-        raise ValueError(
-            f"lora_dropout={peft_config.lora_dropout}: the policy that is sampled must be the one that is "
-            "trained; set 0"
-        )
-    return peft_config
-
-
-def check_pushing(args: CFGDiversityConfig, peft_config: PeftConfig | None, base_model: str | None) -> None:
-    """Refuse to push an adapter that nobody else could load.
-
-    Raises:
-        ValueError: its base is a folder of this machine.
-    """
-    if args.push_to_hub and peft_config is not None and not is_hub_id(base_model):
-        raise ValueError(
-            f"push_to_hub=True with a LoRA adapter of {base_model!r}, which others cannot load: train without "
-            "it, and publish the full model afterwards (diverse-cfg publish --merged)"
-        )
 
 
 def clip_frames(policy: MusicgenForConditionalGeneration, clip_seconds: float | None) -> int:
@@ -324,12 +167,3 @@ def default_embedder(base_model: str | None, teacher_model: str | None = None) -
     except FileNotFoundError:
         pass  # an installation without the nano world
     return DEFAULT_CLAP
-
-
-def same_model(first: str | None, second: str | None) -> bool:
-    """Whether two ids or folders name one checkpoint."""
-    if first is None or second is None:
-        return False
-    if os.path.isdir(first) and os.path.isdir(second):
-        return os.path.samefile(first, second)
-    return first == second

@@ -27,12 +27,13 @@ from diverse_cfg.callbacks import AudioSamplesCallback, EvaluationClip, RewardHa
 from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.embeddings import load_embedder
 from diverse_cfg.musicgen.audiocraft import from_audiocraft, is_live_audiocraft
-from diverse_cfg.musicgen.policy import delays, encode_text, load_policy, load_processor, unwrap
+from diverse_cfg.musicgen.policy import delays, encode_text, unwrap
 from diverse_cfg.musicgen.rollout import RolloutWeights
 from diverse_cfg.rewards import checked, is_pairwise
-from diverse_cfg.trainer import data, setup
+from diverse_cfg.trainer import data, setup, start
 from diverse_cfg.trainer.advantages import Advantages, PrefixBaseline
 from diverse_cfg.trainer.checkpointing import Checkpointing
+from diverse_cfg.trainer.continuing import AdapterStart, is_adapter
 from diverse_cfg.trainer.estimate import Sampling, seconds
 from diverse_cfg.trainer.guarding import CrossGuards
 from diverse_cfg.trainer.objective import (
@@ -44,7 +45,7 @@ from diverse_cfg.trainer.objective import (
 )
 from diverse_cfg.trainer.rollouts import Rollouts
 from diverse_cfg.trainer.sharding import check_sharding
-from diverse_cfg.trainer.teacher import Teacher, frozen_copy, share_encoders
+from diverse_cfg.trainer.teacher import FrozenWeights, Teacher, separate_teacher
 from diverse_cfg.types import Rollout, TextCondition
 
 # How many times its first divergence a run that continues a student may reach before an alarm rings. On the
@@ -69,7 +70,8 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
             model that does not remember its folder.
         callbacks: further callbacks.
         optimizers: optimiser and scheduler, as in transformers.
-        peft_config: a `LoraConfig`; its default targets are the decoder's own projections.
+        peft_config: a `LoraConfig`; its default targets are the decoder's own projections. Where the model is a
+            LoRA student, what is saved is one adapter of its base that holds both (see `continuing`).
 
     Raises:
         ValueError: whatever cannot work is refused here, before the first step, naming the option and the
@@ -97,26 +99,36 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
         if is_live_audiocraft(model):
             model, processor = from_audiocraft(model)
             processing_class = processor if processing_class is None else processing_class
-        self._base_model = setup.base_model_name(model)
+        self._base_model = start.base_model_name(model)
         if args is None:
             args = CFGDiversityConfig(output_dir=f"{Path(self._base_model or 'musicgen').name}-diverse-cfg")
         if not isinstance(args, CFGDiversityConfig):
             raise ValueError(f"args is a {type(args).__name__}; pass a CFGDiversityConfig")
-        peft_config = setup.lora_config(peft_config)
-        setup.check_pushing(args, peft_config, self._base_model)
-        setup.check_teacher(model, args)
-        policy = setup.prepare_policy(model, args)
+        peft_config = start.lora_config(peft_config)
+        continues = peft_config is not None and is_adapter(model)
+        self._start = AdapterStart(model, peft_config) if continues else None
+        base = self._start.base_model if self._start else self._base_model
+        start.check_pushing(args, peft_config, base)
+        start.check_teacher(model, args)
+        policy = start.prepare_policy(model, args, lora=peft_config is not None)
         self._num_frames = setup.clip_frames(policy, args.clip_seconds)
         setup.check_codebooks(policy, args.diversity_codebooks)
         self._num_codebooks = policy.config.decoder.num_codebooks
         args.max_completion_length = self._num_frames * self._num_codebooks
-        self._processor = (
-            processing_class if processing_class is not None else load_processor(self._base_model)
-        )
+        self._processor = start.processor_of(processing_class, policy, self._base_model)
         tokenizer = getattr(self._processor, "tokenizer", self._processor)
         reward_funcs = setup.check_reward_funcs(reward_funcs, args, self._base_model)
         setup.check_embedders(reward_funcs, policy)
-        frozen = self._separate_teacher(policy, self._base_model, args, peft_config is not None)
+        self._has_own_teacher = start.has_own_teacher(model, args)
+        own_teacher = args.teacher_model if self._has_own_teacher else None
+        frozen = separate_teacher(policy, own_teacher, peft_config is not None)
+        # With LoRA, the student's own weights too: its adapter is saved for them.
+        lora = [policy] if peft_config is not None else []
+        self._frozen = FrozenWeights(*lora, *([] if frozen is None else [frozen]))
+        # To compare when the run is resumed; where an adapter was merged, the last bits differ by machine.
+        read = [args.teacher_model or model, *([model] if lora else [])]
+        merged = any(isinstance(source, nn.Module) or is_adapter(source) for source in read)
+        self._frozen_total = None if merged else self._frozen.total()
 
         self.args = args  # seams that TRL calls while it is built read it
         set_seed(args.seed)  # new adapters start at random, and not every TRL seeds them
@@ -133,23 +145,17 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
         )
         policy.__dict__.pop("forward", None)  # TRL's fused LM head, which reads a single head
         route_forward(policy)
+        start.check_trained(policy)
+        self._frozen.check("peft_config rewrites them; use a plain LoraConfig (init_lora_weights=True)")
+        if self._start is not None:
+            self._start.attach(self.model)
         self._sampling = {"temperature": args.temperature, "top_k": 0, "num_frames": self._num_frames}
-        setup.restore_token_ids(policy, self._sampling)
+        start.restore_token_ids(policy, self._sampling)
         self._teacher = self._guided_teacher(frozen, tokenizer)
         self._prepare_run(policy)
 
     # ---- construction
     # -----------------------------------------------------------------------------------------
-
-    @staticmethod
-    def _separate_teacher(policy, base_model: str | None, args: CFGDiversityConfig, lora: bool):
-        """A frozen model of its own, or None when it is the student without adapters.
-
-        Taken before TRL wraps `policy.forward`: a later copy would run the original's weights.
-        """
-        if setup.has_own_teacher(base_model, args):
-            return share_encoders(load_policy(args.teacher_model), policy)
-        return None if lora else frozen_copy(policy)
 
     def _guided_teacher(self, frozen, tokenizer) -> Teacher:
         if frozen is not None:
@@ -197,7 +203,7 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
         if args.alarms and self.eval_dataset is not None:
             named = zip(self.reward_func_names, self.reward_funcs, strict=True)
             quality = [name for name, function in named if not is_pairwise(function)]
-            kl_limit = _KL_LIMIT if setup.has_own_teacher(self._base_model, args) else 1.0
+            kl_limit = _KL_LIMIT if self._has_own_teacher else 1.0
             self.add_callback(RewardHackingAlarm(quality, kl_limit=kl_limit))
 
     @property

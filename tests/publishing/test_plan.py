@@ -146,6 +146,16 @@ def test_a_base_that_the_model_does_not_come_from_is_refused(world, tmp_path, re
         plan_upload(folder, "me/m", base_model="facebook/musicgen-small")
 
 
+def test_an_adapter_of_a_student_is_not_published_as_one_of_its_base(world, tmp_path):
+    """Fault: quality student in full, diversity adapter on top, and the Hub's adapter is loaded without the first."""
+    folder = made.copy(world["adapter"], tmp_path / "a")
+    made.edit_json(folder / "adapter_config.json", base_model_name_or_path=str(world["full1"]))
+    write_provenance(folder, Provenance("student", base_model="user/base"))
+    with pytest.raises(ValueError, match=r"adapter of .*full1, itself a student of user/base"):
+        plan_upload(folder, "me/a", base_model="user/base", **LICENSE)
+    assert "me/full1" in plan_upload(folder, "me/a", base_model="me/full1", **LICENSE).card
+
+
 @pytest.mark.parametrize("repo_id", ["merged", "me/", "me/a b", "a/b/c", "me/.x"])
 def test_repository_ids(world, repo_id):
     with pytest.raises(ValueError, match=r"id|owner"):
