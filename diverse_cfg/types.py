@@ -5,7 +5,7 @@ one prompt are adjacent), K codebooks, T frames, S decoder steps (mono T + K −
 per codebook, D embedding, L audio samples; B is any batch, Lt tokens of text, Dt the text encoder's width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -82,33 +82,57 @@ class TextCondition:
         )
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """Clips that a policy sampled.
+@dataclass
+class Clips:
+    """Clips that a policy sampled, and what the stages between rollout and loss have found out about them.
 
     Args:
         codes: one code per frame and codebook, int64 [N, K, T]; no start column, no padding.
+        sampling_rate: of the audio that the codes stand for, in Hz.
         logps: log-probability (nats, float32) of every code under the distribution that it was drawn from,
             i.e. after guidance, temperature and filters [N, K, T]; None if it was not recorded.
         waveforms: decoded audio, float32 in about [−1, 1]: mono [N, L], stereo [N, 2, L]; None if not
             decoded.
-        sampling_rate: of the audio that the codes stand for, in Hz.
+        prompts: text of every clip [N]; None where it is not known.
+        columns: what else the dataset says of every clip, name → [N].
+        condition: what the decoder cross-attended to, N rows.
+        from_teacher: whether the teacher sampled the clip [N].
+        seed: of the rollout's noise; with the clip's number it gives the same clip again.
+        rewards: of all processes' clips, one column per reward function; NaN where one does not apply.
+        advantages: per code, coefficients and estimators already applied [N, K, T].
+        old_logps: log-probs under the policy as it was when it sampled [N, K, T]; None on the strictly
+            on-policy path.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
     """
 
     codes: Tensor
-    logps: Tensor | None
-    waveforms: Tensor | None
     sampling_rate: int
+    logps: Tensor | None = None
+    waveforms: Tensor | None = None
+    prompts: list[str] | None = None
+    columns: dict[str, list] = field(default_factory=dict)
+    condition: TextCondition | None = None
+    from_teacher: Tensor | None = None
+    seed: int | None = None
+    rewards: Tensor | None = None
+    advantages: Tensor | None = None
+    old_logps: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.codes.ndim != 3:
             raise ValueError(f"codes must have shape [N, K, T], got {tuple(self.codes.shape)}")
-        if self.logps is not None and self.logps.shape != self.codes.shape:
-            raise ValueError(
-                f"logps and codes differ in shape: {tuple(self.logps.shape)} and {tuple(self.codes.shape)}"
-            )
-        if self.waveforms is not None and len(self.waveforms) != len(self.codes):
-            raise ValueError(f"{len(self.waveforms)} waveforms for {len(self.codes)} clips")
+        for name in ("logps", "advantages", "old_logps"):
+            values = getattr(self, name)
+            if values is not None and values.shape != self.codes.shape:
+                raise ValueError(
+                    f"{name} and codes differ in shape: {tuple(values.shape)} and {tuple(self.codes.shape)}"
+                )
+        for name in ("waveforms", "prompts", "condition", "from_teacher"):
+            rows = getattr(self, name)
+            if rows is not None and len(rows) != len(self):
+                raise ValueError(f"{len(rows)} {name} for {len(self)} clips")
 
     def __len__(self) -> int:
         return self.codes.shape[0]

@@ -202,7 +202,7 @@ def test_every_process_gathers_the_weights_as_often(tmp_path, monkeypatch, sourc
         counts = []
         for _ in range(3):
             gathered.clear()
-            trainer._generate([prompt for prompt in PROMPTS[:2] for _ in range(4)])
+            trainer._roll_out([{"prompt": prompt} for prompt in PROMPTS[:2] for _ in range(4)])
             assert all(model is trainer.model_wrapped for model in gathered)
             counts.append(len(gathered))
         return counts

@@ -8,8 +8,9 @@ from torch.distributed.fsdp import fully_shard
 
 from diverse_cfg.musicgen.policy import encode_text
 from diverse_cfg.musicgen.rollout import RolloutWeights, sample_codes
-from diverse_cfg.trainer.objective import LossBatch, LossSettings, route_forward, student_terms
+from diverse_cfg.trainer.objective import LossSettings, route_forward, student_terms
 from diverse_cfg.trainer.sharding import check_sharding, whole_weights
+from diverse_cfg.types import Clips
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
 from tests.training import tiny_args
 
@@ -43,7 +44,7 @@ def test_a_sharded_policy_plays_and_learns_like_a_whole_one(one_process):
     plain = tiny_musicgen()
     codes, condition = clips(plain)
     advantages = torch.linspace(-1, 1, codes.numel()).view(codes.shape)
-    batch = LossBatch(codes, condition, advantages=advantages)
+    batch = Clips(codes, 3200, condition=condition, advantages=advantages)
     student_terms(plain, batch, SETTINGS)[0].loss.backward()
 
     model = sharded(tiny_musicgen())

@@ -26,7 +26,7 @@ from diverse_cfg.musicgen.policy import frame_rate, unwrap
 from diverse_cfg.musicgen.rollout import RolloutWeights, SamplingSettings, check_request, fast_generate
 from diverse_cfg.musicgen.sampling import require_64_bits
 from diverse_cfg.provenance import library_versions
-from diverse_cfg.types import Rollout
+from diverse_cfg.types import Clips
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ def generate_files(
 def _play_clips(
     folder: Path,
     clips: list[dict[str, Any]],
-    play: Callable[..., Rollout],
+    play: Callable[..., Clips],
     batch_size: int,
     sample_format: str,
     bar: tqdm,
@@ -163,7 +163,7 @@ def _play_clips(
 
 
 def _write_clips(
-    folder: Path, clips: list[dict[str, Any]], rollout: Rollout, sample_format: str, bar: tqdm
+    folder: Path, clips: list[dict[str, Any]], rollout: Clips, sample_format: str, bar: tqdm
 ) -> int:
     """Write the WAVs of one batch; return how many exceed full scale."""
     assert rollout.waveforms is not None

@@ -22,7 +22,7 @@ from diverse_cfg.musicgen.reference import generate_codes
 from diverse_cfg.musicgen.sampling import SamplingSettings, keyed_noise, not_finite, require_64_bits
 from diverse_cfg.musicgen.weights import RolloutWeights
 from diverse_cfg.provenance import warn_if_guided
-from diverse_cfg.types import ROLLOUT_BACKENDS, Rollout, TextCondition
+from diverse_cfg.types import ROLLOUT_BACKENDS, Clips, TextCondition
 
 __all__ = [
     "RolloutWeights",
@@ -64,7 +64,7 @@ def fast_generate(
     decode: bool = True,
     weights: RolloutWeights | None = None,
     dtype: torch.dtype | None = None,
-) -> Rollout:
+) -> Clips:
     """Generate clips for prompts.
 
     Args:
@@ -116,13 +116,13 @@ def fast_generate(
     _check_weights(model, weights, dtype)
     if getattr(unwrap(model), "is_distilled", False):
         warn_if_guided(guidance_scale, stacklevel=3)
-    num_clips = len(prompts) * num_generations
+    texts = [prompt for prompt in prompts for _ in range(num_generations)]
     global_state = torch.Generator()
     global_state.set_state(torch.get_rng_state())
     # The caller's autocast must not reach in: dtypes are those of the model and of the rollout's weights.
     with torch.autocast(unwrap(model).device.type, enabled=False):
         condition, negative = _encode(model, processor, prompts, negative_prompt)
-        rollout = sample_codes(
+        clips = sample_codes(
             model,
             condition.repeat_interleave(num_generations),
             num_frames,
@@ -130,17 +130,17 @@ def fast_generate(
             seed=int(torch.randint(2**62, (), generator=global_state)) if seed is None else seed,
             sample_ids=sample_ids,
             return_logps=return_logps,
-            negative_condition=None if negative is None else negative.repeat_interleave(num_clips),
+            negative_condition=None if negative is None else negative.repeat_interleave(len(texts)),
             batch_size=batch_size,
             rollout_backend=rollout_backend,
-            names=[f"prompt {prompt!r}" for prompt in prompts for _ in range(num_generations)],
+            names=[f"prompt {prompt!r}" for prompt in texts],
             weights=weights,
             dtype=dtype,
         )
-        waveforms = decode_codes(model, rollout.codes) if decode else None
+        waveforms = decode_codes(model, clips.codes) if decode else None
     if seed is None:  # only now: a call that fails leaves the global state as it was
         torch.set_rng_state(global_state.get_state())
-    return replace(rollout, waveforms=waveforms)
+    return replace(clips, waveforms=waveforms, prompts=texts)
 
 
 def sample_codes(
@@ -162,7 +162,7 @@ def sample_codes(
     names: Sequence[str] | None = None,
     weights: RolloutWeights | None = None,
     dtype: torch.dtype | None = None,
-) -> Rollout:
+) -> Clips:
     """Sample one clip of codes per row of `condition`.
 
     The model is only read; its mode, gradients and the global random state stay as they were.
@@ -188,7 +188,7 @@ def sample_codes(
         dtype: of a snapshot taken now.
 
     Returns:
-        Rollout without waveforms.
+        Clips without waveforms.
 
     Raises:
         ValueError: no rows, settings out of range, an unknown backend, or more frames than the model can play.
@@ -230,7 +230,7 @@ def sample_codes(
     codes, logps = _batched(model, snapshot, len(condition), num_frames, settings, batch_size, sample)
     if snapshot is not None and weights is None:
         snapshot.loops.clear()  # nobody will use its graphs again
-    return Rollout(codes, logps if return_logps else None, None, _sampling_rate(model))
+    return Clips(codes, _sampling_rate(model), logps if return_logps else None, condition=condition)
 
 
 @torch.no_grad()

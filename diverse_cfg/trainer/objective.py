@@ -18,7 +18,7 @@ from transformers import MusicgenForConditionalGeneration
 from diverse_cfg.functional.codebooks import apply_delay_pattern, revert_delay_pattern, valid_cells
 from diverse_cfg.functional.distillation import DistillationTerms, GuidedTeacher, distillation_loss
 from diverse_cfg.musicgen.policy import code_hidden_states, head_weights
-from diverse_cfg.types import TextCondition
+from diverse_cfg.types import Clips
 
 
 @dataclass(frozen=True)
@@ -34,30 +34,6 @@ class LossSettings:
     chunk_size: int
 
 
-@dataclass(frozen=True)
-class LossBatch:
-    """One micro-batch of clips.
-
-    Args:
-        codes: [N, K, T].
-        condition: N rows.
-        teacher: guided hidden states for these codes; None computes log-probs and entropies only.
-        divergence_weight: u of the chunked loss, distillation coefficient / number of codes.
-        advantages: A per code, coefficients and estimators already applied [N, K, T]; None is pure
-            distillation.
-        old_logps: log-probs under the policy that sampled [N, K, T]; None on the strictly on-policy path.
-        score_coef: weight of the future divergence as a (negative) return; 0 stops the sampling's gradient.
-    """
-
-    codes: Tensor
-    condition: TextCondition
-    teacher: GuidedTeacher | None = None
-    divergence_weight: float = 0.0
-    advantages: Tensor | None = None
-    old_logps: Tensor | None = None
-    score_coef: float = 0.0
-
-
 def route_forward(model: MusicgenForConditionalGeneration) -> None:
     """Let `model(run=f)` return `f(model)`, in place; every other call is as before."""
     original = model.forward
@@ -70,29 +46,40 @@ def route_forward(model: MusicgenForConditionalGeneration) -> None:
 
 
 def student_terms(
-    model: nn.Module, batch: LossBatch, settings: LossSettings, probe: bool = False
+    model: nn.Module,
+    clips: Clips,
+    settings: LossSettings,
+    teacher: GuidedTeacher | None = None,
+    *,
+    divergence_weight: float = 0.0,
+    score_coef: float = 0.0,
+    probe: bool = False,
 ) -> tuple[DistillationTerms, tuple[Tensor, Tensor] | None]:
     """Loss, divergences, log-probs and entropies of a micro-batch.
 
     Args:
         model: the policy, within its own forward pass.
-        batch: the clips and what they earned.
+        clips: codes and condition; with advantages there is a policy gradient, with old log-probs it is
+            clipped.
         settings: of the loss.
+        teacher: guided hidden states for these codes; None computes log-probs and entropies only.
+        divergence_weight: u of the loss, distillation coefficient / number of codes.
+        score_coef: weight of the future divergence as a (negative) return; 0 stops the sampling's gradient.
         probe: also return the distillation and the policy-gradient loss as two scalars on the same graph, so
             that their gradients can be measured apart.
     """
-    hidden = code_hidden_states(model, batch.codes, batch.condition)
+    hidden = code_hidden_states(model, clips.codes, clips.condition)
     heads = head_weights(model)
 
     def terms(teacher: GuidedTeacher | None, logp_weights: Tensor | None) -> DistillationTerms:
         return distillation_loss(
             hidden,
             heads,
-            batch.codes,
+            clips.codes,
             teacher,
-            divergence_weights=batch.divergence_weight,
+            divergence_weights=divergence_weight,
             logp_weights=logp_weights,
-            old_logps=batch.old_logps,
+            old_logps=clips.old_logps,
             epsilon=settings.epsilon,
             epsilon_high=settings.epsilon_high,
             divergence=settings.divergence,
@@ -102,17 +89,17 @@ def student_terms(
             chunk_size=settings.chunk_size,
         )
 
-    advantages = batch.advantages
-    if batch.score_coef:
+    advantages = clips.advantages
+    if score_coef:
         with torch.no_grad():
-            future = future_divergence(terms(batch.teacher, None).divergences, settings.delays)
-        advantages = -batch.score_coef * future + (0 if advantages is None else advantages)
+            future = future_divergence(terms(teacher, None).divergences, settings.delays)
+        advantages = -score_coef * future + (0 if advantages is None else advantages)
     # Minus the advantages, divided by the same count as the divergences.
-    logp_weights = None if advantages is None else -advantages / batch.codes.numel()
-    both = terms(batch.teacher, logp_weights)
+    logp_weights = None if advantages is None else -advantages / clips.codes.numel()
+    both = terms(teacher, logp_weights)
     if not probe:
         return both, None
-    return both, (terms(batch.teacher, None).loss, terms(None, logp_weights).loss)
+    return both, (terms(teacher, None).loss, terms(None, logp_weights).loss)
 
 
 def future_divergence(divergences: Tensor, delays: Sequence[int]) -> Tensor:

@@ -25,7 +25,7 @@ from diverse_cfg.trainer.estimate import Sampling
 from diverse_cfg.trainer.guarding import CALIBRATION_PROMPTS, CrossGuards
 from diverse_cfg.trainer.sharding import whole_weights
 from diverse_cfg.trainer.teacher import Teacher
-from diverse_cfg.types import Rollout, TextCondition
+from diverse_cfg.types import Clips, TextCondition
 
 if TYPE_CHECKING:
     from diverse_cfg.config import CFGDiversityConfig
@@ -42,14 +42,14 @@ class Rollouts(RLOOTrainer):
     _monitor: Embedder | None
     _evaluation_clips: list[EvaluationClip]
     _evaluation_batch: int
-    _rollout: Rollout | None
-    _pending: dict[str, Any]
+    _clips: Clips | None
     _fused_weights: dict[bool, RolloutWeights]
 
     @torch.no_grad()
-    def _generate(self, prompts: list[str]):
-        """Sample one clip per row; the rows of a prompt are adjacent."""
+    def _roll_out(self, rows_of_dataset: list[dict[str, Any]]) -> Clips:
+        """Sample one clip per row of the dataset; the rows of a prompt are adjacent."""
         started = time.perf_counter()
+        prompts = [row["prompt"] for row in rows_of_dataset]
         training = self.model.training
         condition = encode_text(unwrap(self.model), self._tokenizer, prompts)
         rows = torch.arange(len(prompts), device=condition.hidden_states.device)
@@ -69,14 +69,24 @@ class Rollouts(RLOOTrainer):
             codes[chosen] = self._sample(
                 condition.select(chosen), sample_ids[chosen], seed, is_teacher, names=names
             )
-        rate = unwrap(self.model).config.audio_encoder.sampling_rate
-        self._rollout = Rollout(codes, None, None, rate)
-        self._pending = {"condition": condition, "from_teacher": from_teacher}
         mode = "train" if training else "eval"
         self._log_time(mode, "rollout", started)
-        # Prompt ids are not read: the text condition travels with the batch, already encoded.
-        labels = [f"clip {index}, seed {seed}" for index in sample_ids.tolist()]
-        return [[0]] * len(prompts), codes.transpose(1, 2).flatten(1).tolist(), labels
+        return Clips(
+            codes,
+            unwrap(self.model).config.audio_encoder.sampling_rate,
+            prompts=prompts,
+            columns=columns(rows_of_dataset),
+            condition=condition,
+            from_teacher=from_teacher,
+            seed=seed,
+        )
+
+    def _generate(self, prompts: list[str]):
+        """The clips in TRL's form: prompt ids that nobody reads (the condition travels apart), codes, labels."""
+        clips, first = self._clips, int(self.accelerator.process_index) * len(prompts)
+        assert clips is not None
+        labels = [f"clip {first + row}, seed {clips.seed}" for row in range(len(clips))]
+        return [[0]] * len(clips), clips.codes.transpose(1, 2).flatten(1).tolist(), labels
 
     def _sample(
         self,
@@ -213,30 +223,27 @@ class Rollouts(RLOOTrainer):
         digest = hashlib.blake2b(f"{self.args.seed}/{stream}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") >> 1
 
-    def _waveforms(self, mode: str) -> Tensor | None:
-        """Audio of the rollout [N, L] or [N, 2, L] if anything listens: decoding costs time."""
-        rollout = self._rollout
-        assert rollout is not None
+    def _waveforms(self, codes: Tensor, mode: str) -> Tensor | None:
+        """Audio [N, L] or [N, 2, L] if anything listens: decoding costs time."""
         listens = any(reads_waveforms(reward_func) for reward_func in self.reward_funcs)
         if mode == "eval":
             listens = listens or getattr(self._monitor, "reads", None) == "waveforms"
             listens = listens or len(self._evaluation_clips) < self.args.audio_samples
-        return decode_codes(unwrap(self.model), rollout.codes) if listens else None
+        return decode_codes(unwrap(self.model), codes) if listens else None
 
-    def _watch(self, prompts: list[str], waveforms: Tensor | None, num_generations: int) -> None:
+    def _watch(self, clips: Clips, num_generations: int) -> None:
         """At an evaluation: distance under the second encoder, and a few clips to listen to."""
-        rollout = self._rollout
-        assert rollout is not None
-        self._metrics["eval"]["clips"].append(float(self.accelerator.num_processes * len(prompts)))
+        assert clips.prompts is not None
+        self._metrics["eval"]["clips"].append(float(self.accelerator.num_processes * len(clips)))
         if self._monitor is not None and num_generations > 1:
-            inputs = rollout.codes if self._monitor.reads == "codes" else waveforms
-            embeddings = embed_clips(self._monitor, inputs, rollout.sampling_rate)
+            inputs = clips.codes if self._monitor.reads == "codes" else clips.waveforms
+            embeddings = embed_clips(self._monitor, inputs, clips.sampling_rate)
             rewards = diversity_reward(embeddings.unflatten(0, (-1, num_generations)))
             self._log_means("eval", {"reward/monitor_diversity": rewards.mean()})
-        if waveforms is not None:
+        if clips.waveforms is not None:
             wanted = self.args.audio_samples - len(self._evaluation_clips)
-            for row in list(range(0, len(prompts), num_generations))[: max(wanted, 0)]:
-                clip = EvaluationClip(prompts[row], waveforms[row].cpu(), rollout.sampling_rate)
+            for row in list(range(0, len(clips), num_generations))[: max(wanted, 0)]:
+                clip = EvaluationClip(clips.prompts[row], clips.waveforms[row].cpu(), clips.sampling_rate)
                 self._evaluation_clips.append(clip)
 
     def _calibrate_guards(self) -> None:

@@ -9,6 +9,7 @@ import os
 import warnings
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -79,7 +80,9 @@ def prepare_policy(
             _check_named_base(policy)
     elif os.fspath(model) == "nano" and not os.path.isdir(model):
         raise ValueError("there is no folder nano; in Python use diverse_cfg.nano_path()")
-    policy = load_policy(model)  # in float32: in half precision, steps of the usual size vanish
+    # Half precision is widened, since steps of the usual size vanish in it.
+    own = unwrap(model).decoder.dtype if isinstance(model, nn.Module) else torch.float32
+    policy = load_policy(model, torch_dtype=torch.promote_types(own, torch.float32))
     freeze_encoders(policy)
     _unfreeze_decoder(policy, warn=isinstance(model, nn.Module) and not lora)
     policy.config.__class__ = TrainerFacingConfig

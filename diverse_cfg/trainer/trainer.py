@@ -37,7 +37,6 @@ from diverse_cfg.trainer.continuing import AdapterStart, is_adapter
 from diverse_cfg.trainer.estimate import Sampling, seconds
 from diverse_cfg.trainer.guarding import CrossGuards
 from diverse_cfg.trainer.objective import (
-    LossBatch,
     LossSettings,
     route_forward,
     student_terms,
@@ -46,7 +45,7 @@ from diverse_cfg.trainer.objective import (
 from diverse_cfg.trainer.rollouts import Rollouts
 from diverse_cfg.trainer.sharding import check_sharding
 from diverse_cfg.trainer.teacher import FrozenWeights, Teacher, separate_teacher
-from diverse_cfg.types import Rollout, TextCondition
+from diverse_cfg.types import Clips, TextCondition
 
 # How many times its first divergence a run that continues a student may reach before an alarm rings. On the
 # nano base that is halfway back to the unguided base.
@@ -186,9 +185,7 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
         self._cross_guards = CrossGuards(args.guards, self.reward_func_names, self.reward_funcs)
         self._advantages = Advantages(args, self.reward_funcs, self.reward_weights, pattern, prefix)
         self._fused_weights: dict[bool, RolloutWeights] = {}
-        self._rollout: Rollout | None = None
-        self._pending: dict[str, Any] = {}
-        self._rows: list[dict[str, Any]] = []
+        self._clips: Clips | None = None
         self._evaluation_batch = 0
         self._generation_seconds = 0.0
         self._prepare_callbacks()
@@ -226,71 +223,69 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         """Hand the reward functions audio, group size and sampling rate; gathered rewards [N, F]."""
         started = time.perf_counter()
-        rollout, mode = self._rollout, "train" if self.model.training else "eval"
-        assert rollout is not None
+        clips, mode = self._clips, "train" if self.model.training else "eval"
+        assert clips is not None
         num_generations = self.num_generations if mode == "train" else self.num_generations_eval
-        waveforms = self._waveforms(mode)
-        context = data.columns(self._rows) | {
+        clips.waveforms = self._waveforms(clips.codes, mode)
+        context = clips.columns | {
             "num_generations": num_generations,
-            "sampling_rate": rollout.sampling_rate,
-            "codes": rollout.codes,
-            "waveforms": waveforms,
+            "sampling_rate": clips.sampling_rate,
+            "codes": clips.codes,
+            "waveforms": clips.waveforms,
         }
         if mode == "eval":
-            self._watch(prompts, waveforms, num_generations)
+            self._watch(clips, num_generations)
         if not self.reward_funcs:
             everyones = torch.zeros(len(prompts) * self.accelerator.num_processes, 1)
-            self._pending["rewards"] = everyones[:, :0]
+            clips.rewards = everyones[:, :0]
             return everyones.to(self.accelerator.device)
-        clips = list(rollout.codes if waveforms is None else waveforms)
+        heard = list(clips.codes if clips.waveforms is None else clips.waveforms)
         reward_funcs = self.reward_funcs
         self.reward_funcs = [
             checked(function, name, prompts, context)
             for function, name in zip(reward_funcs, self.reward_func_names, strict=True)
         ]
         try:
-            rewards = super()._calculate_rewards(inputs, prompts, clips, completion_ids_list)
+            rewards = super()._calculate_rewards(inputs, prompts, heard, completion_ids_list)
         finally:
             self.reward_funcs = reward_funcs
         first = self.accelerator.process_index * len(prompts)
         local = rewards[first : first + len(prompts)]
         if self._cross_guards.weights(local) is not None:
             rewards = self.accelerator.gather(self._cross_guards.apply(local, self._advantages.pairwise))
-        self._pending["rewards"] = rewards
+        clips.rewards = rewards
         self._log_time(mode, "reward", started)
         return rewards
 
     def _generate_and_score_completions(self, inputs):
         """TRL's batch, plus what it has no room for: the text condition, and one advantage per code."""
         started = time.perf_counter()
-        self._rows = inputs
+        clips = self._clips = self._roll_out(inputs)
         # TRL takes some columns for its own, such as pictures: it sees none.
         with self._without_tokenizer(_NoText()):
             output = super()._generate_and_score_completions([{"prompt": row["prompt"]} for row in inputs])
         mode = "train" if self.model.training else "eval"
-        pending, rollout = self._pending, self._rollout
-        assert rollout is not None
+        assert clips.rewards is not None and clips.from_teacher is not None and clips.condition is not None
         num_generations = self.num_generations if mode == "train" else self.num_generations_eval
-        rewards, from_teacher = pending["rewards"], pending["from_teacher"]
-        everyones = self.accelerator.gather(from_teacher)
-        metrics = self._advantages.reward_metrics(rewards, num_generations, everyones)
-        advantages = torch.zeros(rollout.codes.shape, device=rollout.codes.device)
+        everyones = self.accelerator.gather(clips.from_teacher)
+        metrics = self._advantages.reward_metrics(clips.rewards, num_generations, everyones)
+        clips.advantages = torch.zeros(clips.codes.shape, device=clips.codes.device)
         if mode == "train":  # an evaluation has no gradient to follow
-            first = self.accelerator.process_index * len(inputs)
-            local = rewards[first : first + len(inputs)]
-            advantages, more = self._advantages(
-                local, rollout.codes, num_generations, from_teacher, self._embed_codes
+            first = self.accelerator.process_index * len(clips)
+            local = clips.rewards[first : first + len(clips)]
+            clips.advantages, more = self._advantages(
+                local, clips.codes, num_generations, clips.from_teacher, self._embed_codes
             )
             metrics |= more
         self._log_means(mode, metrics)
         if self.log_completions:
-            self._log_advantages(advantages)
-        output["advantages"] = advantages.flatten(1)
-        output["condition_hidden"] = pending["condition"].hidden_states
-        output["condition_mask"] = pending["condition"].attention_mask
-        if "old_logps" in pending:
-            output["old_per_token_logps"] = pending["old_logps"]
-        self._rollout, self._pending, self._rows = None, {}, []
+            self._log_advantages(clips.advantages)
+        output["advantages"] = clips.advantages.flatten(1)
+        output["condition_hidden"] = clips.condition.hidden_states
+        output["condition_mask"] = clips.condition.attention_mask
+        if clips.old_logps is not None:
+            output["old_per_token_logps"] = clips.old_logps.flatten(1)
+        self._clips = None
         if mode == "train":
             self._generation_seconds = time.perf_counter() - started
         return output
@@ -309,46 +304,38 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
         """Old log-probs, where they can differ from the new ones; TRL asks for them after every rollout."""
         if self._on_policy or not self.model.training:
             return torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device), None, None
-        codes, condition = self._rollout.codes, self._pending["condition"]
+        clips = self._clips
+        assert clips is not None and clips.condition is not None
         logps = []
-        for part in torch.arange(len(codes), device=codes.device).split(batch_size or len(codes)):
-            batch = LossBatch(codes[part], condition.select(part))
+        for rows in torch.arange(len(clips), device=clips.codes.device).split(batch_size or len(clips)):
+            part = Clips(clips.codes[rows], clips.sampling_rate, condition=clips.condition.select(rows))
             with self.accelerator.autocast():
-                terms, _ = student_terms(unwrap(model), batch, self._loss_settings)
+                terms, _ = student_terms(unwrap(model), part, self._loss_settings)
             logps.append(terms.logps)
-        self._pending["old_logps"] = torch.cat(logps).flatten(1)
-        return self._pending["old_logps"], None, None
+        clips.old_logps = torch.cat(logps)
+        return clips.old_logps.flatten(1), None, None
 
     # ---- loss -----------------------------------------------------------------------------------------
 
     def _compute_loss(self, model, inputs):
         mode, args = "train" if self.model.training else "eval", self.args
-        codes = (
-            inputs["completion_ids"]
-            .unflatten(1, (self._num_frames, self._num_codebooks))
-            .transpose(1, 2)
-            .contiguous()
-        )
-        condition = TextCondition(inputs["condition_hidden"], inputs["condition_mask"])
+        clips = self._folded(inputs)
         started = time.perf_counter()
         with self.accelerator.autocast():
-            teacher = self._teacher(codes, condition)
+            teacher = self._teacher(clips.codes, clips.condition)
         after_teacher = time.perf_counter()
-        old_logps = inputs.get("old_per_token_logps")
-        batch = LossBatch(
-            codes,
-            condition,
-            teacher,
-            divergence_weight=args.distillation_coef / codes.numel(),
-            advantages=inputs["advantages"].view_as(codes) if self._advantages.wanted else None,
-            old_logps=None if old_logps is None else old_logps.view_as(codes),
-            score_coef=args.distillation_coef if args.sequence_score and mode == "train" else 0.0,
-        )
-        probe = mode == "train" and self._probe_now() and batch.advantages is not None
         terms, losses = model(
-            run=functools.partial(student_terms, batch=batch, settings=self._loss_settings, probe=probe)
+            run=functools.partial(
+                student_terms,
+                clips=clips,
+                settings=self._loss_settings,
+                teacher=teacher,
+                divergence_weight=args.distillation_coef / clips.codes.numel(),
+                score_coef=args.distillation_coef if args.sequence_score and mode == "train" else 0.0,
+                probe=mode == "train" and self._probe_now() and clips.advantages is not None,
+            )
         )
-        metrics = self._loss_metrics(batch, terms)
+        metrics = self._loss_metrics(clips, terms)
         if losses is not None:
             metrics |= term_gradient_norms(self.model, losses)
         if mode == "train":
@@ -356,6 +343,19 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
             metrics["time/student"] = time.perf_counter() - after_teacher
         self._log_means(mode, metrics)
         return terms.loss
+
+    def _folded(self, inputs: dict[str, Tensor]) -> Clips:
+        """The clips of TRL's micro-batch, whose codes are one stream per clip."""
+        stream = inputs["completion_ids"].unflatten(1, (self._num_frames, self._num_codebooks))
+        codes = stream.transpose(1, 2).contiguous()
+        old_logps = inputs.get("old_per_token_logps")
+        return Clips(
+            codes,
+            unwrap(self.model).config.audio_encoder.sampling_rate,
+            condition=TextCondition(inputs["condition_hidden"], inputs["condition_mask"]),
+            advantages=inputs["advantages"].view_as(codes) if self._advantages.wanted else None,
+            old_logps=None if old_logps is None else old_logps.view_as(codes),
+        )
 
     def _measure(self) -> tuple[float, float]:
         """Seconds that one optimiser step spends on its rollout and on its updates, from a few clips."""
@@ -369,8 +369,13 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
 
         def update() -> None:
             with self.accelerator.autocast():
-                batch = LossBatch(codes, condition, self._teacher(codes, condition), 1 / codes.numel())
-                terms, _ = student_terms(unwrap(model), batch, self._loss_settings)
+                terms, _ = student_terms(
+                    unwrap(model),
+                    Clips(codes, 1, condition=condition),
+                    self._loss_settings,
+                    self._teacher(codes, condition),
+                    divergence_weight=1 / codes.numel(),
+                )
             torch.autograd.grad(terms.loss, parameters, allow_unused=True)
 
         frames = min(self._num_frames, 8)
@@ -394,22 +399,22 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
         first = self._step % self.args.gradient_accumulation_steps == 0
         return every > 0 and first and self.state.global_step % every == 0
 
-    def _loss_metrics(self, batch: LossBatch, terms) -> dict[str, Tensor]:
+    def _loss_metrics(self, clips: Clips, terms) -> dict[str, Tensor]:
         """Means over the micro-batch; all in nats per code unless the name says clip."""
         per_codebook = terms.divergences.mean(dim=(0, 2))
         entropies = terms.entropies.mean(dim=(0, 2))
         distillation = per_codebook.mean()
         metrics = {
             "loss/distillation": distillation,
-            "kl/clip": distillation * batch.codes[0].numel(),
+            "kl/clip": distillation * clips.codes[0].numel(),
             "entropy": entropies.mean(),
         }
         metrics |= {f"kl/codebook_{k}": value for k, value in enumerate(per_codebook)}
         metrics |= {f"entropy/codebook_{k}": value for k, value in enumerate(entropies)}
-        if batch.advantages is not None:
-            metrics["loss/policy_gradient"] = -(batch.advantages * terms.logps).mean()
-        if batch.old_logps is not None:
-            ratios = (terms.logps - batch.old_logps).exp()
+        if clips.advantages is not None:
+            metrics["loss/policy_gradient"] = -(clips.advantages * terms.logps).mean()
+        if clips.old_logps is not None:
+            ratios = (terms.logps - clips.old_logps).exp()
             metrics["ratio/mean"], metrics["ratio/max"] = ratios.mean(), ratios.max()
         return metrics
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ from diverse_cfg.functional.prefix_baseline import (
 from diverse_cfg.musicgen.policy import encode_text, freeze_encoders, load_policy, load_processor
 from diverse_cfg.musicgen.rollout import RolloutWeights, sample_codes
 from diverse_cfg.prompts import load_prompts
-from diverse_cfg.trainer.objective import LossBatch, LossSettings, student_terms
+from diverse_cfg.trainer.objective import LossSettings, student_terms
 
 HERE = Path(__file__).parent
 FRAMES, PREFIXES, DELAYS = 75, (10, 20, 30, 45, 60), (0, 1, 2, 3)
@@ -75,7 +76,8 @@ def gradients(student: str, batches: int, seed: int) -> dict[str, Tensor]:
     for batch in trange(LEARNING + batches, unit="batch"):
         chosen = torch.randperm(len(captions), generator=generator)[:PROMPTS].tolist()
         condition = encode_text(model, tokenizer, [captions[i] for i in chosen for _ in range(GENERATIONS)])
-        codes = sample_codes(model, condition, FRAMES, seed=2**20 * seed + batch, weights=weights).codes
+        clips = sample_codes(model, condition, FRAMES, seed=2**20 * seed + batch, weights=weights)
+        codes = clips.codes
         groups = (PROMPTS, GENERATIONS)
         whole = encoder.embed(codes).unflatten(0, groups)
         beginnings = torch.stack([encoder.embed(codes[..., :frames]) for frames in PREFIXES], dim=1)
@@ -85,7 +87,7 @@ def gradients(student: str, batches: int, seed: int) -> dict[str, Tensor]:
         if batch < LEARNING:
             continue
         for name, advantages in estimators(rewards, values, codes.shape).items():
-            loss = student_terms(model, LossBatch(codes, condition, advantages=advantages), LOSS)[0].loss
+            loss = student_terms(model, replace(clips, advantages=advantages), LOSS)[0].loss
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
             flat = [g.flatten() for g in found if g is not None]
             kept.setdefault(name, []).append(torch.cat(flat))
