@@ -1,12 +1,56 @@
-"""Files written whole: a reader finds the old content or the new one, never half of it."""
+"""Files and folders written whole, by one process at a time: a reader finds the old content or the new one,
+never half of it."""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import shutil
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")
+_INCOMPLETE = re.compile(r"\.(.+)\.[0-9a-f]{8}\.incomplete")
+_REMEDIES = {
+    errno.ENOSPC: "there is no space left: free some, or write to another disk",
+    errno.EDQUOT: "the disk quota is used up: free some, or write to another disk",
+    errno.EACCES: "there is no permission to write: change it, or choose another place",
+    errno.EPERM: "there is no permission to write: change it, or choose another place",
+    errno.EROFS: "the disk can only be read: choose another place",
+    errno.ENOTDIR: "a file is where a folder is needed: remove it, or choose another place",
+    errno.EEXIST: "a file is where a folder is needed: remove it, or choose another place",
+    errno.EISDIR: "a folder is where a file is needed: remove it, or choose another place",
+}
+_held: set[str] = set()
+
+
+@contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Whatever stops the block from writing `path` becomes an `OSError` that names it and a remedy.
+
+    safetensors, soundfile and torch report a full disk as errors of their own.
+    """
+    try:
+        yield
+    except Exception as error:
+        foreign = type(error).__name__ in ("SafetensorError", "LibsndfileError")
+        foreign |= "inline_container.cc" in str(error) or "PytorchStreamWriter" in str(error)
+        number = error.errno if isinstance(error, OSError) else None
+        if not foreign and number not in _REMEDIES:
+            raise
+        path = Path(path)
+        where = Path(os.fsdecode(getattr(error, "filename", None) or path))
+        if where not in (path, *path.parents) and path.parent not in where.parents:
+            raise  # what it reads, not what it writes
+        if foreign and ("No space left" in str(error) or shutil.disk_usage(path.parent).free < 2**20):
+            number = errno.ENOSPC
+        remedy = _REMEDIES.get(number or 0) or f"{' '.join(str(error).split())}: choose another place"
+        kind = type(error) if isinstance(error, OSError) else OSError
+        raise kind(f"{where} cannot be written: {remedy}") from error
 
 
 @contextmanager
@@ -15,15 +59,131 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with writing(path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike, text: str) -> Path:
     """Write a text file in UTF-8, its folder too if need be; return its path."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    return Path(path)
+    return path
+
+
+@contextmanager
+def alone(folder: str | os.PathLike) -> Iterator[Path]:
+    """Hold a folder while the block runs, made if need be; what killed runs left half-written in it goes.
+
+    The system lets go of it also when the process is killed. Holding it twice in one process is allowed.
+
+    Raises:
+        FileExistsError: another process holds it.
+        OSError: it cannot be made.
+    """
+    folder = Path(folder)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    name = os.path.realpath(folder)
+    if name in _held:
+        yield folder
+        return
+    descriptor = _lock(folder)
+    if descriptor is None:
+        raise FileExistsError(
+            f"another process is writing to {folder}: wait until it has ended, or choose another folder"
+        )
+    _held.add(name)
+    try:
+        for path in [path for depth in (".*", "*/.*", "*/*/.*") for path in folder.glob(depth)]:
+            if _TEMPORARY.fullmatch(path.name) and path.is_file():
+                path.unlink(missing_ok=True)
+            elif _INCOMPLETE.fullmatch(path.name):
+                _remove_leftover(path)
+        yield folder
+    finally:
+        _held.discard(name)
+        os.close(descriptor)
+
+
+def require_new(output: str | os.PathLike) -> Path:
+    """The output path, after checking that nothing is there.
+
+    Raises:
+        FileExistsError: something is; nothing is ever overwritten.
+    """
+    path = Path(output)
+    if path.exists() or path.is_symlink():
+        raise FileExistsError(f"{path} exists already: choose another output, or remove it first")
+    return path
+
+
+@contextmanager
+def new_folder(output: str | os.PathLike, num_bytes: int = 0) -> Iterator[Path]:
+    """A temporary sibling to write into; it becomes `output` when the block ends well, and vanishes when it
+    fails.
+
+    Args:
+        output: the folder that shall appear; its parents are created.
+        num_bytes: space that the block is going to need.
+
+    Raises:
+        FileExistsError: `output` is there already or appeared meanwhile, or another process is writing it.
+        OSError: not enough space, found before writing or while it happens.
+    """
+    path = require_new(output)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    for sibling in path.parent.glob(".*.incomplete"):
+        match = _INCOMPLETE.fullmatch(sibling.name)
+        if match and match.group(1) == path.name and not _remove_leftover(sibling):
+            raise FileExistsError(
+                f"another process is writing {path}: wait until it has ended, or choose another output"
+            )
+    free = shutil.disk_usage(path.parent).free
+    if num_bytes > free:
+        raise OSError(
+            f"{path} cannot be written: {num_bytes / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free: "
+            "free some space, or write to another disk"
+        )
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.incomplete")
+    try:
+        with writing(path), alone(temporary):
+            yield temporary
+            require_new(path)  # a rename would replace an empty folder without a word
+            temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_leftover(folder: Path) -> bool:
+    """Remove a temporary of `new_folder`; False if somebody is writing it still."""
+    descriptor = _lock(folder)
+    if descriptor is None:
+        return False
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(descriptor)
+    return True
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds the folder; None if another process does."""
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError as error:  # some network disks have no locks for folders
+        warnings.warn(
+            f"{folder} cannot be locked ({error.strerror}): see that no other process writes there",
+            stacklevel=4,
+        )
+    return descriptor

@@ -4,8 +4,10 @@ import argparse
 import logging
 import os
 import platform
+import signal
 import subprocess
 import sys
+import time
 import warnings
 
 import pytest
@@ -72,6 +74,24 @@ def test_an_interruption_says_how_to_go_on(capsys):
     command = command_that(fail(KeyboardInterrupt()), resume="the same command resumes")
     assert main(["act"], [command]) == 130
     assert capsys.readouterr().err == "\ndiverse-cfg: interrupted; the same command resumes\n"
+
+
+def test_a_termination_is_an_interruption(capsys):
+    """Catches a job that a scheduler or a script stops, and that leaves half of what it wrote."""
+    cleaned, before = [], signal.getsignal(signal.SIGTERM)
+
+    def run(args):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        finally:
+            cleaned.append(signal.getsignal(signal.SIGTERM))
+
+    command = Command("act", "acts", lambda parser: None, run, resume="the same command resumes")
+    assert main(["act"], [command]) == 143
+    assert capsys.readouterr().err == "\ndiverse-cfg: interrupted; the same command resumes\n"
+    assert cleaned == [signal.SIG_DFL], "a second signal ends the clean-up"
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_warnings_and_progress_speak_plainly(capsys):

@@ -19,6 +19,7 @@ from diverse_cfg.provenance import Provenance, read_provenance, write_provenance
 from diverse_cfg.rewards import DiversityReward
 from diverse_cfg.trainer import CFGDiversityTrainer
 from diverse_cfg.trainer.advantages import Advantages
+from tests.faults import held
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
 from tests.training import CodeEmbedder, WaveEmbedder, losses, tiny_args, tiny_trainer
 
@@ -461,3 +462,12 @@ def test_guidance_is_not_applied_twice(tmp_path, tiny_folder):
         tiny_trainer(tmp_path, model=tiny_folder, teacher_model=str(student))
     tiny_trainer(tmp_path, model=str(student), teacher_model=tiny_folder)
     tiny_trainer(tmp_path, model=str(student), guidance_scale=1.0)
+
+
+def test_two_runs_cannot_write_into_one_folder(tmp_path):
+    """Catches two trainings that both finish, with the weights of neither."""
+    trainer = tiny_trainer(tmp_path, max_steps=1)
+    with held(tmp_path), pytest.raises(FileExistsError, match=r"another process is writing to .*: wait"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    trainer.train()

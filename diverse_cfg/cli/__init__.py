@@ -9,9 +9,12 @@ import argparse
 import contextlib
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from diverse_cfg import __version__
 from diverse_cfg.cli import (
@@ -74,7 +77,7 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
     """Run one command.
 
     Returns:
-        0; 2 after wrong input (one line on stderr); 130 after an interruption.
+        0; 2 after wrong input (one line on stderr); 130 after Ctrl-C, 143 after SIGTERM.
     """
     parser = build_parser(commands)
     args, rest = parser.parse_known_args(argv)
@@ -85,7 +88,7 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
     keep_freed_memory()
     debug = args.debug or os.environ.get("DIVERSE_CFG_DEBUG", "") not in ("", "0")
     try:
-        with _speaking_plainly():
+        with _speaking_plainly(), _terminated_like_interrupted():
             command.run(args)
     except (*USER_ERRORS, RuntimeError) as error:
         # By its name: torch's class, whose import takes a second, and nothing else that is a RuntimeError.
@@ -96,12 +99,33 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"diverse-cfg: error: {message}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if debug:
             raise
         print(f"\ndiverse-cfg: interrupted; {command.resume}", file=sys.stderr)
-        return 130
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
     return 0
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM cleans up as Ctrl-C does; a second one ends at once.
+
+    It is what stops a job of a shell script, which ignores Ctrl-C, and what schedulers send.
+    """
+
+    def interrupt(number: int, _: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> None:
-    from diverse_cfg.merging.output import new_folder, require_new
+    from diverse_cfg.atomic import new_folder, require_new
     from diverse_cfg.musicgen.audiocraft.folders import is_audiocraft
 
     source = model_source(args.model)

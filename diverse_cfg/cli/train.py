@@ -5,12 +5,14 @@ The command only parses, builds, trains and saves. On several devices it is the 
 """
 
 import argparse
+import contextlib
 import difflib
 import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diverse_cfg.atomic import alone
 from diverse_cfg.cli.command import Command, embedder_source, model_source, prompt_source, read_settings
 
 USAGE = (
@@ -132,6 +134,11 @@ def _check_trackers(names: list[str]) -> None:
 def train(args: TrainArguments, config) -> None:
     """Build the trainer, train or continue, and write the student to `config.output_dir`."""
     resume = _checkpoint(config)  # before anything is loaded
+    with alone(config.output_dir) if config.process_index == 0 else contextlib.nullcontext():
+        _train(args, config, resume)
+
+
+def _train(args: TrainArguments, config, resume: str | None) -> None:
     _check_reward_names(args.reward_funcs or [])
     from diverse_cfg.prompts import load_prompts
     from diverse_cfg.trainer import CFGDiversityTrainer

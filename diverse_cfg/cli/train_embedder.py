@@ -64,8 +64,7 @@ def add_train_embedder_arguments(parser: argparse.ArgumentParser) -> None:
 def run_train_embedder(args: argparse.Namespace) -> None:
     import json
 
-    from diverse_cfg.atomic import write_text
-    from diverse_cfg.merging.output import new_folder, require_new
+    from diverse_cfg.atomic import new_folder, require_new, write_text
     from diverse_cfg.provenance import library_versions
 
     require_new(args.output)
@@ -74,34 +73,34 @@ def run_train_embedder(args: argparse.Namespace) -> None:
 
     from diverse_cfg.embeddings.training import encoder_config, train_embedder
 
-    recordings = _recordings(args)
-    trained = train_embedder(
-        recordings,
-        encoder_config(recordings, args.size),
-        negatives=args.negatives,
-        steps=args.steps,
-        batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        held_out=args.held_out,
-        seed=args.seed,
-        device=args.device,
-    )
-    facts = {
-        "negatives": args.negatives,
-        "recordings": len(recordings),
-        "chunk_seconds": recordings.chunk_seconds,
-        "held_out": {
-            "recordings": trained.num_held_out,
-            "retrieval_at_1": trained.retrieval,
-            "chance": trained.chance,
-        },
-        "steps": args.steps,
-        "batch_size": args.batch_size,
-        "learning_rate": args.learning_rate,
-        "seed": args.seed,
-        "versions": library_versions(),
-    }
     with new_folder(args.output) as folder:
+        recordings = _recordings(args)
+        trained = train_embedder(
+            recordings,
+            encoder_config(recordings, args.size),
+            negatives=args.negatives,
+            steps=args.steps,
+            batch_size=args.batch_size,
+            learning_rate=args.learning_rate,
+            held_out=args.held_out,
+            seed=args.seed,
+            device=args.device,
+        )
+        facts = {
+            "negatives": args.negatives,
+            "recordings": len(recordings),
+            "chunk_seconds": recordings.chunk_seconds,
+            "held_out": {
+                "recordings": trained.num_held_out,
+                "retrieval_at_1": trained.retrieval,
+                "chance": trained.chance,
+            },
+            "steps": args.steps,
+            "batch_size": args.batch_size,
+            "learning_rate": args.learning_rate,
+            "seed": args.seed,
+            "versions": library_versions(),
+        }
         trained.embedder.save_pretrained(folder)
         write_text(folder / "training.json", json.dumps(facts, indent=2) + "\n")
     print(

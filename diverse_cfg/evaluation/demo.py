@@ -6,13 +6,12 @@ output of each is complete or absent, training resumes from its checkpoint and e
 that the command can be interrupted and run again at any time.
 """
 
-import fcntl
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from diverse_cfg import __version__
 from diverse_cfg.assets import nano_path
-from diverse_cfg.atomic import write_text
+from diverse_cfg.atomic import alone, write_text
 from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.evaluation.cache import content_digest
 from diverse_cfg.evaluation.curves import training_curves
@@ -168,7 +167,7 @@ def run_demo(
     """
     settings, world, output = settings or DemoSettings(), world or World(), Path(output)
     _open(output, settings, world)
-    with _alone(output):
+    with alone(output):
         return _run(output, settings, world, tell)
 
 
@@ -237,19 +236,6 @@ def _open(output: Path, settings: DemoSettings, world: World) -> None:
         return
     output.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(identity, indent=1) + "\n")
-
-
-@contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    """Hold the folder while the demo runs; the system lets go of it also when the process is killed."""
-    with open(output / SETTINGS_FILE, encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FileExistsError(
-                f"another demo is running in {output}: wait for it, or choose another --output"
-            ) from None
-        yield
 
 
 # ---- training ------------------------------------------------------------------------------------

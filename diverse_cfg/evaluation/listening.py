@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from scipy.stats import beta
 
-from diverse_cfg.atomic import write_text
+from diverse_cfg.atomic import new_folder, write_text
 from diverse_cfg.evaluation.cache import digest
 from diverse_cfg.evaluation.gallery import kept_codes, write_audio
 from diverse_cfg.evaluation.generations import describe
@@ -118,13 +118,23 @@ def make_study(
     folder = Path(folder)
     wanted = {"quality": num_quality, "diversity": num_diversity}
     _check_study(results, sweep, pairs, wanted)
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists already: choose another folder, votes must not be mixed")
     chosen = Results(
         results.prompts, [results[name] for name in dict.fromkeys(name for pair in pairs for name in pair)]
     )
-    incomplete = folder.with_name(f".{folder.name}.incomplete")
-    shutil.rmtree(incomplete, ignore_errors=True)
+    with new_folder(folder) as incomplete:
+        _write_study(chosen, sweep, incomplete, pairs, wanted, seed)
+    return folder
+
+
+def _write_study(
+    chosen: Results,
+    sweep: Sweep,
+    incomplete: Path,
+    pairs: Sequence[tuple[str, str]],
+    wanted: dict[str, int],
+    seed: int,
+) -> None:
+    num_diversity = wanted["diversity"]
     files = write_audio(
         chosen, sweep, incomplete / "systems", max(wanted.values()), 2 if num_diversity else 1
     )
@@ -141,7 +151,7 @@ def make_study(
                 _blind_copies(incomplete, f"{name}-{side}", files[system, prompt][: CLIPS[kind]])
                 for side, system in (("left", left), ("right", right))
             ]
-            trials.append(Trial(name, kind, results.prompts[prompt], *sides))
+            trials.append(Trial(name, kind, chosen.prompts[prompt], *sides))
             key[name] = {"left": left, "right": right}
     shutil.rmtree(incomplete / "systems")
     shuffle.shuffle(trials)
@@ -150,8 +160,6 @@ def make_study(
         json.dumps([asdict(trial) for trial in trials], indent=1, ensure_ascii=False),
     )
     write_text(incomplete / KEY_FILE, json.dumps(key, indent=1, ensure_ascii=False))
-    incomplete.rename(folder)
-    return folder
 
 
 def load_trials(folder: str | os.PathLike) -> list[Trial]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diverse_cfg.atomic import write_text
+from diverse_cfg.atomic import alone, write_text
 from diverse_cfg.cards import Metric as CardMetric
 from diverse_cfg.cards import write_card, write_metrics
 from diverse_cfg.evaluation.cache import digest
@@ -41,6 +41,11 @@ def evaluate(config: SweepConfig, *, progress: bool = True) -> Results:
             raise ValueError(f"unknown metric {name!r} for an axis; known: {', '.join(METRICS)}")
     sweep, systems = build_sweep(config)
     _check_axes(config, sweep, systems)
+    with alone(config.output):
+        return _evaluate(config, sweep, systems, progress)
+
+
+def _evaluate(config: SweepConfig, sweep: Sweep, systems: Sequence[System], progress: bool) -> Results:
     results = sweep.run(systems, config.compare_to, progress=progress)
     results.settings["clips"] = _clips(results, sweep)
     results.settings["timed_on"] = _timed_on(results, sweep)

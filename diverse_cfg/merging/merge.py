@@ -19,11 +19,11 @@ import torch
 import yaml
 from transformers import GenerationConfig
 
+from diverse_cfg.atomic import new_folder, require_new
 from diverse_cfg.cards import write_card
 from diverse_cfg.merging.adapter import write_adapter
 from diverse_cfg.merging.checkpoints import AdapterCheckpoint, Checkpoint
 from diverse_cfg.merging.experts import DTYPES, Experts, open_experts
-from diverse_cfg.merging.output import new_folder, require_new
 from diverse_cfg.merging.tensors import TensorSpec, write_safetensors
 from diverse_cfg.merging.weights import resolve_weights
 from diverse_cfg.musicgen import layout

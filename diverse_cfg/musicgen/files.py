@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from diverse_cfg.atomic import replacing, write_text
+from diverse_cfg.atomic import alone, replacing, write_text
 from diverse_cfg.musicgen.policy import frame_rate, unwrap
 from diverse_cfg.musicgen.rollout import RolloutWeights, SamplingSettings, check_request, fast_generate
 from diverse_cfg.musicgen.sampling import require_64_bits
@@ -134,7 +134,8 @@ def generate_files(
         weights=weights,
     )
     done = len(manifest["clips"]) - len(pending)
-    with tqdm(total=len(manifest["clips"]), initial=done, unit="clip", disable=not progress) as bar:
+    bar = tqdm(total=len(manifest["clips"]), initial=done, unit="clip", disable=not progress)
+    with alone(folder), bar:
         loud = _play_clips(folder, pending, play, batch_size, sample_format, bar)
     if loud and sample_format == "int16":
         logger.warning(

@@ -10,6 +10,7 @@ code), a reference model (the teacher is the anchor), and the second forward pas
 equal the new ones.
 """
 
+import contextlib
 import functools
 import os
 import time
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, set_seed
 from trl import RLOOTrainer
 
+from diverse_cfg.atomic import alone
 from diverse_cfg.callbacks import AudioSamplesCallback, EvaluationClip, RewardHackingAlarm, peak_memory_gb
 from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.embeddings import load_embedder
@@ -209,8 +211,15 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
         return self.args.gradient_accumulation_steps % self._block_length == 0
 
     def train(self, *args, **kwargs):
-        """As `Trainer.train`; raises `ValueError` if the prompts ended before the first step."""
-        output = super().train(*args, **kwargs)
+        """As `Trainer.train`, with its output folder to itself.
+
+        Raises:
+            ValueError: the prompts ended before the first step.
+            FileExistsError: another run is writing to the folder.
+        """
+        first = self.is_world_process_zero() and self.args.output_dir is not None
+        with alone(self.args.output_dir) if first else contextlib.nullcontext():
+            output = super().train(*args, **kwargs)
         if self.state.global_step == 0 and self.state.max_steps > 0:
             raise ValueError(
                 "no step was made: train_dataset gave no prompts when training began; a stream must start anew "

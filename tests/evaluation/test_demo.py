@@ -14,6 +14,7 @@ from diverse_cfg.evaluation.judge import AttributeJudge
 from diverse_cfg.evaluation.results import Results
 from diverse_cfg.merging import read_recipe
 from diverse_cfg.provenance import read_provenance
+from tests.faults import held
 from tests.tiny import save_tiny
 
 pytestmark = pytest.mark.slow
@@ -188,7 +189,7 @@ def test_a_folder_of_another_demo_is_refused(finished, world, tmp_path):
 
 def test_two_at_once_are_one_too_many(finished, world):
     output, _, _ = finished
-    with demo_module._alone(output), pytest.raises(FileExistsError, match="another demo is running"):
+    with held(output), pytest.raises(FileExistsError, match="another process is writing to"):
         run_demo(output, SETTINGS, world)
 
 

@@ -368,7 +368,7 @@ def test_a_model_that_was_written_over_is_not_heard_for_the_one_that_was_measure
 
 
 def test_a_study_is_never_written_over(study, evaluated):
-    with pytest.raises(FileExistsError, match="must not be mixed"):
+    with pytest.raises(FileExistsError, match="study exists already: choose another output"):
         make_study(*evaluated, study, [("base", "student")], num_quality=1, num_diversity=0)
 
 

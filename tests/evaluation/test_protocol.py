@@ -20,6 +20,7 @@ from diverse_cfg.evaluation.reference import reference_embeddings
 from diverse_cfg.evaluation.results import Results
 from tests import oracles
 from tests.evaluation.worlds import CodesEncoder, WaveEncoder, encoder_folder, save_sibling
+from tests.faults import held
 from tests.tiny import PROMPTS, save_tiny
 
 
@@ -293,3 +294,9 @@ def test_distances_to_reference_in_a_sweep_are_scipys(root, tmp_path):
     clips = replicate.groups("heldout").flatten(0, 2).double().numpy()
     expected = oracles.frechet_distance(clips, sweep.reference.astype(float))
     assert row.metrics["frechet"].estimate == pytest.approx(expected, rel=1e-4)
+
+
+def test_two_sweeps_cannot_write_into_one_folder(root, tmp_path):
+    with held(tmp_path), pytest.raises(FileExistsError, match="another process is writing to"):
+        report.evaluate(SweepConfig.from_dict(settings(root, tmp_path)), progress=False)
+    assert list(tmp_path.iterdir()) == []

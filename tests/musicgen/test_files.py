@@ -12,6 +12,7 @@ from diverse_cfg.musicgen import files
 from diverse_cfg.musicgen.files import generate_files, write_wav
 from diverse_cfg.musicgen.policy import load_policy
 from diverse_cfg.musicgen.rollout import fast_generate
+from tests.faults import held
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
 
 
@@ -159,3 +160,14 @@ def test_bad_requests_leave_no_folder(policy, tmp_path, wrong):
     with pytest.raises(ValueError):
         generate(policy, tmp_path / "out", **wrong)
     assert not (tmp_path / "out").exists()
+
+
+def test_two_cannot_write_into_one_folder(policy, tmp_path):
+    """Catches two resumed runs that write the same files at once; what a killed one left goes."""
+    generate(policy, tmp_path / "clips")
+    leftover = tmp_path / "clips" / ".0000-00-clip.wav.0123abcd"
+    leftover.touch()
+    with held(tmp_path / "clips"), pytest.raises(FileExistsError, match="another process is writing to"):
+        generate(policy, tmp_path / "clips", resume=True)
+    generate(policy, tmp_path / "clips", resume=True)
+    assert not leftover.exists()

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import shutil
-import uuid
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers import MusicgenForConditionalGeneration, MusicgenProcessor
 from transformers.utils import cached_file
 
 from diverse_cfg import __version__
+from diverse_cfg.atomic import new_folder
 from diverse_cfg.musicgen.audiocraft.reading import (
     CODEC_FILE,
     LANGUAGE_MODEL_FILE,
@@ -163,13 +163,7 @@ def write_transformers(
     Raises:
         FileExistsError: the folder is there already.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists already: choose another output, or remove it first")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.incomplete")
-    temporary.mkdir()
-    try:
+    with new_folder(folder) as temporary:
         config = stored.config
         config.architectures = ["MusicgenForConditionalGeneration"]
         config.save_pretrained(temporary)
@@ -182,10 +176,7 @@ def write_transformers(
                 shutil.copyfile(like / name, temporary / name)
         if stamp is not None:
             (temporary / _STAMP).write_text(json.dumps(stamp), encoding="utf-8")
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+    return Path(folder)
 
 
 def find_file(source: str, name: str) -> str | None:
