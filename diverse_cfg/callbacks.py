@@ -3,7 +3,6 @@ hacking."""
 
 import logging
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from diverse_cfg.musicgen.files import write_wav
+from diverse_cfg.untrusted import slug
 
 logger = logging.getLogger(__name__)
 
@@ -81,18 +81,13 @@ class AudioSamplesCallback(TrainerCallback):
         folder = Path(args.output_dir) / "audio" / f"step-{state.global_step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
         for index, clip in enumerate(clips):
-            write_wav(folder / f"{index:02d}-{slug(clip.prompt)}.wav", clip.waveform, clip.sampling_rate)
+            write_wav(folder / f"{index:02d}-{slug(clip.prompt, 48)}.wav", clip.waveform, clip.sampling_rate)
         trackers = args.report_to or []
         if "tensorboard" in trackers:
             _to_tensorboard(args, state, clips)
         for name in ("wandb", "trackio"):
             if name in trackers:
                 _to_tracker(name, state, clips)
-
-
-def slug(text: str, length: int = 48) -> str:
-    """A prompt as a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:length].rstrip("-") or "clip"
 
 
 def _to_tensorboard(args, state, clips: list[EvaluationClip]) -> None:

@@ -6,7 +6,6 @@ Everything on a card comes from files in the folder: `diverse_cfg.json` (what it
 render the same card through `write_card`.
 """
 
-import html
 import json
 import os
 import re
@@ -19,12 +18,12 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import GenerationConfig
 
 from diverse_cfg.atomic import replacing, write_text
 from diverse_cfg.musicgen import layout
 from diverse_cfg.provenance import Provenance, read_provenance
+from diverse_cfg.untrusted import inside, render, slug
 
 CARD_FILE = "README.md"
 METRICS_FILE = "evaluation.json"
@@ -34,7 +33,6 @@ PAPER = "arxiv:2410.06084"
 
 # Licences of weights whose card cannot be read without a network.
 _KNOWN_LICENSES = {"facebook/musicgen-": "cc-by-nc-4.0"}
-_TEMPLATES = Path(__file__).parent / "templates"
 TRANSFORMERS_TOP_K = 50  # what `generate` falls back to when a configuration names none
 MARK = "<!-- written by diverse-cfg; delete this line to keep your own edits -->"
 _GENERATED = (MARK, "# Model Card for Model ID", "<!-- This model card has been generated automatically")
@@ -89,7 +87,7 @@ def write_metrics(
 def write_samples(folder: str | os.PathLike, samples: Sequence[Sample]) -> Path:
     """List clips that were written below `folder`, so that the card plays them."""
     for sample in samples:
-        if not (Path(folder) / sample.file).is_file():
+        if not inside(folder, sample.file).is_file():
             raise FileNotFoundError(f"sample {sample.file} is not in {folder}")
     path = Path(folder) / SAMPLES_FILE
     path.parent.mkdir(exist_ok=True)
@@ -163,34 +161,33 @@ def render_card(
     evaluation = _read_json(folder / METRICS_FILE) or {}
     metrics = [Metric(**metric) for metric in evaluation.get("metrics", [])]
     samples = [Sample(**sample) for sample in _read_json(folder / SAMPLES_FILE) or []]
+    for sample in samples:
+        inside(folder, sample.file)
     data = _metadata(name, provenance, adapter, base, license, metrics, evaluation, samples, datasets, tags)
-    body = (
-        _environment()
-        .get_template("model_card.md.jinja")
-        .render(
-            name=name,
-            title=name.split("/")[-1],
-            p=provenance,
-            training={
-                key: public_name(value) for key, value in provenance.training.items() if value is not None
-            },
-            adapter=adapter,
-            base=public_name(base) or "the base model",
-            base_is_id=is_hub_id(base),
-            base_path=base or "",
-            license=license,
-            evaluation=evaluation,
-            metrics=metrics,
-            samples=samples,
-            prompt=samples[0].prompt if samples else _DEFAULT_PROMPT,
-            curves=CURVES_FILE if (folder / CURVES_FILE).is_file() else None,
-            generation=_generation(folder),
-            seconds=_clip_seconds(folder, provenance),
-            fast=_fast_settings(folder, provenance),
-            paper=PAPER,
-            mark=MARK,
-        )
-    )
+    values = {
+        "name": name,
+        "title": name.split("/")[-1],
+        "p": provenance,
+        "training": {
+            key: public_name(value) for key, value in provenance.training.items() if value is not None
+        },
+        "adapter": adapter,
+        "base": public_name(base) or "the base model",
+        "base_link": f"[{base}](https://huggingface.co/{base})" if is_hub_id(base) else None,
+        "base_path": base or "",
+        "license": license,
+        "evaluation": evaluation,
+        "metrics": metrics,
+        "samples": samples,
+        "prompt": samples[0].prompt if samples else _DEFAULT_PROMPT,
+        "curves": CURVES_FILE if (folder / CURVES_FILE).is_file() else None,
+        "generation": _generation(folder),
+        "seconds": _clip_seconds(folder, provenance),
+        "fast": _fast_settings(folder, provenance),
+        "paper": PAPER,
+        "mark": MARK,
+    }
+    body = render("model_card.md.jinja", values)
     return f"---\n{data.to_yaml()}\n---\n\n{body.strip()}\n"
 
 
@@ -280,7 +277,7 @@ def _metadata(
             task_name="Text-to-music generation",
             dataset_type="custom",
             dataset_name=evaluation["prompts"],
-            metric_type=re.sub(r"[^a-z0-9]+", "-", metric.name.lower()).strip("-"),
+            metric_type=slug(metric.name, default="metric"),
             metric_name=metric.name + (f" ({metric.judge})" if metric.judge else ""),
             metric_value=metric.value,
         )
@@ -303,29 +300,6 @@ def _metadata(
         tags=[*own, *(["merge"] if provenance.kind == "merge" else []), *tags],
         **optional,
     )
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["number"] = lambda value: "—" if value is None else f"{value:.4g}"
-    environment.filters["python"] = lambda value: json.dumps(value, ensure_ascii=False)
-    environment.filters["python_dict"] = lambda settings: (
-        "{" + ", ".join(f'"{key}": {value!r}' for key, value in settings.items()) + "}"
-    )
-    environment.filters["text"] = _markdown_text
-    return environment
-
-
-def _markdown_text(value: Any) -> str:
-    """Free text inside a line or table cell of Markdown: no HTML, no new cells, no code blocks."""
-    flat = " ".join(str(value).split())
-    return re.sub(r"([\\`*_|\[\]])", r"\\\1", html.escape(flat, quote=False))
 
 
 def _read_json(path: Path) -> Any:

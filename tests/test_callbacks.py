@@ -12,7 +12,6 @@ from diverse_cfg.callbacks import (
     AudioSamplesCallback,
     EvaluationClip,
     RewardHackingAlarm,
-    slug,
 )
 
 STATE = SimpleNamespace(global_step=7, is_world_process_zero=True)
@@ -58,10 +57,6 @@ def test_audio_of_an_evaluation_is_written(tmp_path, channels):
     assert rate == 3200 and audio.shape == (100, channels)
     assert audio[0, 0] == -1.0 and audio[-1, 0] == pytest.approx(1.0, abs=1e-3)
     assert [path.name for path in tmp_path.rglob("*") if path.name.startswith(".")] == []
-
-
-def test_slug_is_a_file_name():
-    assert slug("../../etc: ünïcode  90s Rock") == "etc-n-code-90s-rock" and slug("…") == "clip"
 
 
 BASE = {

@@ -31,6 +31,7 @@ from diverse_cfg.cli import (
 )
 from diverse_cfg.cli.command import Command
 from diverse_cfg.cli.memory import keep_freed_memory
+from diverse_cfg.untrusted import plain
 
 COMMANDS: tuple[Command, ...] = (
     demo.COMMAND,
@@ -96,7 +97,7 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
         ours |= str(getattr(error, "name", "")).startswith("diverse_cfg")  # a module of ours is missing
         if debug or ours:
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = plain(" ".join(str(error).split())) or type(error).__name__
         print(f"diverse-cfg: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
@@ -137,7 +138,7 @@ def _speaking_plainly() -> Iterator[None]:
     """
     logger = logging.getLogger("diverse_cfg")
     handler, level = logging.StreamHandler(), logger.level
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.format = lambda record: plain(record.getMessage())
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     configurations = logging.getLogger("transformers.configuration_utils")
@@ -149,7 +150,7 @@ def _speaking_plainly() -> Iterator[None]:
         def show(message, category, filename, lineno, file=None, line=None):
             if not issubclass(category, UserWarning):
                 return usual(message, category, filename, lineno, file, line)
-            print(f"diverse-cfg: warning: {' '.join(str(message).split())}", file=file or sys.stderr)
+            print(f"diverse-cfg: warning: {plain(' '.join(str(message).split()))}", file=file or sys.stderr)
 
         warnings.showwarning = show
         try:

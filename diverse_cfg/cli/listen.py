@@ -34,6 +34,13 @@ def add_listen_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("study")
     run.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets others in your network listen")
     run.add_argument("--port", type=int, default=7860)
+    run.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="also answer as NAME, e.g. that of a proxy in front (repeatable)",
+    )
 
     count = actions.add_parser("count", help="count the votes: win rates with intervals")
     count.add_argument("study")
@@ -84,7 +91,7 @@ def _make(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace) -> None:
     from diverse_cfg.evaluation.listening_app import serve
 
-    serve(args.study, host=args.host, port=args.port)
+    serve(args.study, host=args.host, port=args.port, names=args.allow_host)
 
 
 def _count(args: argparse.Namespace) -> None:

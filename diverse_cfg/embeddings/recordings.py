@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from diverse_cfg.embeddings.audio import resample, to_mono
+from diverse_cfg.untrusted import inside
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 # Chunks longer than this tell no more about what a recording sounds like, and cost more.
@@ -96,7 +97,7 @@ class AudioRecordings:
         manifest = folder / _MANIFEST
         if manifest.is_file():
             clips = json.loads(manifest.read_text(encoding="utf-8"))["clips"]
-            missing = [clip["file"] for clip in clips if not (folder / clip["file"]).is_file()]
+            missing = [clip["file"] for clip in clips if not inside(folder, clip["file"]).is_file()]
             if missing:
                 raise ValueError(
                     f"{folder} lacks {len(missing)} of its {len(clips)} clips, such as {missing[0]}: finish it "

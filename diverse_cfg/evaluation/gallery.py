@@ -7,7 +7,6 @@ codes in the cache.
 
 import hashlib
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from diverse_cfg.atomic import write_text
 from diverse_cfg.evaluation.generations import Player, describe
@@ -25,8 +23,7 @@ from diverse_cfg.evaluation.results import Estimate, Results, SystemResult
 from diverse_cfg.evaluation.sweep import Sweep
 from diverse_cfg.evaluation.systems import System
 from diverse_cfg.musicgen.files import write_wav
-
-_TEMPLATES = Path(__file__).parent.parent / "templates"
+from diverse_cfg.untrusted import render, slug
 
 
 @dataclass(frozen=True)
@@ -72,8 +69,7 @@ def write_audio(
             continue
         codes = kept_codes(row.system, sweep)
         player = Player(row.system.replicates[0], sweep.device)
-        slug = re.sub(r"[^a-z0-9]+", "-", row.system.name.lower()).strip("-") or "system"
-        place = Path("audio") / f"{index:02d}-{slug}"
+        place = Path("audio") / f"{index:02d}-{slug(row.system.name, default='system')}"
         (folder / place).mkdir(parents=True, exist_ok=True)
         for prompt in range(num_prompts):
             first = prompt * sweep.clips.num_generations
@@ -172,8 +168,7 @@ def write_gallery(
         "beside": _beside(results),
         "target": TARGET_LUFS,
     }
-    text = _environment().get_template("gallery.html.jinja").render(page)
-    return write_text(Path(folder) / "index.html", text)
+    return write_text(Path(folder) / "index.html", render("gallery.html.jinja", page))
 
 
 def _table_row(row: SystemResult, names: Sequence[str]) -> dict[str, Any]:
@@ -221,14 +216,3 @@ def _of_prompt(row: SystemResult, prompt: int, names: Sequence[str]) -> str:
         if cells is not None and cells[prompt, 0] == cells[prompt, 0]:
             parts.append(f"{METRICS[name].label} {cells[prompt, 0]:.2f}")
     return " · ".join(parts)
-
-
-def _environment() -> Environment:
-    return Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )

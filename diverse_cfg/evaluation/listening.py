@@ -31,6 +31,7 @@ from diverse_cfg.evaluation.generations import describe
 from diverse_cfg.evaluation.results import Estimate, Results
 from diverse_cfg.evaluation.sweep import Sweep
 from diverse_cfg.functional.statistics import bootstrap_mean, win_rate
+from diverse_cfg.untrusted import checked_name, inside
 
 QUESTIONS = {
     "quality": "Which clip is better: its sound, how well it fits the text, its music?",
@@ -60,6 +61,11 @@ class Trial:
     prompt: str
     left: tuple[str, ...]
     right: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        checked_name(self.id, "the id of a trial")
+        if self.kind not in CLIPS or not len(self.left) == len(self.right) == CLIPS[self.kind]:
+            raise ValueError(f"trial {self.id}: {self.kind!r} is no kind of trial, or has other clips")
 
 
 @dataclass(frozen=True)
@@ -167,12 +173,20 @@ def load_trials(folder: str | os.PathLike) -> list[Trial]:
 
     Raises:
         FileNotFoundError: the folder is no study.
+        ValueError: the list of trials was damaged, or names files elsewhere.
     """
     path = Path(folder) / TRIALS_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no listening test: it has no {TRIALS_FILE}")
-    rows = json.loads(path.read_text(encoding="utf-8"))
-    return [Trial(**{**row, "left": tuple(row["left"]), "right": tuple(row["right"])}) for row in rows]
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        trials = [Trial(**{**row, "left": tuple(row["left"]), "right": tuple(row["right"])}) for row in rows]
+        for trial in trials:
+            for file in (*trial.left, *trial.right):
+                inside(folder, file)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path} is not what `listen make` wrote ({error}): copy the study again") from error
+    return trials
 
 
 class Votes:
@@ -239,7 +253,11 @@ class Votes:
                     raise ValueError(f"the study has no trial {vote.trial!r}")
                 if (vote.trial, vote.listener) in votes:
                     raise ValueError(f"{vote.listener} has answered trial {vote.trial} in a line above")
-            except (ValueError, TypeError) as error:  # no JSON, no UTF-8, other names or values
+            except (
+                ValueError,
+                TypeError,
+                RecursionError,
+            ) as error:  # no JSON, no UTF-8, other names or values
                 bad.append(f"line {number} ({error})")
             else:
                 votes[vote.trial, vote.listener] = vote
@@ -290,7 +308,13 @@ def win_rates(folder: str | os.PathLike) -> list[WinRate]:
         FileNotFoundError: no study, or no key.
     """
     votes = Votes(folder)
-    key: Mapping[str, Mapping[str, str]] = json.loads((votes.folder / KEY_FILE).read_text(encoding="utf-8"))
+    path = votes.folder / KEY_FILE
+    try:
+        key: Mapping[str, Mapping[str, str]] = json.loads(path.read_text(encoding="utf-8"))
+        lacking = [name for name in votes.trials if not {"left", "right"} <= key[name].keys()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is not the key of this study ({error!r}): copy it again") from error
+    assert not lacking, lacking
     scores: dict[tuple[str, str, str], list[tuple[str, str, float]]] = {}
     for vote in votes.all():
         sides, trial = key[vote.trial], votes.trials[vote.trial]

@@ -1,8 +1,6 @@
 """How the figures look, and how they are written: a paper's column, readable in black and white, SVG + PNG
 + CSV."""
 
-import csv
-import io
 import math
 import os
 from collections.abc import Sequence
@@ -18,6 +16,7 @@ from matplotlib.figure import Figure
 from diverse_cfg.atomic import replacing, write_text
 from diverse_cfg.evaluation.metrics import METRICS
 from diverse_cfg.evaluation.results import Estimate
+from diverse_cfg.untrusted import csv_text
 
 COLUMN_WIDTH = 3.4  # inches
 # Okabe and Ito's colours, which the colour-blind tell apart too, in an order of falling contrast in grey.
@@ -37,6 +36,7 @@ STYLE = {
     "lines.markersize": 4.0,
     "savefig.dpi": 300,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a dollar sign in a name is one
     "svg.hashsalt": "diverse-cfg",
     "font.family": "DejaVu Sans",
 }
@@ -87,10 +87,7 @@ def save(figure: Figure, stem: str | os.PathLike, table: list[list[Any]]) -> lis
         paths.append(stem.with_name(f"{stem.name}.{ending}"))
         with replacing(paths[-1]) as temporary:
             figure.savefig(temporary, format=ending, metadata=metadata)
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerows([["" if cell is None else cell for cell in line] for line in table])
-    paths.append(write_text(stem.with_name(f"{stem.name}.csv"), out.getvalue()))
+    paths.append(write_text(stem.with_name(f"{stem.name}.csv"), csv_text(table)))
     return paths
 
 

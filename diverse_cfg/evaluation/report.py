@@ -1,7 +1,6 @@
 """From a configuration to a folder of results: numbers, figures, and a page to look and listen."""
 
 import os
-import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from diverse_cfg.evaluation.results import Estimate, Results, SystemResult
 from diverse_cfg.evaluation.signatures import Arms, signatures, to_markdown
 from diverse_cfg.evaluation.sweep import Sweep
 from diverse_cfg.evaluation.systems import System
+from diverse_cfg.untrusted import markdown, slug
 
 
 def evaluate(config: SweepConfig, *, progress: bool = True) -> Results:
@@ -120,7 +120,8 @@ def to_page(results: Results, pictures: Sequence[Picture], config: SweepConfig) 
             found = signatures(results, arms, quality=y, diversity=x)
             lines += ["## The paper's findings", "", to_markdown(found)]
     for picture in pictures:
-        lines += [f"![{picture.caption}]({picture.file})", "", picture.caption, ""]
+        caption = markdown(picture.caption)
+        lines += [f"![{caption}]({picture.file})", "", caption, ""]
     settings = results.settings
     versions = ", ".join(f"{name} {version}" for name, version in settings["versions"].items())
     how = f"{how_measured(results)} Sampling seeds {settings['seeds']}; {settings['machine']}; {versions}."
@@ -188,7 +189,7 @@ def draw(
         rows = [row.system for row in results.usable if row.system.series == series]
         weights = {system.merge_weight for system in rows}
         if {0.0, 1.0} < weights - {None}:
-            name = f"lerp-{_slug(series)}"
+            name = f"lerp-{slug(series, default='series')}"
             merge_curve(results, series, [x, y], folder / name)
             caption = (
                 f"{_title(series)}: the merge weight is a knob. Dashed: the straight line between the ends."
@@ -212,7 +213,3 @@ def first_metric(results: Results, names: tuple[str, ...]) -> str | None:
 
 def _title(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "series"

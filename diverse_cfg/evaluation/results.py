@@ -5,8 +5,6 @@ hypervolumes are computed from the file alone, with the same intervals as the ta
 the numbers, `cells.npz` the cells.
 """
 
-import csv
-import io
 import json
 import math
 import os
@@ -23,6 +21,7 @@ from diverse_cfg.evaluation.measures import Replicate
 from diverse_cfg.evaluation.metrics import METRICS, Metric
 from diverse_cfg.evaluation.systems import System
 from diverse_cfg.functional.statistics import bootstrap_mean, hypervolume, jackknife_statistic
+from diverse_cfg.untrusted import csv_text, markdown
 
 _FORMAT = 1
 
@@ -312,21 +311,19 @@ class Results:
 
     def csv(self, metrics: Sequence[str] | None = None) -> str:
         """One line per system and metric."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(
+        table: list[Sequence[Any]] = [
             ["system", "role", "series", "metric", "estimate", "low", "high", "standard_error", "prompts"]
-        )
+        ]
         for row in self.systems:
             for name in metrics or self.metrics:
                 e = row.metrics.get(name, Estimate(None))
                 numbers = [
                     "" if v is None else f"{v:.6g}" for v in (e.estimate, e.low, e.high, e.standard_error)
                 ]
-                writer.writerow(
+                table.append(
                     [row.system.name, row.system.role, row.system.series, name, *numbers, e.num_prompts]
                 )
-        return out.getvalue()
+        return csv_text(table)
 
     def table(self, metrics: Sequence[str] | None = None) -> str:
         """A Markdown table; failures and flags are in it."""
@@ -337,9 +334,11 @@ class Results:
             mark = "" if not row.flags else " ⚠"
             cells = [row.metrics.get(name, Estimate(None)).text() for name in names]
             if not row.ok:
-                cells = [f"failed: {row.error}", *[""] * (len(names) - 1)]
-            lines.append("| " + " | ".join([row.system.name + mark, *cells]).replace("\n", " ") + " |")
-        notes = [f"⚠ {row.system.name}: {flag}" for row in self.systems for flag in row.flags]
+                cells = [f"failed: {markdown(row.error)}", *[""] * (len(names) - 1)]
+            lines.append("| " + " | ".join([markdown(row.system.name) + mark, *cells]) + " |")
+        notes = [
+            f"⚠ {markdown(row.system.name)}: {markdown(flag)}" for row in self.systems for flag in row.flags
+        ]
         return "\n".join([*lines, *([""] if notes else []), *notes])
 
 

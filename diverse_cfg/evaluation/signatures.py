@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from diverse_cfg.evaluation.results import Estimate, Results, SystemResult, above_line, mean_estimate
+from diverse_cfg.untrusted import markdown
 
 HOLDS, FAILS, OPEN, MISSING = "holds", "fails", "not shown", "not measured"
 """Verdicts: shown; the opposite is shown; the interval allows both; a system or metric is missing."""
@@ -196,7 +197,7 @@ def to_markdown(found: Sequence[Signature]) -> str:
         lines += ["| claim | difference | verdict |", "|---|---|---|"]
         for evidence in signature.evidence:
             number = "–" if evidence.found is None else evidence.found.text()
-            lines.append(f"| {evidence.claim} | {number} | {evidence.verdict} |")
+            lines.append(f"| {markdown(evidence.claim)} | {number} | {evidence.verdict} |")
         lines.append("")
     return "\n".join(lines)
 

@@ -22,6 +22,7 @@ from diverse_cfg.evaluation.metrics import METRICS, Metric, require
 from diverse_cfg.evaluation.results import Results, SystemResult, clusters_of, estimate, mean_estimate
 from diverse_cfg.evaluation.systems import Mixture, System
 from diverse_cfg.provenance import library_versions
+from diverse_cfg.untrusted import plain
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ class Sweep:
                 except Exception as error:
                     logger.warning("system %s failed: %s", system.name, error)
                     logger.debug("its traceback", exc_info=True)
-                    rows.append(SystemResult(system, error=f"{type(error).__name__}: {error}"))
+                    rows.append(SystemResult(system, error=plain(f"{type(error).__name__}: {error}")))
                 bar.update(before + 2 * len(system.replicates) * self.clips.num_clips - bar.n)
         flag_incomparable(rows)
         return Results(list(self.clips.prompts), rows, self._settings(), list(compare_to))

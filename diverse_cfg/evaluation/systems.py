@@ -16,6 +16,7 @@ from diverse_cfg.evaluation.settings import require_type
 from diverse_cfg.merging.weights import parse_sweep, resolve_weights
 from diverse_cfg.musicgen.loading import is_distilled
 from diverse_cfg.musicgen.sampling import SamplingSettings
+from diverse_cfg.untrusted import plain
 
 ROLES = ("base", "guided", "student", "merge")
 
@@ -70,6 +71,11 @@ class System:
     def __post_init__(self) -> None:
         if not self.name.strip():
             raise ValueError("a system needs a name")
+        for text in (self.name, self.series):
+            if "\n" in text or plain(text) != text:
+                raise ValueError(
+                    f"system {text!r}: a name is one line of letters, without control characters"
+                )
         if not self.replicates or not all(self.replicates):
             raise ValueError(f"system {self.name!r} has no model")
         if self.role not in ROLES:

@@ -22,6 +22,7 @@ import yaml
 from diverse_cfg.atomic import write_text
 from diverse_cfg.evaluation.listening import QUESTIONS, Trial, Vote, Votes, load_trials
 from diverse_cfg.musicgen.files import write_wav
+from diverse_cfg.untrusted import checked_name
 
 SCALE = {
     "quality": ("bad", "poor", "fair", "good", "excellent"),
@@ -49,7 +50,9 @@ def export_study(folder: str | os.PathLike, output: str | os.PathLike, test_id: 
     Raises:
         FileExistsError: the folder is there already.
         FileNotFoundError: no study.
+        ValueError: a `test_id` that is no plain name.
     """
+    checked_name(test_id, "the test id (--test-id)")
     output = Path(output)
     trials = load_trials(folder)
     if output.exists():
@@ -143,7 +146,10 @@ def _rows(reader: csv.DictReader, path: Path) -> Iterator[dict[str, str]]:
             raise ValueError(
                 f"{path} lacks the columns {', '.join(sorted(missing))}: it is no lms.csv of webMUSHRA"
             )
-        yield from reader
+        for row in reader:
+            if None in row:
+                raise ValueError(f"{path}, line {reader.line_num} has more cells than the header: repair it")
+            yield row
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read ({error}): copy lms.csv from webMUSHRA again") from error
 

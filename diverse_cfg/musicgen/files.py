@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +26,7 @@ from diverse_cfg.musicgen.rollout import RolloutWeights, SamplingSettings, check
 from diverse_cfg.musicgen.sampling import require_64_bits
 from diverse_cfg.provenance import library_versions
 from diverse_cfg.types import Clips
+from diverse_cfg.untrusted import slug
 
 logger = logging.getLogger(__name__)
 
@@ -200,11 +200,10 @@ def _fingerprint(model: nn.Module) -> str:
 def _plan(prompts: list[str], num_generations: int, seed: int, seconds: float) -> list[dict[str, Any]]:
     clips = []
     for row, prompt in enumerate(prompts):
-        slug = re.sub(r"[^a-z0-9]+", "-", str(prompt).lower())[:40].strip("-") or "clip"
         for generation in range(num_generations):
             clips.append(
                 {
-                    "file": f"{row:04d}-{generation:02d}-{slug}.wav",
+                    "file": f"{row:04d}-{generation:02d}-{slug(prompt, 40)}.wav",
                     "prompt": prompt,
                     "generation": generation,
                     "seed": seed,

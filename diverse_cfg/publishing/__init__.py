@@ -127,7 +127,7 @@ def _take_along(folder: Path, full: Path) -> None:
             shutil.copyfile(folder / name, full / name)
     samples = Path(SAMPLES_FILE).parent
     if (folder / samples).is_dir():
-        shutil.copytree(folder / samples, full / samples)
+        shutil.copytree(folder / samples, full / samples, symlinks=True)  # the plan says what may be a link
 
 
 def _finish(plan: UploadPlan, dry_run: bool, check: bool, **options: Any) -> UploadPlan | Published:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +20,7 @@ from diverse_cfg.merging.merge import RECIPE_FILE
 from diverse_cfg.musicgen import layout
 from diverse_cfg.musicgen.loading import load_policy, load_processor
 from diverse_cfg.provenance import PROVENANCE_FILE, read_provenance
+from diverse_cfg.untrusted import TOKEN
 
 _ALWAYS = (
     "generation_config.json",
@@ -35,7 +35,6 @@ _FULL = ("config.json", "model.safetensors", "model-*-of-*.safetensors", "model.
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # The last parts of `nano_path()`, in whichever environment a model was trained.
 _NANO_BASE = ("assets", "nano", "base")
-_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{20,}\b")
 
 
 @dataclass(frozen=True)
@@ -129,10 +128,22 @@ def plan_upload(
     replaced = _with_public_base(folder, adapter, base_model)
     card = _card(folder, repo_id, base_model, license, tags)
     patterns = (*_ALWAYS, *(_ADAPTER if adapter else _FULL))
-    chosen = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    chosen = sorted(
+        {
+            path
+            for pattern in patterns
+            for path in folder.glob(pattern)
+            if path.is_file() and path.name[0] != "."
+        }
+    )
     files = [PlannedFile(cards.CARD_FILE, card.encode())]
     for path in chosen:
         name = path.relative_to(folder).as_posix()
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"{path} is a link to {path.resolve()}, outside of the folder: put the file itself there, if it "
+                "is to be published"
+            )
         files.append(PlannedFile(name, replaced.get(name, path)))
     for file in files:
         _require_no_secret(file)
@@ -248,7 +259,7 @@ def _require_no_secret(file: PlannedFile) -> None:
     if file.path_in_repo.endswith((".safetensors", ".wav", ".png")):
         return
     content = file.source if isinstance(file.source, bytes) else file.source.read_bytes()
-    if _TOKEN.search(content):
+    if TOKEN.search(content.decode(errors="replace")):
         raise ValueError(
             f"{file.path_in_repo} contains what looks like a Hub token: remove it (and revoke the token)"
         )

@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, Reposit
 
 from diverse_cfg.cards import CARD_FILE
 from diverse_cfg.publishing.plan import PlannedFile, UploadPlan
+from diverse_cfg.untrusted import TOKEN, plain
 
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 _CONFLICT = (409, 412)
@@ -261,10 +262,10 @@ def _explained(plan: UploadPlan, token: str) -> Iterator[None]:
     except Exception as error:
         status = _status(error)
         if status is None and not _is_network(error):
-            if token in str(error):
-                raise OSError(str(error).replace(token, "<token>")) from None
+            if token in str(error) or TOKEN.search(str(error)):
+                raise OSError(plain(str(error).replace(token, "<token>"))) from None
             raise
-        reason = " ".join(str(error).split()).replace(token, "<token>")
+        reason = plain(" ".join(str(error).split()).replace(token, "<token>"))
         raise _explanation(status, plan.repo_id, reason) from None
 
 

@@ -419,7 +419,7 @@ def build(recorded: Path, page: Path, recipes: Path, readme: Path) -> None:
         if arm.get("settings", {}).get("divergence") == "forward_kl"
     ]
     draw(found, far, recorded)
-    environment = jinja2.Environment(
+    environment = jinja2.Environment(  # noqa: S701 (Markdown of our own numbers)
         loader=jinja2.FileSystemLoader(HERE), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True,
     )  # fmt: skip

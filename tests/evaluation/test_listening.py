@@ -6,7 +6,9 @@ import json
 import multiprocessing
 import time
 from dataclasses import replace
+from http.client import HTTPConnection
 from pathlib import Path
+from socket import gethostname
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
@@ -24,7 +26,7 @@ from diverse_cfg.evaluation.listening import (
     make_study,
     win_rates,
 )
-from diverse_cfg.evaluation.listening_app import build_app, serve, view
+from diverse_cfg.evaluation.listening_app import _Doorkeeper, build_app, serve, view
 from diverse_cfg.evaluation.results import Results
 from diverse_cfg.evaluation.systems import System, single
 from diverse_cfg.evaluation.webmushra import export_study, import_ratings
@@ -231,6 +233,7 @@ def test_a_second_click_counts_once(study):
         '{"trial": "FIRST", "listener": "J\u00fc'.encode()[:-1],  # inside of a letter
         b"null",
         b"[1]",
+        b"[" * 100_000,
         b'{"foo": 1}',
         b'{"trial": "FIRST", "listener": "ben", "answer": "up"}',
         b'{"trial": "FIRST", "listener": "ben", "answer": []}',
@@ -395,6 +398,23 @@ def test_without_gradio_the_page_says_what_to_install(study, monkeypatch):
         build_app(study)
 
 
+def test_lists_that_were_damaged_are_named(study):
+    """Fault: tracebacks of a study that was edited, or copied in part."""
+    key, trials = study / KEY_FILE, study / "trials.json"
+    for path, content in (
+        (key, "[" * 100_000),
+        (key, "{}"),
+        (trials, "[" * 100_000),
+        (trials, '[{"id": 1}]'),
+    ):
+        kept = path.read_text()
+        path.write_text(content)
+        with pytest.raises(ValueError, match=rf"{path.name} is not .*copy"):
+            win_rates(study)
+        path.write_text(kept)
+    assert win_rates(study) == []
+
+
 def test_a_click_is_a_vote(study):
     """The page's own functions, called as gradio calls them."""
     pytest.importorskip("gradio", reason="gradio is not installed")
@@ -409,6 +429,54 @@ def test_a_click_is_a_vote(study):
     _, text, *_ = left("anna", trial)
     assert "2 of 7" in text
     assert Votes(study).all() == [Vote(trial, "anna", "left")]
+
+
+def require_guarded(port):
+    """Faults: uploads of any size, any Host header (a site that points its name here), votes by other sites."""
+    config, upload = ("GET", "/config"), ("POST", "/gradio_api/upload")
+    join = ("POST", "/gradio_api/queue/join")
+    for request, headers, body, wanted in (
+        (config, {}, None, 200),
+        (config, {"Host": f"localhost:{port}", "Origin": f"http://localhost:{port}"}, None, 200),
+        (config, {"Host": f"[::1]:{port}"}, None, 200),
+        (config, {"Host": "evil.example"}, None, 403),
+        (config, {"Host": f"10.0.0.7:{port}"}, None, 403),
+        (config, {"Host": "127.0.0.1.evil.example"}, None, 403),
+        (config, {"Host": "[::1"}, None, 403),
+        (config, {"Host": ""}, None, 403),
+        (config, {"Origin": "http://evil.example"}, None, 403),
+        (config, {"Origin": "null"}, None, 403),
+        (upload, {}, b"x", 403),
+        (("POST", "/gradio_api//upload/"), {}, b"x", 403),
+        (join, {"Content-Length": str(10**9)}, None, 413),
+        (join, {"Transfer-Encoding": "chunked"}, None, 413),
+        (join, {}, b"{}", 422),  # gradio's own answer
+    ):
+        connection = HTTPConnection("127.0.0.1", port, timeout=10)
+        connection.putrequest(*request, skip_host="Host" in headers)
+        for name, value in ({} if body is None else {"Content-Length": str(len(body))} | headers).items():
+            connection.putheader(name, value)
+        for name, value in (headers if body is None else {}).items():
+            connection.putheader(name, value)
+        connection.endheaders(body)
+        assert connection.getresponse().status == wanted, (request, headers)
+        connection.close()
+
+
+@pytest.mark.parametrize(
+    ("host", "names", "asked", "welcome"),
+    [
+        ("0.0.0.0", [], "192.168.0.7:7860", True),
+        ("0.0.0.0", [], gethostname(), True),
+        ("0.0.0.0", [], "evil.example", False),
+        ("127.0.0.1", ["study.example"], "Study.example", True),
+        ("127.0.0.1", [], gethostname() + ".evil.example", False),
+    ],
+)
+def test_the_page_answers_to_its_names(host, names, asked, welcome):
+    """A browser never takes an address for another site's name, so that addresses are safe."""
+    scope = {"type": "http", "path": "/", "headers": [(b"host", asked.encode())]}
+    assert (_Doorkeeper(None, host, names)._refusal(scope) is None) == welcome
 
 
 def test_the_page_is_served_and_keeps_its_key(study, monkeypatch):
@@ -436,6 +504,7 @@ def test_the_page_is_served_and_keeps_its_key(study, monkeypatch):
             except HTTPError as error:
                 answers[path.name] = error.code
         assert list(answers.values()) == [403, 403, 200]
+        require_guarded(int(url.rstrip("/").rpartition(":")[2]))
     finally:
         app.close()
 
@@ -527,3 +596,20 @@ def test_ratings_that_cannot_be_used(study, tmp_path, rows, message):
             import_ratings(study, damaged)
     with pytest.raises(ValueError, match=r"no lms.csv"):
         import_ratings(study, tmp_path / "other.csv")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"x" * 200_000 + b",b\n", "cannot be read"),
+        (b"session_test_id,name\n\xff,1\n", "cannot be read|lacks the columns"),
+        (
+            b"session_test_id,name,trial_id,stimuli_rating,stimuli,rating_time\na,b,c,2,left,1,1\n",
+            "more cells",
+        ),
+    ],
+)
+def test_ratings_that_are_no_table(study, tmp_path, content, message):
+    (tmp_path / "lms.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        import_ratings(study, tmp_path / "lms.csv")

@@ -56,6 +56,28 @@ def test_plan_names_every_file_and_leaves_the_rest(world, tmp_path):
         assert piece in text
 
 
+@pytest.mark.parametrize("name", ["samples/key.txt", "model.safetensors", "merge.yaml"])
+@pytest.mark.parametrize("merged", [False, True])
+def test_what_lies_elsewhere_is_not_published(world, tmp_path, name, merged):
+    """Fault: a link among the samples that carries a private file along, also into the full model of an adapter."""
+    folder = made.copy(world["lora1" if merged else "merged"], tmp_path / "m")
+    (tmp_path / "private").write_text("secret")
+    (folder / "samples").mkdir()
+    (folder / "samples" / ".env").write_text("secret")
+    (folder / "samples" / "b.txt").symlink_to("a.txt")
+    (folder / "samples" / "a.txt").write_text("x")
+    found = {
+        file.path_in_repo for file in publish(folder, "me/m", merged=merged, check=False, **LICENSE).files
+    }
+    assert {"samples/a.txt", "samples/b.txt"} <= found and "samples/.env" not in found
+    if merged and not name.startswith("samples"):
+        return  # made anew
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "private")
+    with pytest.raises(ValueError, match=rf"{name} is a link to .*/private, outside of the folder"):
+        publish(folder, "me/m", merged=merged, check=False, **LICENSE)
+
+
 def test_dry_run_is_the_default_and_sends_nothing(world, hub):
     """Neither a network nor a token is needed, and `private` is what happens when nothing is said."""
     plan = publish(world["merged"], "me/merged", endpoint=hub.url, **LICENSE)
