@@ -1,4 +1,4 @@
-"""The benchmarks of a step and of importing run, and write pages that say what they were taken on."""
+"""The benchmarks of a step, of importing and of busy machines run, and write pages that say what they were taken on."""
 
 import json
 import os
@@ -43,3 +43,27 @@ def test_the_import_benchmark_runs(tmp_path):
     assert next(iter(seconds)) == "import transformers"
     assert seconds["import diverse_cfg"] < seconds["import transformers"]
     assert "- commit: " in (tmp_path / "import_time.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_busy_machines_runs(tmp_path):
+    run(
+        "busy.py",
+        "--shape",
+        "tiny",
+        "--batch",
+        2,
+        "--frames",
+        6,
+        "--busy",
+        0,
+        1,
+        "--rounds",
+        1,
+        "--write",
+        tmp_path,
+    )
+    rows = json.loads((tmp_path / "busy-tiny.json").read_text())["rows"]
+    assert [row["busy"] for row in rows] == [0, 1]
+    assert all(seconds > 0 for row in rows for times in row["times"] for seconds in times.values())
+    assert "| 1 | " in (tmp_path / "busy-tiny.md").read_text()

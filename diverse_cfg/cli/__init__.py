@@ -31,6 +31,7 @@ from diverse_cfg.cli import (
 )
 from diverse_cfg.cli.command import Command
 from diverse_cfg.cli.memory import keep_freed_memory
+from diverse_cfg.threads import available_cores
 from diverse_cfg.untrusted import plain
 
 COMMANDS: tuple[Command, ...] = (
@@ -87,6 +88,8 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
         parser.error(f"unrecognized arguments: {' '.join(rest)} (see diverse-cfg {command.name} --help)")
     args.rest = rest
     keep_freed_memory()
+    if (cores := available_cores()) < (os.cpu_count() or 1):  # torch does not see a container's quota
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores))
     debug = args.debug or os.environ.get("DIVERSE_CFG_DEBUG", "") not in ("", "0")
     try:
         with _speaking_plainly(), _terminated_like_interrupted():

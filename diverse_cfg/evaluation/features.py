@@ -27,6 +27,7 @@ from diverse_cfg.functional.guidance import guided_logits
 from diverse_cfg.musicgen import policy, sampling
 from diverse_cfg.musicgen.policy import code_logits, encode_text
 from diverse_cfg.musicgen.sampling import SamplingSettings, sampling_logits
+from diverse_cfg.threads import EVALUATION
 from diverse_cfg.types import TextCondition
 
 _CHUNK = 64  # clips whose audio is in memory at once
@@ -269,17 +270,19 @@ def compute_features(
         return {name: rows for name, rows in found.items() if rows is not None}
     per_clip = [prompt for prompt in prompts for _ in range(len(codes) // len(prompts))]
     parts: dict[str, list[dict[str, np.ndarray]]] = {feature.name: [] for feature in missing}
-    for start in range(0, len(codes), _CHUNK):
-        rows = slice(start, start + _CHUNK)
-        batch = Batch(system, player, per_clip[rows], torch.from_numpy(codes[rows].astype(np.int64)))
-        for feature in missing:
-            computed = feature.compute(batch)
-            wrong = [name for name, values in computed.items() if len(values) != len(batch.prompts)]
-            if wrong:
-                raise ValueError(f"feature {feature.name!r}: {wrong[0]!r} has not one row per clip")
-            parts[feature.name].append(computed)
-        if progress:
-            progress(len(batch.prompts))
+    with EVALUATION.measured(torch.device(player.device).type) as done:
+        for start in range(0, len(codes), _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            batch = Batch(system, player, per_clip[rows], torch.from_numpy(codes[rows].astype(np.int64)))
+            for feature in missing:
+                computed = feature.compute(batch)
+                wrong = [name for name, values in computed.items() if len(values) != len(batch.prompts)]
+                if wrong:
+                    raise ValueError(f"feature {feature.name!r}: {wrong[0]!r} has not one row per clip")
+                parts[feature.name].append(computed)
+            if progress:
+                progress(len(batch.prompts))
+            done(len(batch.prompts))
     for feature in missing:
         of_feature = parts[feature.name]
         rows_of = {name: np.concatenate([part[name] for part in of_feature]) for name in of_feature[0]}

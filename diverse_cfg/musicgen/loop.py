@@ -17,6 +17,7 @@ from diverse_cfg.musicgen.batches import is_out_of_memory
 from diverse_cfg.musicgen.decoders import EagerDecoder, StaticDecoder
 from diverse_cfg.musicgen.sampling import SamplingSettings, draw, group_sizes, sampling_logits
 from diverse_cfg.musicgen.weights import RolloutWeights
+from diverse_cfg.threads import SAMPLING
 from diverse_cfg.types import TextCondition
 
 logger = logging.getLogger(__name__)
@@ -107,13 +108,15 @@ class DecodeLoop:
         if self.mode == "graph" and not self._graphs:
             self._capture()
         self._rewind()
-        for step in range(self.num_steps):
-            if self.mode == "graph":
-                self._graphs[self._bucket(step)].replay()
-            elif self.mode == "static":
-                self._advance(self._bucket(step))
-            else:
-                self._advance_eagerly(step)
+        with SAMPLING.measured(self.position.device.type) as done:
+            for step in range(self.num_steps):
+                if self.mode == "graph":
+                    self._graphs[self._bucket(step)].replay()
+                elif self.mode == "static":
+                    self._advance(self._bucket(step))
+                else:
+                    self._advance_eagerly(step)
+                done()
 
     def _advance_eagerly(self, step: int) -> None:
         assert isinstance(self.decoder, EagerDecoder)
