@@ -72,7 +72,7 @@ class System:
         if not self.name.strip():
             raise ValueError("a system needs a name")
         for text in (self.name, self.series):
-            if "\n" in text or plain(text) != text:
+            if text and ("\n" in text or plain(text) != text):
                 raise ValueError(
                     f"system {text!r}: a name is one line of letters, without control characters"
                 )
