@@ -56,7 +56,7 @@ class Threads:
         self.chosen: int | None = None
         self.slower: dict[int, float] = {}  # threads → how many times as long as the chosen ones they took
         self.total = self.spent = 0.0  # seconds in all, and of those what trials cost
-        self.looked = -math.inf  # when it was found out whether threads wait
+        self.looked: dict[int, float] = {}  # threads → when it was found out whether they wait
 
     @contextmanager
     def measured(self, device: str) -> Iterator[Callable[..., None]]:
@@ -97,10 +97,8 @@ class _Block:
         self.tried: list[float] = []
         self.threads = 0  # that are set; 0 where that is not known
         self.current = min(kind.chosen or (kind.like and kind.like.chosen) or most, most)
-        if kind.clock() - kind.looked > _AGAIN:
-            while self.current > 1 and kind.waits(self.current):
-                kind.chosen = self.current = max(n for n in self.ladder if n < self.current)
-            kind.looked = kind.clock()
+        while self.current > 1 and self._waits(self.current):
+            kind.chosen = self.current = max(n for n in self.ladder if n < self.current)
         self._start()
 
     def __call__(self, work: float = 1.0) -> None:
@@ -132,27 +130,26 @@ class _Block:
         if len(self.usual) < 4:
             return None
         kind, (*before, first, second) = self.kind, self.usual
-        slow = first + second > 2 * _SLOW * _typical(before)
-        if slow:
-            kind.slower.clear()
+        if first + second > 2 * _SLOW * _typical(before):
+            return max((n for n in self.ladder if n <= self.current // 2), default=None)
         # Nobody knows what the first trial costs: a short step is worth it, of long ones the worst is assumed.
         extra = {
-            n: max(0.0, kind.slower.get(n, self.current / n if kind.like else 1.0) - 1) for n in self.ladder
+            n: max(0.0, kind.slower.get(n, self.current / n if kind.like else 1.0) - 1)
+            for n in self.ladder
+            if n != self.current
         }
-        others = [n for n in self.ladder if n < self.current or (n > self.current and not slow)]
-        trial = min(others, key=lambda n: (extra[n], n in kind.slower, -n), default=None)
-        if trial is None or slow:
-            return trial
-        price = extra[trial] * _typical(self.usual) * work
-        if kind.spent + price > _SHARE * kind.total:
-            return None
-        if trial > self.current:
-            if kind.clock() - kind.looked <= _AGAIN:
-                return None
-            self.threads, waits = 0, kind.waits(trial)
-            kind.looked = kind.clock()
-            return None if waits else trial
-        return trial
+        trial = min(extra, key=lambda n: (extra[n], n in kind.slower, -n), default=self.current)
+        price = extra.get(trial, math.inf) * _typical(self.usual) * work
+        payable = kind.spent + price <= _SHARE * kind.total
+        return trial if payable and (trial < self.current or not self._waits(trial)) else None
+
+    def _waits(self, threads: int) -> bool:
+        """Whether so many threads wait; what was found is believed for a moment."""
+        now, looked = self.kind.clock(), self.kind.looked
+        if now - looked.get(threads, -math.inf) <= _AGAIN:
+            return threads > self.current
+        self.threads, looked[threads] = 0, now
+        return self.kind.waits(threads)
 
 
 def _typical(seconds: Sequence[float]) -> float:

@@ -82,6 +82,29 @@ def test_a_core_that_becomes_busy_and_idle_again():
     assert machine.kind.chosen == 2 and machine.used[-300:].count(2) > 290
 
 
+def test_several_busy_cores():
+    """Fault: one thread fewer, which helps as little, is tried again and again, and half of them never."""
+    machine = Machine(lambda threads: 0.01 / threads, 8)
+    machine.seconds = lambda threads: (
+        0.01 / threads + (0.02 if threads > 5 and len(machine.used) >= 3000 else 0)
+    )
+    machine.run(3200)
+    assert sum(threads > 5 for threads in machine.used[3000:]) < 20
+
+
+@pytest.mark.parametrize("most", [2, 16])
+def test_short_batches_find_idle_cores_again(most):
+    """Fault: a batch is over before it may look again, and looking at what is set counts as looking at more."""
+    busy = [True]
+    machine = Machine(idle, most, lambda threads: busy[0] and threads >= most)
+    machine.run(20)
+    assert machine.kind.chosen < most
+    busy.clear(), busy.append(False)
+    for _ in range(100):
+        machine.run(20)
+    assert machine.seconds(machine.kind.chosen) < 1.02 * idle(most)
+
+
 def test_many_short_waits_count_and_a_hiccup_does_not():
     machine, steps = Machine(idle, 2), iter(range(10**6))
     machine.seconds = lambda threads: idle(threads) + (0.5 if next(steps) == 300 else 0.0)
