@@ -97,7 +97,7 @@ class _Block:
         self.tried: list[float] = []
         self.threads = 0  # that are set; 0 where that is not known
         self.current = min(kind.chosen or (kind.like and kind.like.chosen) or most, most)
-        while self.current > 1 and self._waits(self.current):
+        while self.current > 1 and not self._has_looked(self.current) and self._waits(self.current):
             kind.chosen = self.current = max(n for n in self.ladder if n < self.current)
         self._start()
 
@@ -133,22 +133,20 @@ class _Block:
         if first + second > 2 * _SLOW * _typical(before):
             return max((n for n in self.ladder if n <= self.current // 2), default=None)
         # Nobody knows what the first trial costs: a short step is worth it, of long ones the worst is assumed.
-        extra = {
-            n: max(0.0, kind.slower.get(n, self.current / n if kind.like else 1.0) - 1)
-            for n in self.ladder
-            if n != self.current
-        }
+        unknown = {n: self.current / n if kind.like else 1.0 for n in self.ladder if n < self.current}
+        extra = {n: max(0.0, kind.slower.get(n, times) - 1) for n, times in unknown.items()}
+        # More threads are only tried where they do not wait, and then cost nothing.
+        extra |= {n: 0.0 for n in self.ladder if n > self.current and not self._has_looked(n)}
         trial = min(extra, key=lambda n: (extra[n], n in kind.slower, -n), default=self.current)
         price = extra.get(trial, math.inf) * _typical(self.usual) * work
         payable = kind.spent + price <= _SHARE * kind.total
         return trial if payable and (trial < self.current or not self._waits(trial)) else None
 
+    def _has_looked(self, threads: int) -> bool:
+        return self.kind.clock() - self.kind.looked.get(threads, -math.inf) <= _AGAIN
+
     def _waits(self, threads: int) -> bool:
-        """Whether so many threads wait; what was found is believed for a moment."""
-        now, looked = self.kind.clock(), self.kind.looked
-        if now - looked.get(threads, -math.inf) <= _AGAIN:
-            return threads > self.current
-        self.threads, looked[threads] = 0, now
+        self.threads, self.kind.looked[threads] = 0, self.kind.clock()
         return self.kind.waits(threads)
 
 
