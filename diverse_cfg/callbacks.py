@@ -154,9 +154,11 @@ class RewardHackingAlarm(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics: dict[str, Any] | None = None, **kwargs):
         if not state.is_world_process_zero:
             return
-        now = {key.removeprefix("eval_"): value for key, value in (metrics or {}).items()}
-        # Of several evaluation sets transformers puts the name before what it measures itself.
-        name = next((key[: -len("runtime")] for key in now if key.endswith("runtime")), "").rstrip("_")
+        # Of several evaluation sets, transformers puts the name before every metric.
+        keys = [key for key in metrics or {} if key.endswith("_runtime")]
+        prefix = keys[0].removesuffix("runtime") if keys else "eval_"
+        name = prefix.removeprefix("eval_").rstrip("_")
+        now = {key.removeprefix(prefix): value for key, value in (metrics or {}).items()}
         for message in self.check(now, name):
             self.raised.append((state.global_step, message))
             where = f" on {name}" if name else ""

@@ -5,7 +5,7 @@ transformers' name. The paper's symbols: γ is `guidance_scale`, β is `diversit
 λ belongs to merging and is not a training setting.
 """
 
-import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
@@ -14,7 +14,9 @@ import torch
 from transformers.trainer_utils import HubStrategy
 from trl import RLOOConfig
 
+from diverse_cfg.effects import idle_settings, refused_settings
 from diverse_cfg.functional.divergence import DIVERGENCES
+from diverse_cfg.settings import field_types, require_type
 from diverse_cfg.types import ROLLOUT_BACKENDS
 
 ROLLOUT_SOURCES = ("student", "teacher", "mix")
@@ -52,6 +54,8 @@ class GuardConfig:
     quality_product: str | None = None
 
     def __post_init__(self):
+        for name, annotation in field_types(GuardConfig).items():
+            require_type(f"guards.{name}", getattr(self, name), annotation)
         for name in ("distance_quantile", "gate_quantile", "max_silence", "max_clipping", "max_flatness"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
@@ -132,6 +136,12 @@ class CFGDiversityConfig(RLOOConfig):
         audio_samples: clips written to disk and to the trackers at every evaluation.
         alarms: warn at evaluation when the reward is being hacked (see `callbacks.RewardHackingAlarm`).
         guards: nested group, see `GuardConfig`.
+
+    `eval_loss`, by which `load_best_model_at_end` chooses unless `metric_for_best_model` is set, is the objective
+    per code: `distillation_coef`·(divergence per code) − (β·diversity + Σ weight·reward) / (codes of a clip).
+
+    A setting that cannot act, of TRL's and transformers' too, is refused, or warned about where another setting
+    would make it act: `diverse_cfg.effects` is the table.
 
     With `push_to_hub=True` the repository is created private (transformers' own default is the account's,
     mostly public) and receives the finished student, not every checkpoint: set `hub_private_repo` and
@@ -235,18 +245,19 @@ class CFGDiversityConfig(RLOOConfig):
     )
 
     def __post_init__(self):
-        self._check_numbers()
-        self._check_unsupported()
-        if self.max_completion_length is not None:
-            raise ValueError(
-                f"max_completion_length={self.max_completion_length} is a setting for text: set clip_seconds"
-            )
+        if refused := refused_settings(self):
+            raise ValueError("; ".join(refused))
+        self._check_values()
+        if self.eval_strategy != "no" or self.eval_on_start or self.do_eval:
+            self.check_evaluation()
         # TRL reads an integer in a few places; the trainer sets it to the codes of a clip.
         self.max_completion_length = 1
         self._choose_bf16()
         super().__post_init__()
         self.guards = GuardConfig.from_dict(self.guards)
         self._check_groups()
+        if self.process_index == 0 and (idle := idle_settings(self) + idle_settings(self.guards)):
+            warnings.warn("; ".join(idle), UserWarning, stacklevel=3)
 
     def to_dict(self) -> dict[str, Any]:
         """As `TrainingArguments.to_dict`, with the guards as plain values."""
@@ -268,11 +279,16 @@ class CFGDiversityConfig(RLOOConfig):
         if self.bf16 and not torch.cuda.is_available():
             self.use_cpu = True  # transformers refuses bf16 without a GPU unless the CPU is chosen outright
 
-    def _check_numbers(self) -> None:
-        for name, (holds, wanted) in _RANGES.items():
-            value = getattr(self, name)
-            if not holds(value):
-                raise ValueError(f"{name}={value!r} must be {wanted}")
+    def _check_values(self) -> None:
+        for name, annotation in field_types(CFGDiversityConfig).items():
+            # Guards check themselves; of `debug`, transformers' own parser makes None.
+            if name not in ("guards", "debug"):
+                require_type(name, getattr(self, name), annotation)
+        for names, (holds, wanted) in _RANGES.items():
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not holds(value):
+                    raise ValueError(f"{name}={value!r} must be {wanted}")
         if self.diversity_coef == 0 and self.distillation_coef == 0:
             raise ValueError("diversity_coef and distillation_coef are both 0: there is nothing to train")
         if self.rollout_source == "teacher" and self.diversity_coef > 0:
@@ -286,6 +302,25 @@ class CFGDiversityConfig(RLOOConfig):
             raise ValueError(
                 f"sequence_score=True with rollout_source={self.rollout_source!r}: only the student's own "
                 "clips have a gradient through the sampling; use rollout_source='student'"
+            )
+
+    def check_evaluation(self, pairs: bool | None = None) -> None:
+        """Refuse evaluations that would fail when their turn comes: every process takes whole prompt groups.
+
+        Args:
+            pairs: whether a reward compares the clips of a prompt; None asks `diversity_coef`.
+        """
+        group = self.num_generations_eval or self.num_generations or 1
+        if self.per_device_eval_batch_size % group:
+            raise ValueError(
+                f"per_device_eval_batch_size={self.per_device_eval_batch_size} is not divisible by the {group} clips "
+                "of a prompt (num_generations_eval, else num_generations), which must stay on one process: take "
+                f"{-(-self.per_device_eval_batch_size // group) * group}"
+            )
+        if group < 2 and (self.diversity_coef > 0 if pairs is None else pairs):
+            raise ValueError(
+                f"num_generations_eval={group}: diversity is a distance between two clips of a prompt; take at "
+                "least 2"
             )
 
     def _check_groups(self) -> None:
@@ -303,80 +338,50 @@ class CFGDiversityConfig(RLOOConfig):
                 f"num_generations={self.num_generations}: a prompt's clips must stay on one process"
             )
 
-    def _check_unsupported(self) -> None:
-        """Options of TRL that cannot work for a policy over audio codes, each with its remedy."""
-        for name, (allowed, why) in _UNSUPPORTED.items():
-            if not hasattr(self, name):
-                continue  # an option that this TRL version does not have
-            value, inherited = getattr(self, name), RLOOConfig.__dataclass_fields__[name].default
-            # Some of TRL's defaults change with its version and mean nothing here; beta's means a second
-            # model.
-            if value not in allowed and (value != inherited or name == "beta"):
-                raise ValueError(f"{name}={value!r} is not supported: {why}")
+
+def _positive(value: float) -> bool:
+    return value > 0
 
 
-# option → (values that mean "off", why it cannot work and what to do)
-_UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "use_vllm": ((False,), "vLLM does not run MusicGen; leave it off, the package has its own fast rollout"),
-    "use_transformers_continuous_batching": (
-        (False,),
-        "continuous batching serves text models; leave it off, the package has its own fast rollout",
-    ),
-    "use_transformers_paged": ((False,), "paged attention serves text models; leave it off"),
-    "use_liger_kernel": (
-        (False,),
-        "Liger has no MusicGen kernels; leave it off, the loss is already chunked",
-    ),
-    "beta": ((0.0,), "it would load a second reference model; the guided teacher is the anchor, leave it 0"),
-    "sync_ref_model": ((False,), "the teacher is the frozen initial model; leave it off"),
-    "mask_truncated_completions": ((False,), "clips have a fixed length and no end token; leave it off"),
-    "pad_to_multiple_of": ((None, "auto"), "clips have a fixed length; leave it unset"),
-    "chat_template_kwargs": ((None, {}), "prompts are plain captions; leave it unset"),
-    "normalize_advantages": (
-        (False,),
-        "dividing advantages by their spread changes what diversity_coef means; leave it off",
-    ),
-    "reward_clip_range": ((None,), "clipping rewards biases the diversity gradient; leave it unset"),
-    "repetition_penalty": ((1.0,), "the loss assumes the sampling distribution; leave it 1.0"),
-    "top_k": ((0,), "the loss assumes the full distribution; train with 0, set it at inference"),
-    "top_p": (
-        (1.0,),
-        "the loss assumes the full distribution; train with 1.0, set it at inference",
-    ),
-    "min_p": ((None, 0.0), "the loss assumes the full distribution; leave it unset"),
-    "generation_kwargs": ((None, {}), "sampling is set by temperature and clip_seconds; leave it unset"),
-    "cache_implementation": ((None,), "the package's rollout has its own static cache; leave it unset"),
-    "router_aux_loss_coef": ((None, 0.0), "MusicGen is no mixture of experts; leave it unset"),
-    "torch_compile": ((False,), "the rollout and the loss replace the model's forward; leave it off"),
-}
+def _not_negative(value: float) -> bool:
+    return value >= 0
 
 
-def _non_negative(value: float) -> bool:
-    return 0 <= value < math.inf
+def _share(value: float) -> bool:
+    return 0 < value < 1
 
 
-def _unset_or_positive(value: float | None) -> bool:
-    return value is None or 0 < value < math.inf
+def _count(value: int) -> bool:
+    return value >= 1
 
 
-# field → (condition, which NaN never meets; what the message asks for)
+# fields → (condition, what the message asks for); types, and that numbers are finite, are checked before
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "guidance_scale": (lambda value: 1 <= value < math.inf, "a finite number ≥ 1 (1 is no guidance)"),
-    "diversity_coef": (_non_negative, "a finite number ≥ 0"),
-    "distillation_coef": (_non_negative, "a finite number ≥ 0"),
+    "guidance_scale": (_count, "a finite number ≥ 1 (1 is no guidance)"),
+    "diversity_coef distillation_coef learning_rate weight_decay warmup_steps eval_delay epsilon epsilon_high": (
+        _not_negative,
+        "a finite number ≥ 0",
+    ),
     "divergence": (DIVERGENCES.__contains__, f"one of {', '.join(DIVERGENCES)}"),
-    "jsd_alpha": (lambda value: 0 < value < 1, "strictly between 0 and 1"),
+    "jsd_alpha teacher_fraction": (_share, "strictly between 0 and 1"),
     "rollout_source": (ROLLOUT_SOURCES.__contains__, f"one of {', '.join(ROLLOUT_SOURCES)}"),
-    "teacher_fraction": (lambda value: 0 < value < 1, "strictly between 0 and 1"),
-    "clip_seconds": (_unset_or_positive, "a positive number of seconds"),
-    "diversity_codebooks": (lambda value: value is None or value >= 1, "at least 1, or unset (all)"),
-    "prefix_lambda": (lambda value: 0 <= value <= 1, "between 0 and 1"),
-    "ema_decay": (lambda value: 0 <= value < 1, "at least 0 (off) and below 1"),
-    "adaptive_clip": (_unset_or_positive, "positive"),
-    "term_norm_steps": (_non_negative, "0 (off) or more"),
-    "audio_samples": (_non_negative, "0 (off) or more"),
-    "loss_chunk_size": (lambda value: value >= 1, "at least 1"),
-    "rollout_batch_size": (_unset_or_positive, "at least 1"),
     "rollout_backend": (ROLLOUT_BACKENDS.__contains__, f"one of {', '.join(ROLLOUT_BACKENDS)}"),
-    "temperature": (lambda value: 0 < value < math.inf, "positive"),
+    "clip_seconds": (_positive, "a positive number of seconds"),
+    "diversity_codebooks": (_count, "at least 1, or unset (all)"),
+    "prefix_lambda": (lambda value: 0 <= value <= 1, "between 0 and 1"),
+    "ema_decay adam_beta1 adam_beta2": (lambda value: 0 <= value < 1, "at least 0 (off) and below 1"),
+    "adaptive_clip temperature adam_epsilon num_train_epochs logging_steps eval_steps save_steps": (
+        _positive,
+        "positive",
+    ),
+    "term_norm_steps audio_samples max_grad_norm dataloader_num_workers": (_not_negative, "0 (off) or more"),
+    "loss_chunk_size rollout_batch_size per_device_train_batch_size per_device_eval_batch_size "
+    "gradient_accumulation_steps generation_batch_size steps_per_generation num_iterations "
+    "num_generations_eval save_total_limit": (_count, "at least 1"),
+    "num_generations": (
+        lambda value: value >= 2,
+        "at least 2: a clip is judged against the others of its prompt",
+    ),
+    "max_steps": (lambda value: value == -1 or value >= 1, "at least 1, or -1 (num_train_epochs decides)"),
+    "seed": (_not_negative, "0 or more"),
 }

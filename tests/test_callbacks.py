@@ -114,10 +114,15 @@ def test_every_evaluation_set_is_compared_with_itself(caplog):
     """Fault: with a dict of sets, the harder one raises an alarm at the first evaluation."""
     callback = RewardHackingAlarm(["adherence"])
     hard = BASE | {"eval_kl/clip": 90.0, "eval_rewards/adherence/mean": 0.3}
+
+    def named(name, metrics):
+        values = metrics | {"eval_runtime": 1.0}
+        return {key.replace("eval_", f"eval_{name}_", 1): value for key, value in values.items()}
+
     for step in range(2):
         later = {"eval_kl/clip": 95.0} if step else {}
-        callback.on_evaluate(None, STATE, None, metrics=BASE | {"eval_easy_runtime": 1.0})
-        callback.on_evaluate(None, STATE, None, metrics=hard | {"eval_hard_runtime": 1.0} | later)
+        callback.on_evaluate(None, STATE, None, metrics=named("easy", BASE))
+        callback.on_evaluate(None, STATE, None, metrics=named("hard", hard | later))
     assert [message.split(":")[0] for _, message in callback.raised] == ["KL budget"]
     assert f"alarm at step {STATE.global_step} on hard: KL budget: 95.0" in caplog.text
 

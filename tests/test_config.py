@@ -52,39 +52,6 @@ def test_out_of_range_names_field_and_value(tmp_path, name, value):
         config(tmp_path, **{name: value})
 
 
-UNSUPPORTED = {
-    "use_vllm": True,
-    "use_transformers_continuous_batching": True,
-    "use_transformers_paged": True,
-    "use_liger_kernel": True,
-    "beta": 0.05,
-    "sync_ref_model": True,
-    "mask_truncated_completions": True,
-    "pad_to_multiple_of": 8,
-    "chat_template_kwargs": {"enable_thinking": False},
-    "normalize_advantages": True,
-    "reward_clip_range": (-1.0, 1.0),
-    "repetition_penalty": 1.1,
-    "top_k": 50,
-    "top_p": 0.9,
-    "min_p": 0.1,
-    "generation_kwargs": {"num_beams": 2},
-    "cache_implementation": "static",
-    "router_aux_loss_coef": 0.1,
-    "max_completion_length": 512,
-    "torch_compile": True,
-}
-
-
-@pytest.mark.parametrize("name", UNSUPPORTED)
-def test_unsupported_options_of_trl_are_refused(tmp_path, name):
-    """Fault: an option is accepted and silently does nothing, or something else."""
-    if name not in CFGDiversityConfig.__dataclass_fields__:
-        pytest.skip(f"this TRL has no {name}")
-    with pytest.raises(ValueError, match=name):
-        config(tmp_path, **{name: UNSUPPORTED[name]})
-
-
 @pytest.mark.parametrize("num_generations", [1, 2])
 def test_diversity_needs_three_generations(tmp_path, num_generations):
     """Fault: G = 2, TRL's default, whose baseline cancels the whole signal."""

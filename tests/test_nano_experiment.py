@@ -68,6 +68,24 @@ def test_the_experiment_is_well_formed(tmp_path):
     ]
 
 
+def test_every_sweep_is_built_before_the_first_training(tmp_path, monkeypatch, capsys):
+    """Fault: hours of training, and then a sweep that is refused: by its arms' names, or by those of `far_end`."""
+    import experiment as module
+
+    module.check_plan(load(tmp_path))
+    monkeypatch.setattr(module, "run_all", lambda *_: pytest.fail("trained already"))
+    text = (RECIPE / "experiment.yaml").read_text(encoding="utf-8")
+    for wrong, said in (
+        ("diverse: β=80,", "arms: diverse names 'β=90', which is no system here"),
+        ("[β=0, guidance on the quality student]", "arms: sweeps names 'β=90', which is no system or series"),
+        ("diversity_coef: 120.0", "diversity_coef='β=90' must be a finite number"),
+    ):
+        changed = wrong.replace("β=80", "β=90").replace("β=0", "β=90").replace("120.0", "β=90")
+        (tmp_path / "e.yaml").write_text(text.replace(wrong, changed), encoding="utf-8")
+        assert module.main(["--config", str(tmp_path / "e.yaml"), "--output", str(tmp_path / "runs")]) == 1
+        assert said in capsys.readouterr().err
+
+
 def test_all_students_continue_from_the_quality_student_of_their_seed(tmp_path):
     """Catches arms of different length or start, which would be compared as if only β differed."""
     experiment = load(tmp_path)
@@ -108,6 +126,9 @@ def test_snapshots_become_a_trajectory(tmp_path):
             "output: x\nseeds: [0]\narms: {a: {recipe: r, start: nano, beta: 3}}\nsweeps: {}",
             "arm a: unknown beta",
         ),
+        ("output: x\nseeds: [0]\narms: {}\nsweeps: {}\nseeds: [1]", "seeds is set twice: keep one"),
+        ("output: x\nseeds: [0.5]\narms: {}\nsweeps: {}", r"seeds=\[0.5\] must be a list"),
+        ("output: x\narms: {}\nsweeps: {}", "seeds is missing"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path, text, message):

@@ -15,10 +15,11 @@ from transformers import AutoConfig
 from diverse_cfg.assets import nano_path
 from diverse_cfg.cli import main
 from diverse_cfg.embeddings.contrastive import ContrastiveConfig, ContrastiveEmbedder, ContrastiveEncoder
-from diverse_cfg.evaluation.protocol import SweepConfig
+from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
 from diverse_cfg.merging import parse_sweep
 from diverse_cfg.musicgen.loading import load_policy, load_processor
 from diverse_cfg.prompts import load_prompts
+from diverse_cfg.settings import read_settings
 from tests.standins import SIZES, save_standin
 from tests.tiny import PROMPTS
 from tests.training import tiny_trainer
@@ -89,6 +90,7 @@ def test_training_recipe_runs_on_a_stand_in(tmp_path, monkeypatch, path, standin
         "num_generations": "3",
         "num_generations_eval": "2",
         "per_device_train_batch_size": "3",
+        "per_device_eval_batch_size": "6",
         "per_device_eval_batch_size": "2",
         "gradient_accumulation_steps": "1",
         "max_steps": "1",
@@ -130,6 +132,7 @@ def test_nano_recipe_runs_with_its_own_names(tmp_path, monkeypatch):
         "monitor_embedder": "eval-encoder",
         "num_generations": "3",
         "per_device_train_batch_size": "3",
+        "per_device_eval_batch_size": "6",
         "max_steps": "1",
         "eval_on_start": "false",
         "eval_strategy": "no",
@@ -175,6 +178,20 @@ def test_evaluation_recipe_is_a_protocol(path):
     for system in config.systems:
         models = system.get("checkpoints", [system.get("model")])
         assert set(models) <= written | bases, system["name"]
+
+
+@pytest.mark.parametrize("path", EVALUATE, ids=identity)
+def test_evaluation_recipe_is_built(path, standins, encoder, tmp_path):
+    """Fault: a sweep that is refused once its students are there, after days of training."""
+    text = path.read_text(encoding="utf-8").replace("runs/", f"{tmp_path}/runs/")
+    size = path.parent.name.removeprefix("musicgen-")
+    text = re.sub(r"facebook/musicgen-[\w-]+", standins.get(size, ""), text)
+    text = re.sub(r"laion/\w+", encoder, text).replace("prompts: recipes/", f"prompts: {RECIPES}/")
+    (tmp_path / "evaluate.yaml").write_text(text, encoding="utf-8")
+    for folder in re.findall(rf"{tmp_path}/runs/[\w/-]+", text):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    sweep, systems = build_sweep(SweepConfig.from_dict(read_settings(tmp_path / "evaluate.yaml")))
+    assert len(systems) >= 7 and len(sweep.chosen) >= 5
 
 
 def documented_programs():

@@ -1,11 +1,9 @@
 """What a command of `diverse-cfg` is made of, and the few argument helpers that commands share."""
 
 import argparse
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -61,22 +59,3 @@ def embedder_source(value: str) -> str:
     from diverse_cfg.assets import NANO_PARTS, nano_path
 
     return str(nano_path(value)) if value in NANO_PARTS else value
-
-
-def read_settings(path: str | os.PathLike) -> dict[str, Any]:
-    """Settings of a `--config` file; paths in it are relative to the working directory.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not YAML, or not a mapping.
-    """
-    import yaml
-
-    path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold settings by name (name: value), not a {type(values).__name__}")
-    return values

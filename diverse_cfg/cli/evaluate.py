@@ -2,7 +2,7 @@
 
 import argparse
 
-from diverse_cfg.cli.command import Command, read_settings
+from diverse_cfg.cli.command import Command
 from diverse_cfg.cli.quiet import quiet_libraries
 
 
@@ -20,6 +20,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
+    from diverse_cfg.settings import read_settings
 
     overrides = {
         "output": args.output,

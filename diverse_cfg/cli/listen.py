@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from diverse_cfg.cli.command import Command, read_settings
+from diverse_cfg.cli.command import Command
 from diverse_cfg.cli.quiet import quiet_libraries
 
 
@@ -65,6 +65,7 @@ def _make(args: argparse.Namespace) -> None:
     from diverse_cfg.evaluation.listening import load_trials, make_study
     from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
     from diverse_cfg.evaluation.results import Results
+    from diverse_cfg.settings import read_settings
 
     quiet_libraries()
     changed = {"output": args.output} if args.output else {}

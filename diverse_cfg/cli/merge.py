@@ -2,7 +2,7 @@
 
 import argparse
 
-from diverse_cfg.cli.command import Command, model_source, read_settings
+from diverse_cfg.cli.command import Command, model_source
 
 
 def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +56,8 @@ def apply_recipe(args: argparse.Namespace) -> None:
         ValueError: not a mapping, a name that does not exist, or no checkpoints or output in the end.
     """
     if args.config:
+        from diverse_cfg.settings import read_settings
+
         recipe = read_settings(args.config)
         known = set(vars(args)) - {"command", "config", "debug", "rest"}
         unknown = sorted(set(recipe) - known)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from diverse_cfg.atomic import alone
-from diverse_cfg.cli.command import Command, embedder_source, model_source, prompt_source, read_settings
+from diverse_cfg.cli.command import Command, embedder_source, model_source, prompt_source
 
 USAGE = (
     "diverse-cfg train [--config recipe.yaml] --model_name_or_path MODEL --dataset_name PROMPTS "
@@ -72,6 +72,7 @@ def run_train(args: argparse.Namespace) -> None:
     from trl import TrlParser
 
     from diverse_cfg.config import CFGDiversityConfig
+    from diverse_cfg.settings import read_settings
 
     # TRL's annotation does not see that both are dataclasses.
     kinds: Any = (TrainArguments, CFGDiversityConfig)
@@ -133,12 +134,12 @@ def _check_trackers(names: list[str]) -> None:
 
 def train(args: TrainArguments, config) -> None:
     """Build the trainer, train or continue, and write the student to `config.output_dir`."""
-    resume = _checkpoint(config)  # before anything is loaded
+    config.resume_from_checkpoint = _checkpoint(config)  # before anything is loaded
     with alone(config.output_dir) if config.process_index == 0 else contextlib.nullcontext():
-        _train(args, config, resume)
+        _train(args, config)
 
 
-def _train(args: TrainArguments, config, resume: str | None) -> None:
+def _train(args: TrainArguments, config) -> None:
     _check_reward_names(args.reward_funcs or [])
     from diverse_cfg.prompts import load_prompts
     from diverse_cfg.trainer import CFGDiversityTrainer
@@ -156,7 +157,7 @@ def _train(args: TrainArguments, config, resume: str | None) -> None:
         eval_dataset=_held_out(args),
         peft_config=_lora(args),
     )
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train()
     trainer.save_model()
     trainer.create_model_card(dataset_name=args.dataset_name)
     if trainer.is_world_process_zero():

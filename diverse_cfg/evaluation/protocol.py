@@ -12,10 +12,10 @@
 generated.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 
@@ -34,7 +34,6 @@ from diverse_cfg.evaluation.features import (
 )
 from diverse_cfg.evaluation.generations import ClipSet, Player
 from diverse_cfg.evaluation.reference import reference_embeddings
-from diverse_cfg.evaluation.settings import require_type
 from diverse_cfg.evaluation.signatures import Arms
 from diverse_cfg.evaluation.sweep import Sweep
 from diverse_cfg.evaluation.systems import System, expand_systems, single
@@ -42,6 +41,7 @@ from diverse_cfg.musicgen.policy import frame_rate
 from diverse_cfg.musicgen.rollout import check_backend
 from diverse_cfg.musicgen.sampling import require_64_bits
 from diverse_cfg.prompts import load_prompts
+from diverse_cfg.settings import field_types, require_type
 
 
 @dataclass
@@ -109,7 +109,7 @@ class SweepConfig:
     def __post_init__(self) -> None:
         if not self.output:
             raise ValueError("output is missing: name the folder for the results")
-        for name, annotation in get_type_hints(SweepConfig).items():
+        for name, annotation in field_types(SweepConfig).items():
             require_type(name, getattr(self, name), annotation)
         check_backend(self.rollout_backend)
         if not 0 <= self.min_validity <= 1:
@@ -128,7 +128,7 @@ class SweepConfig:
                     "arms needs base, guided, quality, diverse and merges, may have sweeps and uniform, "
                     f"got {', '.join(self.arms)}"
                 )
-            for name, annotation in get_type_hints(Arms).items():
+            for name, annotation in field_types(Arms).items():
                 if self.arms.get(name) is not None:
                     require_type(f"arms: {name}", self.arms[name], annotation)
         for name in ("gallery_prompts", "gallery_generations"):
@@ -154,8 +154,7 @@ def build_sweep(config: SweepConfig) -> tuple[Sweep, list[System]]:
     Raises:
         ValueError, FileNotFoundError: whatever is wrong or missing.
     """
-    systems = [_with_nano(system) for system in expand_systems([_with_nano_role(e) for e in config.systems])]
-    _check_names(config, systems)
+    systems = planned_systems(config)
     device = _device(config.device)
     prompts = held_out_prompts(config)
     cache = Cache(Path(config.output) / "cache")
@@ -207,19 +206,29 @@ def held_out_prompts(config: SweepConfig) -> list[str]:
     return prompts[: config.num_prompts]
 
 
-def _check_names(config: SweepConfig, systems: Sequence[System]) -> None:
-    """Systems and series that other settings name must be among those that are evaluated."""
+def planned_systems(config: SweepConfig) -> list[System]:
+    """The systems of a configuration; whatever else it names must be among them. Nothing is loaded.
+
+    Raises:
+        ValueError: wrong entries, or a name that is no system or series here.
+    """
+    systems = [_with_nano(system) for system in expand_systems([_with_nano_role(e) for e in config.systems])]
     names, series = [system.name for system in systems], list(dict.fromkeys(s.series for s in systems))
-    arms = config.arms or {}
-    wanted = [("compare_to", name, "system", names) for name in config.compare_to]
-    for part in ("base", "guided", "quality", "diverse", "uniform"):
-        if arms.get(part) is not None:
-            wanted.append((f"arms: {part}", arms[part], "system", names))
-    for part, found in (("merges", [arms.get("merges")]), ("sweeps", arms.get("sweeps") or ())):
-        wanted += [(f"arms: {part}", name, "series", series) for name in found if name is not None]
-    for setting, name, kind, known in wanted:
-        if name not in known:
-            raise ValueError(f"{setting} names {name!r}, which is no {kind} here; known: {', '.join(known)}")
+    known = {"system": names, "series": series, "system or series": list(dict.fromkeys(names + series))}
+    wanted = [("compare_to", "system", name) for name in config.compare_to]
+    if config.arms:
+        arms = Arms(**{**config.arms, "sweeps": config.arms.get("sweeps") or ()})
+        parts = ("base", "guided", "quality", "diverse", "uniform")
+        wanted += [(f"arms: {part}", "system", name) for part in parts if (name := getattr(arms, part))]
+        wanted.append(("arms: merges", "series", arms.merges))
+        pooled = dict.fromkeys(name for pool in arms.pools.values() for name in pool)
+        wanted += [("arms: sweeps", "system or series", name) for name in pooled]
+    for setting, kind, name in wanted:
+        if name not in known[kind]:
+            raise ValueError(
+                f"{setting} names {name!r}, which is no {kind} here; known: {', '.join(known[kind])}"
+            )
+    return systems
 
 
 def _device(name: str | None) -> str:

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from diverse_cfg.evaluation.settings import require_type
 from diverse_cfg.merging.weights import parse_sweep, resolve_weights
 from diverse_cfg.musicgen.loading import is_distilled
 from diverse_cfg.musicgen.sampling import SamplingSettings
+from diverse_cfg.settings import require_type
 from diverse_cfg.untrusted import plain
 
 ROLES = ("base", "guided", "student", "merge")

@@ -167,6 +167,11 @@ class Advantages:
         advantages[from_teacher] = 0
         return advantages / self.student_share, metrics
 
+    def earned(self, rewards: Tensor) -> Tensor:
+        """What the objective counts of the rewards [N, F]: Σ coefficient · reward [N]; 0 where one does not apply."""
+        coefs = rewards.new_tensor(self.coefs if self.wanted else [0.0] * len(self.coefs))
+        return (rewards * coefs).nansum(dim=1)
+
     def reward_metrics(self, rewards: Tensor, num_generations: int, from_teacher: Tensor) -> dict[str, float]:
         """The student's diversity, and its variance within prompts: all that the policy gradient has.
 

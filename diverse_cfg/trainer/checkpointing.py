@@ -81,7 +81,16 @@ class Checkpointing(RLOOTrainer):
     # ---- loop -------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As `Trainer.train`; a resumed run continues exactly, also between two updates on the same clips."""
+        """As `Trainer.train`; a resumed run continues exactly, also between two updates on the same clips.
+
+        Args:
+            resume_from_checkpoint: folder, or True for the last one; None takes the settings'.
+            kwargs: of `Trainer.train`.
+        """
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
+        if str(resume_from_checkpoint).lower() in ("true", "false"):
+            resume_from_checkpoint = str(resume_from_checkpoint).lower() == "true"
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import MusicgenForConditionalGeneration
 
 from diverse_cfg.assets import nano_path
 from diverse_cfg.config import CFGDiversityConfig
+from diverse_cfg.effects import Run, idle_settings
 from diverse_cfg.embeddings.clap import ClapEmbedder
 from diverse_cfg.functional.codebooks import num_decoder_steps
 from diverse_cfg.musicgen.layout import num_frames_to_tokens
@@ -114,6 +116,43 @@ def check_reward_funcs(reward_funcs: Any, args: CFGDiversityConfig, base_model: 
             ", ".join(names),
         )
     return list(reward_funcs)
+
+
+def check_run(
+    args: CFGDiversityConfig, reward_funcs: list[Callable], given: bool, eval_dataset: Any = None
+) -> None:
+    """What the settings alone cannot tell: whether evaluations can run, and which settings are without effect.
+
+    Args:
+        args: the settings.
+        reward_funcs: all of them.
+        given: whether the user passed them.
+        eval_dataset: the held-out prompts, if any.
+
+    Raises:
+        ValueError: an evaluation would fail when its turn comes.
+    """
+    pairwise = [is_pairwise(reward_func) for reward_func in reward_funcs]
+    if eval_dataset is not None:
+        args.check_evaluation(any(pairwise))
+    elif args.eval_strategy != "no" or args.eval_on_start:
+        raise ValueError(
+            "evaluations are asked for, but there are no held-out prompts: pass eval_dataset "
+            "(dataset_test_split or eval_dataset_name), or set eval_strategy='no' and eval_on_start=False"
+        )
+    weights = args.reward_weights or [1.0] * len(reward_funcs)
+    counts = [
+        args.diversity_coef if pair else weight for pair, weight in zip(pairwise, weights, strict=False)
+    ]
+    guards = [reward_func.guards for reward_func in reward_funcs if isinstance(reward_func, DiversityReward)]
+    run = Run(
+        rewarded=any(counts) and args.rollout_source != "teacher",
+        held_out=eval_dataset is not None,
+        guarded=not args.guards.listens or any(one.listens for one in guards) or not guards,
+        embeds=given or args.diversity_coef > 0,
+    )
+    if args.process_index == 0 and (idle := idle_settings(args, run)):
+        warnings.warn("; ".join(idle), UserWarning, stacklevel=3)
 
 
 def check_embedders(reward_funcs: list[Callable], policy: MusicgenForConditionalGeneration) -> None:

@@ -12,6 +12,7 @@ equal the new ones.
 
 import contextlib
 import functools
+import math
 import os
 import time
 from collections.abc import Callable
@@ -118,7 +119,9 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
         args.max_completion_length = self._num_frames * self._num_codebooks
         self._processor = start.processor_of(processing_class, policy, self._base_model)
         tokenizer = getattr(self._processor, "tokenizer", self._processor)
+        given = reward_funcs is not None
         reward_funcs = setup.check_reward_funcs(reward_funcs, args, self._base_model)
+        setup.check_run(args, reward_funcs, given, eval_dataset)
         setup.check_embedders(reward_funcs, policy)
         self._has_own_teacher = start.has_own_teacher(model, args)
         own_teacher = args.teacher_model if self._has_own_teacher else None
@@ -194,7 +197,8 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
 
     def _prepare_callbacks(self) -> None:
         args = self.args
-        self._monitor = load_embedder(args.monitor_embedder) if args.monitor_embedder else None
+        listens = args.monitor_embedder is not None and self.eval_dataset is not None
+        self._monitor = load_embedder(args.monitor_embedder) if listens else None
         self._evaluation_clips: list[EvaluationClip] = []
         self._prepare_checkpointing()
         if args.audio_samples and self.eval_dataset is not None:
@@ -279,9 +283,11 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
         everyones = self.accelerator.gather(clips.from_teacher)
         metrics = self._advantages.reward_metrics(clips.rewards, num_generations, everyones)
         clips.advantages = torch.zeros(clips.codes.shape, device=clips.codes.device)
-        if mode == "train":  # an evaluation has no gradient to follow
-            first = self.accelerator.process_index * len(clips)
-            local = clips.rewards[first : first + len(clips)]
+        first = self.accelerator.process_index * len(clips)
+        local = clips.rewards[first : first + len(clips)]
+        if mode == "eval":  # which has no gradient to follow, but a value to report
+            output["earned"] = self._advantages.earned(local)
+        else:
             clips.advantages, more = self._advantages(
                 local, clips.codes, num_generations, clips.from_teacher, self._embed_codes
             )
@@ -351,7 +357,33 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
             metrics["time/teacher"] = after_teacher - started
             metrics["time/student"] = time.perf_counter() - after_teacher
         self._log_means(mode, metrics)
+        if mode == "eval":
+            # The objective, whose gradient is the training loss's: best models are chosen by it.
+            loss = terms.loss - inputs["earned"].mean() / clips.codes[0].numel()
+            self._log_means(mode, {"loss": loss})
+            return loss
         return terms.loss
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """As transformers', with every metric under the evaluation set's own name, and a mean over all batches.
+
+        TRL calls those of every set alike, and transformers counts a batch of several clips per prompt in part.
+        """
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        assert output.metrics is not None
+        for name, values in self._metrics["eval"].items():
+            there = [value for value in values if not math.isnan(value)]
+            if there:
+                output.metrics[f"{metric_key_prefix}_{name}"] = sum(there) / len(there)
+        self._metrics["eval"].clear()
+        return output
+
+    def _run_epoch(self, *args, **kwargs):
+        """As transformers', which makes one step too many when it resumes from a run's last step."""
+        if self.state.global_step >= self.state.max_steps > 0:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _folded(self, inputs: dict[str, Tensor]) -> Clips:
         """The clips of TRL's micro-batch, whose codes are one stream per clip."""

@@ -19,16 +19,17 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tqdm import tqdm
 
 from diverse_cfg.atomic import replacing, write_text
+from diverse_cfg.settings import field_types, read_settings, require_type
 
 HERE = Path(__file__).parent
 CONFIG = HERE / "experiment.yaml"
@@ -76,7 +77,7 @@ class Experiment:
     @classmethod
     def load(cls, path: Path) -> Experiment:
         """Read the YAML file; names that do not exist are errors."""
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_settings(path)
         _known(values, cls, str(path))
         for name, arm in values["arms"].items():
             _known(arm, Arm, f"{path}, arm {name}")
@@ -117,7 +118,7 @@ class Experiment:
         return settings
 
     def _merged(self, arm: Arm) -> dict[str, Any]:
-        recipe = yaml.safe_load((HERE / arm.recipe).read_text(encoding="utf-8"))
+        recipe = read_settings(HERE / arm.recipe)
         return recipe | self.settings | arm.settings
 
     def training_hash(self, arm_name: str, seed: int) -> str:
@@ -172,7 +173,8 @@ class Experiment:
                     "series": entry["name"],
                     "step": step,
                 }
-        steps = json.loads((folder / DONE).read_text(encoding="utf-8"))["steps"]
+        done, planned = folder / DONE, self._merged(self.arms[arm]).get("max_steps")
+        steps = json.loads(done.read_text(encoding="utf-8"))["steps"] if done.is_file() else planned
         yield {
             **entry,
             "name": f"{entry['name']} @{steps}",
@@ -211,6 +213,12 @@ def _known(values: dict[str, Any], kind: type, where: str) -> None:
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ValueError(f"{where}: unknown {', '.join(unknown)}; known: {', '.join(known)}")
+    required = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+    if missed := [name for name in required if name not in values]:
+        raise ValueError(f"{where}: {', '.join(missed)} is missing")
+    for name, annotation in field_types(kind).items():
+        if name in values:
+            require_type(f"{where}: {name}", values[name], annotation)
 
 
 # ---- one process -----------------------------------------------------------------------------------------------------
@@ -439,6 +447,38 @@ def missing(experiment: Experiment, only: str | None, parts: int) -> dict[str, l
     return tasks
 
 
+def check_plan(experiment: Experiment) -> None:
+    """Every sweep and every training's settings, before the first hour is spent.
+
+    Raises:
+        ValueError: what would be refused when its turn comes.
+    """
+    from trl import TrlParser
+
+    from diverse_cfg.cli.quiet import quiet_libraries
+    from diverse_cfg.cli.train import TrainArguments
+    from diverse_cfg.config import CFGDiversityConfig
+    from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep, planned_systems
+
+    quiet_libraries()
+
+    with tempfile.TemporaryDirectory() as folder:  # where students stand that are not trained yet
+        plan = replace(experiment, output=folder)
+        for arm, seed in plan.runs():
+            settings = plan.settings_of(arm, seed)
+            TrlParser((TrainArguments, CFGDiversityConfig)).parse_dict(settings)
+            plan.folder(arm, seed).mkdir(parents=True)
+            for step in plan.snapshots if seed == plan.seeds_of(arm)[0] else ():
+                if step < settings["max_steps"]:
+                    (plan.folder(arm, seed) / "snapshots" / str(step)).mkdir(parents=True)
+        for name in plan.sweeps:
+            settings = plan.sweep(name)
+            build_sweep(SweepConfig.from_dict(settings))
+            if name == "test" and plan.far_end:
+                settings["arms"] = settings["arms"] | plan.far_end
+                planned_systems(SweepConfig.from_dict(settings))
+
+
 def run_all(experiment: Experiment, config: Path, jobs: int, only: str | None, recorded: Path) -> list[str]:
     """Run what is missing, `jobs` processes at a time; record all once nothing is. Returns the tasks that failed."""
     # Twice as many parts as processes, since systems differ in cost; a single process needs none.
@@ -524,6 +564,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     recorded = recorded_folder(arguments.config, arguments.output, arguments.recorded, experiment)
     try:
+        check_plan(experiment)
         failed = run_all(experiment, arguments.config, arguments.jobs, arguments.only, recorded)
     except ValueError as error:
         print(error, file=sys.stderr)

@@ -10,7 +10,6 @@ import soundfile
 import yaml
 
 from diverse_cfg.cli import main
-from diverse_cfg.cli.command import read_settings
 from diverse_cfg.embeddings.contrastive import ContrastiveConfig, ContrastiveEmbedder, ContrastiveEncoder
 from diverse_cfg.evaluation import report
 from diverse_cfg.evaluation.cache import Cache
@@ -18,6 +17,7 @@ from diverse_cfg.evaluation.features import EmbeddingFeature
 from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
 from diverse_cfg.evaluation.reference import reference_embeddings
 from diverse_cfg.evaluation.results import Results
+from diverse_cfg.settings import read_settings
 from tests import oracles
 from tests.evaluation.worlds import CodesEncoder, WaveEncoder, encoder_folder, save_sibling
 from tests.faults import held
@@ -148,7 +148,11 @@ def test_a_sweep_from_end_to_end(root, tmp_path, capsys):
         ({"arms": ARMS | {"base": "bas"}}, "arms: base names 'bas', which is no system here"),
         ({"arms": ARMS | {"uniform": "bas"}}, "arms: uniform names 'bas', which is no system here"),
         ({"arms": ARMS | {"merges": "bas"}}, "arms: merges names 'bas', which is no series here"),
-        ({"arms": ARMS | {"sweeps": ["base", "bas"]}}, "arms: sweeps names 'bas', which is no series here"),
+        (
+            {"arms": ARMS | {"sweeps": ["base", "bas"]}},
+            "arms: sweeps names 'bas', which is no system or series here",
+        ),
+        ({"arms": ARMS | {"sweeps": [["base", "bas"]]}}, "arms: sweeps names 'bas', which is no system or"),
         ({"arms": ARMS | {"sweeps": "base"}}, "arms: sweeps='base' must be a list"),
         ({"arms": ARMS | {"quality": 5}}, "arms: quality=5 must be text"),
     ],

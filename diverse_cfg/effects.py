@@ -1,0 +1,304 @@
+"""Which settings act here: the table of every setting of `CFGDiversityConfig`, TRL's and transformers' included.
+
+One rule: a setting that differs from its default and cannot act is not taken in silence. What nothing here can
+make act is refused; what waits for another setting is warned about. A test holds the table against all fields of
+the installed TRL and transformers, so that a new one gets its place here first.
+"""
+
+import importlib.util
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+# Settings that act alone, or by the machine that they meet: a recipe is to run on one process and on many.
+ACTS = """
+    output_dir seed full_determinism use_cpu resume_from_checkpoint ignore_data_skip
+    restore_callback_states_from_checkpoint local_rank
+    per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps generation_batch_size
+    steps_per_generation num_generations num_generations_eval num_iterations max_steps
+    learning_rate lr_scheduler_type optim weight_decay max_grad_norm reward_weights temperature
+    bf16 tf32 gradient_checkpointing activation_checkpointing torch_empty_cache_steps
+    logging_strategy logging_first_step logging_nan_inf_filter log_level log_level_replica log_on_each_node
+    disable_tqdm report_to skip_memory_metrics
+    eval_strategy eval_on_start metric_for_best_model load_best_model_at_end
+    save_strategy save_on_each_node enable_jit_checkpoint
+    push_to_hub hub_token hub_private_repo hub_model_id hub_revision
+    dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor
+    remove_unused_columns shuffle_dataset accelerator_config parallelism_config ddp_* fsdp fsdp_* deepspeed
+    guidance_scale diversity_coef distillation_coef divergence rollout_source teacher_model clip_seconds
+    ema_decay adaptive_clip loss_chunk_size rollout_batch_size rollout_backend
+    silence_dbfs max_silence max_clipping max_flatness distance_quantile gate quality_product
+""".split()  # noqa: SIM905 - one name a line would be a hundred lines
+
+
+class Run(NamedTuple):
+    """What only the trainer knows.
+
+    Args:
+        rewarded: some reward has a weight.
+        held_out: there are prompts to evaluate on.
+        guarded: the diversity reward has the guards of the settings.
+        embeds: the default diversity reward is built, or rewards were given that may have read the settings.
+    """
+
+    rewarded: bool
+    held_out: bool
+    guarded: bool
+    embeds: bool
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Settings that do nothing, or nothing yet.
+
+    Args:
+        names: of the settings, as patterns with spaces between them.
+        why: why not, and what to do.
+        acts: whether they do with the other settings; None is never.
+        off: values that ask for nothing, beside the default.
+        acts_in: as `acts`, for what only the trainer knows.
+    """
+
+    names: str
+    why: str
+    acts: Callable[[Any], bool] | None = None
+    off: tuple[Any, ...] = field(default=())
+    acts_in: Callable[[Run], bool] | None = None
+
+    @property
+    def never(self) -> bool:
+        """Whether no other setting makes these act."""
+        return self.acts is None and self.acts_in is None
+
+
+_TEXT = "it serves text models; leave it unset, the package has its own rollout of codes"
+_SHARPER = "the loss assumes the distribution that was sampled; train without, set it at inference"
+_NO_PREDICTIONS = "an evaluation keeps metrics, and no predictions or labels; leave it unset"
+_ONE_SAMPLER = "the sampler repeats prompts and is shuffled by seed alone; leave it unset"
+_TABLES = ("wandb", "trackio")
+
+RULES = (
+    # ---- never
+    Idle("use_vllm", "vLLM does not run MusicGen; leave it off, the package has its own fast rollout"),
+    Idle("vllm_*", "vLLM does not run MusicGen; leave it unset", off=("colocate", "server")),
+    Idle("use_transformers_* transformers_continuous_batching_config cache_implementation", _TEXT),
+    Idle(
+        "use_liger_kernel liger_kernel_config", "Liger has no MusicGen kernels; the loss is already chunked"
+    ),
+    Idle("beta", "it would load a second reference model; the guided teacher is the anchor, leave it 0"),
+    Idle("sync_ref_model ref_model_*", "the teacher is the frozen initial model; leave it unset"),
+    Idle("max_completion_length", "it is a setting for text: set clip_seconds"),
+    Idle("mask_truncated_completions", "clips have a fixed length and no end token; leave it off"),
+    Idle("pad_to_multiple_of", "clips have a fixed length; leave it unset", off=(None, "auto")),
+    Idle("chat_template_kwargs", "prompts are plain captions; leave it unset", off=({},)),
+    Idle("log_multimodal", "prompts are plain captions; leave it unset"),
+    Idle(
+        "normalize_advantages",
+        "dividing advantages by their spread changes what diversity_coef means; leave it off",
+    ),
+    Idle("reward_clip_range", "clipping rewards biases the diversity gradient; leave it unset"),
+    Idle("repetition_penalty top_k top_p", _SHARPER),
+    Idle("min_p", _SHARPER, off=(0,)),
+    Idle("generation_kwargs", "sampling is set by temperature and clip_seconds; leave it unset", off=({},)),
+    Idle("router_aux_loss_coef", "MusicGen is no mixture of experts; leave it unset", off=(None, 0, 0.001)),
+    Idle(
+        "torch_compile torch_compile_*", "the rollout and the loss replace the model's forward; leave it off"
+    ),
+    Idle(
+        "model_init_kwargs", "the trainer loads in float32 by itself; pass a loaded model to decide otherwise"
+    ),
+    Idle("trust_remote_code", "code from a repository is never run; leave it off"),
+    Idle(
+        "disable_dropout",
+        "there is no dropout: what is sampled is what is trained; leave it off",
+        off=(True,),
+    ),
+    Idle("ds3_gather_for_generation", "ZeRO-3 is not supported; leave it unset, and take ZeRO-2 or FSDP2"),
+    Idle(
+        "label_smoothing_factor label_names", "there are no labels, the teacher is the target; leave it unset"
+    ),
+    Idle(
+        "average_tokens_across_devices",
+        "every clip has the same number of codes; leave it unset",
+        off=(False,),
+    ),
+    Idle("neftune_noise_alpha", "codes have several embeddings, which take no noise; leave it unset"),
+    Idle("use_cache", "the loss needs no cache, and a rollout always has its own; leave it unset"),
+    Idle(
+        "include_num_input_tokens_seen",
+        "clips have a fixed length: count steps; leave it off",
+        off=(False, "no"),
+    ),
+    Idle(
+        "auto_find_batch_size",
+        "a smaller batch would split prompt groups: set rollout_batch_size, or lower "
+        "per_device_train_batch_size",
+    ),
+    Idle(
+        "bf16_full_eval fp16_full_eval",
+        "evaluations during training ignore it, and others would round the student; set bf16 instead",
+    ),
+    Idle(
+        "prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps "
+        "include_for_metrics batch_eval_metrics",
+        _NO_PREDICTIONS,
+    ),
+    Idle("data_seed train_sampling_strategy length_column_name", _ONE_SAMPLER),
+    Idle("debug", "its hooks fail on MusicGen's masks; leave it unset", off=(None, [])),
+    Idle("do_train", "this trainer always trains; leave it off", off=(True,)),
+    Idle("do_predict", "an evaluation is all there is beside training; leave it off"),
+    # ---- only with another setting
+    Idle("fp16", "a CPU has no float16: set bf16, or leave it off", lambda a: a.device.type != "cpu"),
+    Idle("num_train_epochs", "max_steps decides the length: set one of the two", lambda a: a.max_steps <= 0),
+    Idle(
+        "warmup_steps warmup_ratio",
+        "this lr_scheduler_type has no warm-up: take constant_with_warmup, linear or cosine",
+        lambda a: a.lr_scheduler_type not in ("constant", "reduce_lr_on_plateau", "greedy"),
+    ),
+    Idle(
+        "lr_scheduler_kwargs",
+        "a constant learning rate takes none: choose another lr_scheduler_type",
+        lambda a: not a.lr_scheduler_type.startswith("constant"),
+        off=({},),
+    ),
+    Idle(
+        "adam_beta1 adam_beta2 adam_epsilon",
+        "this optim does not read it: take adamw_torch",
+        lambda a: bool(re.search("^(?!galore|grok).*(adamw|ademamix|radam|lion)", a.optim)),
+    ),
+    Idle(
+        "optim_args",
+        "this optim takes none: adam_beta1, adam_beta2, adam_epsilon and weight_decay are settings themselves",
+        lambda a: bool(
+            re.search("sgd|adag|rmsp|galore|apollo|grok|torch_[48]|any|demamix|free|stable", a.optim)
+        ),
+    ),
+    Idle(
+        "optim_target_modules",
+        "it is for optim=galore_… and apollo_…: choose one of them",
+        lambda a: bool(re.search("galore|apollo", a.optim)),
+    ),
+    Idle(
+        "gradient_checkpointing_kwargs activation_checkpointing_kwargs",
+        "set gradient_checkpointing",
+        lambda a: bool(a.gradient_checkpointing),
+    ),
+    Idle("logging_steps", "it needs logging_strategy=steps", lambda a: a.logging_strategy == "steps"),
+    Idle("eval_steps", "it needs eval_strategy=steps", lambda a: a.eval_strategy == "steps"),
+    Idle("eval_delay do_eval", "set eval_strategy", lambda a: a.eval_strategy != "no"),
+    Idle("save_steps", "it needs save_strategy=steps", lambda a: a.save_strategy == "steps"),
+    Idle("save_total_limit save_only_model", "set save_strategy", lambda a: a.save_strategy != "no"),
+    Idle("greater_is_better", "set metric_for_best_model", lambda a: a.metric_for_best_model is not None),
+    Idle("hub_strategy hub_always_push", "set push_to_hub", lambda a: a.push_to_hub),
+    Idle("run_name", "set report_to", lambda a: bool(a.report_to)),
+    Idle("project trackio_*", "it needs report_to=trackio", lambda a: "trackio" in a.report_to),
+    Idle(
+        "log_completions",
+        "it needs the package rich, or report_to=wandb or trackio",
+        lambda a: bool(importlib.util.find_spec("rich")) or any(name in a.report_to for name in _TABLES),
+    ),
+    Idle("num_completions_to_print", "set log_completions", lambda a: a.log_completions),
+    Idle(
+        "log_unique_prompts",
+        "it needs log_completions, and report_to=wandb or trackio",
+        lambda a: a.log_completions and any(name in a.report_to for name in _TABLES),
+    ),
+    Idle(
+        "dataloader_persistent_workers dataloader_multiprocessing_context dataloader_in_order",
+        "set dataloader_num_workers",
+        lambda a: a.dataloader_num_workers > 0,
+    ),
+    Idle(
+        "epsilon epsilon_high",
+        "every clip is trained on once, before the policy changes: raise num_iterations or steps_per_generation",
+        lambda a: a.gradient_accumulation_steps % (a.steps_per_generation * a.num_iterations) != 0,
+    ),
+    # ---- this method's own
+    Idle(
+        "negative_prompt",
+        "guidance_scale=1 guides away from nothing: raise it",
+        lambda a: a.guidance_scale > 1,
+    ),
+    Idle("jsd_alpha", "it needs divergence=generalized_jsd", lambda a: a.divergence == "generalized_jsd"),
+    Idle("teacher_fraction", "it needs rollout_source=mix", lambda a: a.rollout_source == "mix"),
+    Idle("sequence_score", "it needs distillation_coef above 0", lambda a: a.distillation_coef > 0),
+    Idle("diversity_codebooks prefix_baseline", "set diversity_coef", lambda a: a.diversity_coef > 0),
+    Idle(
+        "guards",
+        "set diversity_coef, and pass them to a DiversityReward of your own: DiversityReward(embedder, guards)",
+        lambda a: a.diversity_coef > 0 or not a.guards.active,
+        acts_in=lambda run: run.guarded,
+    ),
+    Idle(
+        "prefix_lambda",
+        "it needs prefix_baseline=true and diversity_coef above 0",
+        lambda a: a.prefix_baseline and a.diversity_coef > 0,
+    ),
+    Idle("gate_quantile", "it needs guards.gate", lambda guards: guards.gate is not None),
+    # ---- by what the trainer is given
+    Idle(
+        "term_norm_steps",
+        "no reward counts, so there is one term: set diversity_coef or pass rewards",
+        acts_in=lambda run: run.rewarded,
+    ),
+    Idle(
+        "diversity_embedder",
+        "there is no diversity reward: set diversity_coef",
+        acts_in=lambda run: run.embeds,
+    ),
+    Idle(
+        "monitor_embedder audio_samples alarms",
+        "it acts at evaluations: give held-out prompts",
+        acts_in=lambda run: run.held_out,
+        off=(0,),
+    ),
+)
+
+
+def rule_of(name: str) -> Idle | None:
+    """The rule of a setting; None for one that acts, or that this table does not know.
+
+    Raises:
+        ValueError: several rules.
+    """
+    found = [rule for rule in RULES if any(fnmatchcase(name, pattern) for pattern in rule.names.split())]
+    if len(found) > 1:
+        raise ValueError(f"{name} has {len(found)} rules")
+    return found[0] if found else None
+
+
+def refused_settings(settings: Any) -> list[str]:
+    """What to say of every setting that was changed and never acts."""
+    return [f"{what} is not supported: {rule.why}" for rule, what in _changed(settings) if rule.never]
+
+
+def idle_settings(settings: Any, run: Run | None = None) -> list[str]:
+    """What to say of every setting that was changed and waits for another.
+
+    Args:
+        settings: a dataclass of settings.
+        run: what the trainer knows; then only what depends on that is looked at.
+    """
+    said = []
+    for rule, what in _changed(settings):
+        acts, known = (rule.acts, settings) if run is None else (rule.acts_in, run)
+        if acts is not None and not acts(known):
+            said.append(f"{what} has no effect: {rule.why}")
+    return said
+
+
+def _shown(value: Any) -> Any:
+    """A value as a person writes it: of a group of settings, those that were changed."""
+    if is_dataclass(value):
+        return {f.name: got for f in fields(value) if (got := getattr(value, f.name)) != f.default}
+    return getattr(value, "value", value)
+
+
+def _changed(settings: Any) -> Iterator[tuple[Idle, str]]:
+    for item in fields(settings):
+        rule, value = rule_of(item.name), getattr(settings, item.name)
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        if rule is not None and value != default and all(value != off for off in rule.off):
+            yield rule, f"{item.name}={_shown(value)!r}"

@@ -1,0 +1,134 @@
+"""Settings as people write them: a YAML file, read strictly, and values against the annotation that they fill.
+
+An annotation is what the documentation says already; checking it here saves every setting a check of its own,
+and a wrong value an hour of computing before it fails.
+"""
+
+import enum
+import math
+import os
+import re
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from functools import cache
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+_LISTS = (list, tuple, Sequence)
+_WORDS = {
+    str: "text",
+    int: "an integer",
+    float: "a finite number",
+    bool: "true or false",
+    types.NoneType: "nothing (null)",
+}
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without its traps: a name stands once and is text, and 1e-4 is a number as in YAML 1.2."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if key.tag != "tag:yaml.org,2002:str":
+                shown = getattr(key, "value", None) or "null"
+                raise yaml.MarkedYAMLError(
+                    problem=f"the name {shown!r} is not text: name a setting, in quotes if need be",
+                    problem_mark=key.start_mark,
+                )
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value} is set twice: keep one", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return node
+
+
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
+)
+
+
+def read_settings(path: str | os.PathLike) -> dict[str, Any]:
+    """Settings of a YAML file; paths in it are relative to the working directory.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not YAML, not a mapping, a name twice, or a name that is not text.
+    """
+    path = Path(path)
+    try:
+        loader = _StrictLoader(path.read_text(encoding="utf-8"))
+        loader.name = path.name
+        values = loader.get_single_data()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold settings by name (name: value), not a {type(values).__name__}")
+    return values
+
+
+@cache
+def field_types(owner: type) -> dict[str, Any]:
+    """Field of a dataclass → its annotation."""
+    hints = get_type_hints(owner)
+    return {field.name: hints[field.name] for field in fields(owner)}
+
+
+def require_type(name: str, value: Any, annotation: Any) -> None:
+    """Refuse a value that is not of a setting's type.
+
+    An integer is a number, true and false are not; any list may fill a tuple, a path fills text.
+
+    Args:
+        name: of the setting, for the message.
+        value: what it was given.
+        annotation: made of str, int, float, bool, None, Any, `|`, list, Sequence, tuple[X, ...], dict, Literal
+            and classes.
+
+    Raises:
+        ValueError: with name, value and what is wanted.
+    """
+    if not _fits(value, annotation):
+        quotes = " (YAML reads no, off, yes and on as true or false: put it in quotes)"
+        hint = quotes if isinstance(value, bool) and _fits("", annotation) else ""
+        raise ValueError(f"{name}={value!r} must be {_words(annotation)}{hint}")
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    origin, parts = get_origin(annotation) or annotation, get_args(annotation)
+    if annotation is Any:
+        return True
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is Literal:
+        return value in parts
+    if origin in _LISTS:
+        return isinstance(value, list | tuple) and all(_fits(item, parts[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+    if annotation in (int, float):
+        numbers = Integral if annotation is int else Real
+        return isinstance(value, numbers) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, str | os.PathLike if annotation is str else annotation)
+
+
+def _words(annotation: Any) -> str:
+    origin, parts = get_origin(annotation) or annotation, get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_words, parts))
+    if origin is Literal or (isinstance(origin, type) and issubclass(origin, enum.Enum)):
+        choices: Any = parts or origin
+        return " or ".join(repr(getattr(choice, "value", choice)) for choice in choices)
+    if origin in _LISTS:
+        return f"a list (each entry {_words(parts[0])})"
+    return "settings by name" if origin is dict else _WORDS.get(annotation) or f"a {annotation.__name__}"
