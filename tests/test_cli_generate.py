@@ -121,7 +121,8 @@ def test_flags_win_and_prompts_come_from_files(called, tiny_folder, tmp_path):
     [
         (["--prompt", " "], "empty prompt"),
         (["--prompts", "/no/such/file.txt"], "no prompt file or folder"),
-        (["--prompt", "x", "--seconds", "-1"], "--seconds -1.0 must be positive"),
+        (["--prompt", "x", "--seconds", "-1"], "--seconds -1.0 must be a positive, finite number"),
+        (["--prompt", "x", "--seconds", "inf"], "--seconds inf must be a positive, finite number"),
         (["--prompt", "x", "--seconds", "60"], "at most"),
         (["--prompt", "x", "--temperature", "-1"], "temperature"),
         (["--prompt", "x", "--model", "/no/such/model"], "/no/such/model"),

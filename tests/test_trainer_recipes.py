@@ -90,7 +90,6 @@ def test_training_recipe_runs_on_a_stand_in(tmp_path, monkeypatch, path, standin
         "num_generations": "3",
         "num_generations_eval": "2",
         "per_device_train_batch_size": "3",
-        "per_device_eval_batch_size": "6",
         "per_device_eval_batch_size": "2",
         "gradient_accumulation_steps": "1",
         "max_steps": "1",

@@ -1,6 +1,7 @@
 """`diverse-cfg generate`: clips of any MusicGen as WAV files, sampled as the model's own settings say."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,8 @@ def run_generate(args: argparse.Namespace) -> None:
         prompts = load_prompts(
             prompt_source(args.prompts), split=args.prompts_split, column=args.prompt_column
         )
-    if args.seconds is not None and not args.seconds > 0:
-        raise ValueError(f"--seconds {args.seconds} must be positive")
+    if args.seconds is not None and not 0 < args.seconds < math.inf:
+        raise ValueError(f"--seconds {args.seconds} must be a positive, finite number")
 
     output = Path(args.output)
     if not args.resume and output.is_dir() and any(output.iterdir()):  # before the model is loaded

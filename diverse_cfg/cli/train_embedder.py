@@ -71,7 +71,9 @@ def run_train_embedder(args: argparse.Namespace) -> None:
     if args.audio is None and args.model is None:
         raise ValueError("--codes and --prompts need --model: codes mean something to their own codec only")
 
-    from diverse_cfg.embeddings.training import encoder_config, train_embedder
+    from diverse_cfg.embeddings.training import check_settings, encoder_config, train_embedder
+
+    check_settings(args.negatives, args.steps, args.batch_size, args.learning_rate, args.held_out)
 
     with new_folder(args.output) as folder:
         recordings = _recordings(args)

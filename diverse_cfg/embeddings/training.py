@@ -60,6 +60,19 @@ def encoder_config(recordings: Recordings, size: str = "small") -> ContrastiveCo
     return ContrastiveConfig(sampling_rate=rate, hop=hop, n_fft=n_fft, bands=min(96, n_fft // 8), **shape)
 
 
+def check_settings(
+    negatives: str, steps: int, batch_size: int, learning_rate: float, held_out: float
+) -> None:
+    """Raise `ValueError` for settings of `train_embedder` that cannot work, before there are recordings."""
+    if negatives not in NEGATIVES:
+        raise ValueError(f"negatives={negatives!r} must be one of {', '.join(NEGATIVES)}")
+    if steps < 1 or batch_size < 2 or not 0 < learning_rate < 1 or not 0 < held_out < 1:
+        raise ValueError(
+            f"steps={steps}, batch_size={batch_size}, learning_rate={learning_rate}, held_out={held_out}: wanted "
+            "are at least 1 step and a batch of 2, and numbers between 0 and 1"
+        )
+
+
 def train_embedder(
     recordings: Recordings,
     config: ContrastiveConfig,
@@ -91,13 +104,7 @@ def train_embedder(
         ValueError: settings out of range, too few recordings, or negatives of prompts that are not known.
         FloatingPointError: the loss is not finite.
     """
-    if negatives not in NEGATIVES:
-        raise ValueError(f"negatives={negatives!r} must be one of {', '.join(NEGATIVES)}")
-    if steps < 1 or batch_size < 2 or not 0 < learning_rate < 1 or not 0 < held_out < 1:
-        raise ValueError(
-            f"steps={steps}, batch_size={batch_size}, learning_rate={learning_rate}, held_out={held_out}: wanted "
-            "are at least 1 step and a batch of 2, and numbers between 0 and 1"
-        )
+    check_settings(negatives, steps, batch_size, learning_rate, held_out)
     same_prompt = negatives == "same-prompt"
     groups = _groups(recordings.prompts, same_prompt)
     generator = torch.Generator().manual_seed(seed)
