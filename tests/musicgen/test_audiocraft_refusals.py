@@ -180,7 +180,7 @@ def test_half_a_checkpoint_and_neither_format(folder, tmp_path):
     with pytest.raises(ValueError, match=rf"has {LM} but no {CODEC}.*export_pretrained_compression_model"):
         load_policy(folder)
     (folder / LM).unlink()
-    with pytest.raises(ValueError, match=r"no config\.json.*AudioCraft"):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json.*AudioCraft"):
         load_policy(folder)
     with pytest.raises(ValueError, match="no AudioCraft checkpoint: it has neither"):
         load_audiocraft(folder)
