@@ -111,6 +111,7 @@ def load_processor(path: str | os.PathLike) -> MusicgenProcessor:
     folder = locate(path)
     if is_adapter(folder) and not layout.has_processor_files(folder):
         folder = locate_base(path, folder)
+    config = layout.load_config(folder) if (folder / "config.json").exists() else None
     layout.require_processor(folder)
     with reading(folder, layout.PROCESSOR_REMEDY):
         processor = AutoProcessor.from_pretrained(str(folder))
@@ -118,16 +119,12 @@ def load_processor(path: str | os.PathLike) -> MusicgenProcessor:
         raise ValueError(
             f"{path} has a {type(processor).__name__}, not a MusicgenProcessor: is it a MusicGen?"
         )
-    if (folder / "config.json").is_file():
-        largest, known = (
-            max(processor.tokenizer.get_vocab().values()),
-            layout.load_config(folder).text_encoder.vocab_size,
+    pieces = max(processor.tokenizer.get_vocab().values()) + 1
+    if config and pieces > config.text_encoder.vocab_size:
+        raise ValueError(
+            f"{folder} has a tokenizer with {pieces} pieces, but its text encoder knows "
+            f"{config.text_encoder.vocab_size}: {layout.PROCESSOR_REMEDY}"
         )
-        if largest >= known:
-            raise ValueError(
-                f"{folder} has a tokenizer with {largest + 1} pieces, but its text encoder knows {known}: "
-                f"{layout.PROCESSOR_REMEDY}"
-            )
     return processor
 
 

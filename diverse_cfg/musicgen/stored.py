@@ -186,8 +186,8 @@ def locate(source: str | os.PathLike, near: Path | None = None, cached: bool = F
     """
     for candidate in (Path(source), *([near / source, near.parent / source] if near else [])):
         if candidate.is_dir():
-            if not os.access(candidate, os.R_OK | os.X_OK):
-                raise PermissionError(f"{candidate} may not be read by this user: change its permissions")
+            with reading(candidate):
+                os.stat(candidate / "..")  # needs the right to look inside
             return Path(transformers_folder(candidate))
         if candidate.is_file():
             raise ValueError(f"{source} is a file: pass the model's folder")
