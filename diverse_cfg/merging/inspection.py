@@ -119,7 +119,7 @@ def _generation_text(report: Mapping[str, Any]) -> str:
         return text
     if report["format"] == "adapter":
         return (
-            f"1 here; other programs take its base's {text} and guide twice, unless given guidance_scale=1.0"
+            f"1 here; OTHER PROGRAMS GUIDE TWICE: they take its base's {text}, pass them guidance_scale=1.0"
         )
     return f"{text}: GUIDED TWICE, pass guidance_scale=1.0"
 
