@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +18,9 @@ from diverse_cfg import cards
 from diverse_cfg.merging import inspect_checkpoint
 from diverse_cfg.merging.merge import RECIPE_FILE
 from diverse_cfg.musicgen import layout
+from diverse_cfg.musicgen.checkpoints import base_name, require_named_base
 from diverse_cfg.musicgen.loading import load_policy, load_processor
+from diverse_cfg.musicgen.stored import FullCheckpoint, locate
 from diverse_cfg.provenance import PROVENANCE_FILE, read_provenance
 from diverse_cfg.reading import read_json, reading
 from diverse_cfg.untrusted import TOKEN
@@ -120,6 +123,8 @@ def plan_upload(
         )
     adapter = (folder / "adapter_config.json").is_file()
     _require_recorded_base(folder, cards.base_name(folder, provenance), base_model)
+    if adapter and base_model is not None:
+        _require_same_weights(folder, base_model)
     _require_unguided(folder)
     layout.require_processor(folder)
     replaced = _with_public_base(folder, adapter, base_model)
@@ -198,6 +203,22 @@ def _require_recorded_base(folder: Path, recorded: str | None, base_model: str |
             f"{folder} comes from {comes_from}, not from {base_model}, and its card would say so: leave out "
             f"base_model (--base-model), or correct base_model in its {PROVENANCE_FILE}"
         )
+
+
+def _require_same_weights(folder: Path, base_model: str) -> None:
+    """Refuse to name a base that has other weights than the one that an adapter was trained on."""
+    if base_name(folder) == base_model:
+        return
+    try:
+        located = locate(base_model, cached=True)
+    except FileNotFoundError:
+        warnings.warn(
+            f"{base_model} is not in the cache: whether {folder} was trained on its weights cannot be checked",
+            UserWarning,
+            stacklevel=3,
+        )
+        return
+    require_named_base(folder, folder, base_model, FullCheckpoint(base_model, located).stored)
 
 
 def _require_unguided(folder: Path) -> None:

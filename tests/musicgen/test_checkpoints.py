@@ -115,9 +115,12 @@ def cut(text):
     return lambda w: {k: v[..., :-1].contiguous() if text in k else v for k, v in w.items()}
 
 
-def pickled(folder):
-    (folder / made.MODEL).unlink()
-    torch.save({}, folder / "pytorch_model.bin")
+def pickled(name, pickle):
+    def edit(folder):
+        (folder / name).unlink()
+        torch.save({}, folder / pickle)
+
+    return edit
 
 
 def outside(folder):
@@ -138,7 +141,11 @@ FULL = {
     "weights of another format": (write(made.MODEL, b"PK\3\4" * 99), made.MODEL, {"load_processor"}),
     "no weights": (lose(made.MODEL), made.MODEL, {"load_processor"}),
     "weights are a folder": (directory(made.MODEL), made.MODEL, {"load_processor"}),
-    "a pickle": (pickled, "pytorch_model.bin", {"load_processor"}),
+    "a pickle": (
+        pickled(made.MODEL, "pytorch_model.bin"),
+        r"pytorch_model\.bin.*never read",
+        {"load_processor"},
+    ),
     "a tensor is missing": (
         tensors(made.MODEL, without("decoder.lm_heads.1.")),
         r"decoder\.lm_heads\.1\.weight",
@@ -185,6 +192,13 @@ FULL = {
         "generation_config.json.*temperature='hot'",
         {"load_processor"},
     ),
+    "generation settings are a folder": (
+        directory("generation_config.json"),
+        "generation_config.json",
+        {"load_processor"},
+    ),
+    "a half-written processor": (write("processor_config.json", '{"feature'), "broken", _TEXT),
+    "provenance is a folder": (directory("diverse_cfg.json"), "diverse_cfg.json", {"load_processor"}),
     "an index that leads elsewhere": (outside, r"index\.json.*\.\./elsewhere", {"load_processor"}),
     "an index without names": (nonsense_index, "index.json", {"load_processor"}),
     "no tokenizer": (lose("tokenizer.json"), "tokenizer.json", _TEXT | {"merge"}),
@@ -197,6 +211,7 @@ LORA = {
     "adapter of another format": (write(ADAPTER, b"<html>" * 99), ADAPTER, set()),
     "no adapter weights": (lose(ADAPTER), ADAPTER, set()),
     "adapter weights are a folder": (directory(ADAPTER), ADAPTER, set()),
+    "a pickled adapter": (pickled(ADAPTER, "adapter_model.bin"), r"adapter_model\.bin.*never read", set()),
     "the prefix of torch.compile": (
         tensors(ADAPTER, renamed("base_model.", "_orig_mod.base_model.")),
         "prefix of a wrapper",

@@ -165,6 +165,8 @@ def read_package(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"there is no {path}: an AudioCraft checkpoint is {LANGUAGE_MODEL_FILE} with {CODEC_FILE}"
         )
+    with reading(path):
+        path.open("rb").close()  # or its permissions would pass for damage
     try:
         package = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
