@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from diverse_cfg.merging import inspect_checkpoint
 from diverse_cfg.musicgen.audiocraft import export_audiocraft, from_audiocraft, load_audiocraft
 from diverse_cfg.musicgen.audiocraft.importing import INSTALL, import_audiocraft
 from diverse_cfg.musicgen.loading import load_policy, load_processor
+from tests.faults import without_privileges
 from tests.tiny import tiny_config, tiny_musicgen, tiny_processor
 
 DATA = Path(__file__).parent / "data" / "audiocraft"
@@ -163,6 +165,23 @@ def test_truncated_files(folder, name, share):
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[: int(share * len(content))])
     with pytest.raises(ValueError, match=rf"{name} is (truncated|no AudioCraft export.*damaged).*copy"):
+        load_policy(folder)
+
+
+def test_a_text_encoder_of_which_a_tensor_is_missing(folder):
+    """T5 beside the checkpoint: what is not there is not filled with random numbers."""
+    path = folder / "text_encoder" / "model.safetensors"
+    weights = load_file(path)
+    weights.pop("encoder.block.0.layer.0.SelfAttention.q.weight")
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"text_encoder lacks 1 tensor.*SelfAttention\.q\.weight"):
+        load_policy(folder)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="privileges are Linux's")
+def test_files_that_may_not_be_read(folder):
+    (folder / LM).chmod(0)
+    with without_privileges(), pytest.raises(PermissionError, match=rf"{LM} may not be read.*permissions"):
         load_policy(folder)
 
 
