@@ -18,11 +18,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import GenerationConfig
 
 from diverse_cfg.atomic import replacing, write_text
 from diverse_cfg.musicgen import layout
 from diverse_cfg.provenance import Provenance, read_provenance
+from diverse_cfg.reading import read_json, reading
 from diverse_cfg.untrusted import inside, render, slug
 
 CARD_FILE = "README.md"
@@ -36,6 +36,7 @@ _KNOWN_LICENSES = {"facebook/musicgen-": "cc-by-nc-4.0"}
 TRANSFORMERS_TOP_K = 50  # what `generate` falls back to when a configuration names none
 MARK = "<!-- written by diverse-cfg; delete this line to keep your own edits -->"
 _GENERATED = (MARK, "# Model Card for Model ID", "<!-- This model card has been generated automatically")
+_REMEDY = "correct it, or delete it to get a card without it"
 _DEFAULT_PROMPT = "a calm piano piece"
 
 
@@ -111,8 +112,7 @@ def write_card(
     if path.is_file() and not is_generated(path.read_text(encoding="utf-8")):
         warnings.warn(f"{path} was written by somebody else and is kept; delete it to get ours", stacklevel=2)
         return path
-    state = _read_json(Path(folder) / "trainer_state.json")
-    if state is not None:
+    if state := _read_json(Path(folder) / "trainer_state.json"):
         plot_training_curves(folder, state.get("log_history", []))
     return write_text(
         path, render_card(folder, repo_id=repo_id, license=license, datasets=datasets, tags=tags)
@@ -158,9 +158,12 @@ def render_card(
     name = repo_id or folder.resolve().name
     base = base_model or base_name(folder, provenance)
     license = license or base_license(base, folder)
-    evaluation = _read_json(folder / METRICS_FILE) or {}
-    metrics = [Metric(**metric) for metric in evaluation.get("metrics", [])]
-    samples = [Sample(**sample) for sample in _read_json(folder / SAMPLES_FILE) or []]
+    evaluation = _read_json(folder / METRICS_FILE)
+    with reading(folder / METRICS_FILE, _REMEDY):
+        metrics = [Metric(**metric) for metric in evaluation.get("metrics", [])]
+        assert not metrics or {"prompts", "num_clips"} <= {*evaluation}, "prompts or num_clips is missing"
+    with reading(folder / SAMPLES_FILE, _REMEDY):
+        samples = _read_samples(folder / SAMPLES_FILE)
     for sample in samples:
         inside(folder, sample.file)
     data = _metadata(name, provenance, adapter, base, license, metrics, evaluation, samples, datasets, tags)
@@ -302,18 +305,19 @@ def _metadata(
     )
 
 
-def _read_json(path: Path) -> Any:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from error
+def _read_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+def _read_samples(path: Path) -> list[Sample]:
+    return (
+        [Sample(**sample) for sample in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
+    )
 
 
 def base_name(folder: Path, provenance: Provenance) -> str | None:
     """Id or folder of the base that a folder records; for an adapter, what PEFT loads it onto."""
-    adapter = _read_json(folder / "adapter_config.json") or {}
+    adapter = _read_json(folder / "adapter_config.json")
     return adapter.get("base_model_name_or_path") or provenance.base_model
 
 
@@ -336,10 +340,9 @@ def is_hub_id(name: str | None) -> bool:
 
 
 def _generation(folder: Path) -> dict[str, Any]:
-    path = folder / "generation_config.json"
-    if not path.is_file():
+    config = layout.load_generation_config(folder)
+    if config is None:
         raise ValueError(f"{folder} has no generation_config.json: how it is sampled belongs to the model")
-    config = GenerationConfig.from_pretrained(str(folder))
     names = ("do_sample", "guidance_scale", "temperature", "top_k", "top_p", "min_p", "max_new_tokens")
     return {name: value for name in names if (value := getattr(config, name, None)) is not None}
 

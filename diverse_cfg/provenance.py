@@ -18,9 +18,11 @@ from typing import Any
 
 from diverse_cfg import __version__
 from diverse_cfg.atomic import write_text
+from diverse_cfg.reading import read_json, reading
 
 PROVENANCE_FILE = "diverse_cfg.json"
 KINDS = ("student", "merge")
+_REMEDY = "delete it or restore it from a backup"
 # Libraries whose version changes what the weights mean or how they were trained.
 _LIBRARIES = ("torch", "transformers", "trl", "peft")
 
@@ -52,10 +54,23 @@ class Provenance:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"provenance kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        for name in ("guidance_scale", "diversity_coef"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+        if not isinstance(self.base_model, str | None):
+            raise ValueError(f"provenance base_model must be an id or a folder, got {self.base_model!r}")
+        for name in ("sampling", "training", "versions"):
+            if not isinstance(value := getattr(self, name), dict):
+                raise ValueError(f"provenance {name} must hold values by name, got {value!r}")
+        numbers = {name: getattr(self, name) for name in ("guidance_scale", "diversity_coef")}
+        numbers |= {
+            name: self.sampling.get(name) for name in ("num_frames", "temperature", "top_k", "top_p", "min_p")
+        }
+        numbers["clip_seconds"] = self.training.get("clip_seconds")
+        for name, value in numbers.items():
+            if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
                 raise ValueError(f"provenance {name} must be a finite number or None, got {value!r}")
+        if self.merge is not None and not all(
+            {"name", "weight"} <= {*e} for e in self.merge.get("experts", [])
+        ):
+            raise ValueError("provenance merge must give every expert a name and a weight")
 
 
 def library_versions() -> dict[str, str]:
@@ -80,23 +95,14 @@ def read_provenance(folder: str | os.PathLike) -> Provenance | None:
         ValueError: the file is not valid.
     """
     path = Path(folder) / PROVENANCE_FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.exists():
         return None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}); delete it or restore it from a backup"
-        ) from error
-    if not isinstance(content, dict) or "kind" not in content:
-        raise ValueError(
-            f"{path} does not describe a model: it lacks the key 'kind'; delete it or restore it"
-        )
+    content = read_json(path, _REMEDY)
+    if "kind" not in content:
+        raise ValueError(f"{path} does not describe a model: it lacks the key 'kind'; {_REMEDY}")
     known = {f.name for f in fields(Provenance)}
-    try:
+    with reading(path, _REMEDY):
         return Provenance(**{key: value for key, value in content.items() if key in known})
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def write_provenance(folder: str | os.PathLike, provenance: Provenance) -> Path:

@@ -1,6 +1,7 @@
 """Faults of machines, for tests of what writes."""
 
 import contextlib
+import ctypes
 import fcntl
 import os
 
@@ -14,3 +15,18 @@ def held(folder):
         yield folder
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def without_privileges():
+    """What root may read all the same, this thread may not: a file's mode counts for it as for anybody."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    before, reduced = (ctypes.c_uint32 * 6)(), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, before) == libc.capget(header, reduced) == 0
+    reduced[0] &= ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    assert libc.capset(header, reduced) == 0
+    try:
+        yield
+    finally:
+        assert libc.capset(header, before) == 0

@@ -12,7 +12,8 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from transformers import pipeline, set_seed
+from peft import PeftModel
+from transformers import MusicgenForConditionalGeneration, pipeline, set_seed
 
 from diverse_cfg import cards
 from diverse_cfg.cards import Metric, Sample, render_card, write_card, write_metrics, write_samples
@@ -93,10 +94,30 @@ def test_the_adapter_snippet_plays_the_merged_model(world):
     assert np.abs(audio["base"] - audio["merged"]).max() > 1e-2
 
 
-def test_an_adapter_without_the_snippets_settings_is_guided_twice(world, decoder_rows):
-    """Why the card warns: the day this fails, the warning may go."""
-    pipeline("text-to-audio", model=str(world["adapter"]))("sad cello")
+def test_other_programs_guide_an_adapter_twice(world, tmp_path, decoder_rows):
+    """Why cards and `inspect` warn: the day this fails, the warnings may go.
+
+    The folder says 1.0 in its own generation_config.json, which no loader asks; a config.json beside it only
+    makes them look for the base's weights there.
+    """
+    folder = made.copy(world["adapter"], tmp_path / "adapter")
+    assert json.loads((folder / "generation_config.json").read_text())["guidance_scale"] == 1.0
+    music = pipeline("text-to-audio", model=str(folder))
+    music("sad cello")
     assert set(decoder_rows) == {2}
+    direct = MusicgenForConditionalGeneration.from_pretrained(folder)
+    base = MusicgenForConditionalGeneration.from_pretrained(world["base"])
+    for model in (music.model, direct, PeftModel.from_pretrained(base, folder).merge_and_unload()):
+        assert model.generation_config.guidance_scale == 3.0
+    direct.config.save_pretrained(folder)
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        MusicgenForConditionalGeneration.from_pretrained(folder)
+
+
+def test_an_adapters_card_begins_with_the_guidance_that_others_take(world):
+    for kind, warned in (("adapter", True), ("merged", False)):
+        body = render_card(world[kind]).split("---\n", 2)[2].split("\n")
+        assert ("guidance_scale=1.0" in "".join(body[:6])) == warned, body[:6]
 
 
 def test_metadata(world):

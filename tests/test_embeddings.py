@@ -1,8 +1,12 @@
 """Embedders: resampling, CLAP's features, the contrastive encoder and its loss."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from scipy.signal import resample_poly
 
 from diverse_cfg.embeddings import ContrastiveEmbedder, SentenceTransformerEmbedder, load_embedder
@@ -115,6 +119,31 @@ def test_missing_embedders_are_named(tmp_path):
         load_embedder(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"encoder\.json"):
         ContrastiveEmbedder.from_pretrained(tmp_path)
+
+
+def test_damaged_embedders_are_named(clap_folder, tmp_path):
+    """Catches weights that random numbers complete, and tracebacks of parsers."""
+    clap, ours = Path(shutil.copytree(clap_folder, tmp_path / "clap")), tmp_path / "ours"
+    weights = load_file(clap / "model.safetensors")
+    del weights["audio_projection.linear2.weight"]
+    save_file(weights, clap / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"clap lacks 1 tensor\(s\).*audio_projection\.linear2\.weight.*again"
+    ):
+        load_embedder(clap, device="cpu")
+    encoder = ContrastiveEncoder(ContrastiveConfig(bands=16, **SMALL))
+    ContrastiveEmbedder(encoder, device="cpu").save_pretrained(ours)
+    for content in ("{", "[]", '{"bands": "many"}'):
+        config = next(ours.rglob("encoder.json"))
+        kept = config.read_text()
+        config.write_text(content)
+        with pytest.raises(ValueError, match=r"encoder\.json.*again$"):
+            load_embedder(ours, device="cpu")
+        config.write_text(kept)
+    stored = next(ours.rglob("model.safetensors"))
+    stored.write_bytes(stored.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read.*again$"):
+        load_embedder(ours, device="cpu")
 
 
 # ---- contrastive ---------------------------------------------------------------------------------

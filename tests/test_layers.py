@@ -14,7 +14,7 @@ PACKAGE = ROOT / "diverse_cfg"
 # Lowest first. A module may import what stands before its own line, never from its own line or after it; the
 # files of one folder may import each other. A new module needs a place here, chosen on purpose.
 LAYERS = [
-    ["functional", "atomic", "threads", "untrusted"],
+    ["functional", "atomic", "reading", "threads", "untrusted"],
     ["types", "provenance", "settings", "effects"],
     ["config"],
     ["musicgen", "embeddings", "prompts", "assets"],

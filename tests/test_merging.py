@@ -366,10 +366,10 @@ def test_tensors_are_streamed(world, tmp_path, monkeypatch):
     """Catches a merge that collects the checkpoint: at no time may more than a few tensors be alive."""
     import weakref
 
-    from diverse_cfg.merging import checkpoints
+    from diverse_cfg.musicgen import stored
 
     alive, peak = {}, 0
-    read = checkpoints.read_tensor
+    read = stored.read_tensor
 
     def counting(info):
         nonlocal peak
@@ -379,7 +379,7 @@ def test_tensors_are_streamed(world, tmp_path, monkeypatch):
         peak = max(peak, sum(alive.values()))
         return tensor
 
-    monkeypatch.setattr(checkpoints, "read_tensor", counting)
+    monkeypatch.setattr(stored, "read_tensor", counting)
     merge_checkpoints([world["full1"], world["full2"], world["lora1"]], None, tmp_path / "m")
     largest = max(t.nbytes for t in load_file(world["base"] / made.MODEL).values())
     assert 0 < peak <= 4 * largest

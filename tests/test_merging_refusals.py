@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diverse_cfg.merging import load_slider, merge_checkpoints
-from diverse_cfg.merging.tensors import read_header
+from diverse_cfg.musicgen.tensors import read_header
 from tests import checkpoints as made
 from tests.tiny import save_tiny
 
@@ -92,9 +92,7 @@ def test_melody_and_strangers(world, tmp_path, refused):
     other = made.copy(world["full2"], tmp_path / "other")
     made.edit_json(other / "config.json", model_type="musicgen_melody")
     refused(ValueError, "'musicgen_melody'", world["full1"], other)
-    refused(
-        FileNotFoundError, "neither an existing folder nor a Hub id", world["full1"], tmp_path / "nowhere"
-    )
+    refused(FileNotFoundError, "no folder.*no Hub id", world["full1"], tmp_path / "nowhere")
     refused(FileNotFoundError, "failed", world["full1"], "nobody/nothing-at-all")
     refused(ValueError, "is a file", world["full1"], world["full1"] / made.MODEL)
     (tmp_path / "empty").mkdir()
@@ -145,7 +143,7 @@ def test_variants_of_lora(world, tmp_path, refused, lora, message):
 def test_an_adapter_without_base_name_or_of_another_kind(world, tmp_path, refused):
     nameless = made.copy(world["lora1"], tmp_path / "nameless")
     made.edit_json(nameless / "adapter_config.json", base_model_name_or_path=None)
-    refused(ValueError, r"pass base=", nameless)
+    refused(ValueError, r"pass it \(base=", nameless)
     merge_checkpoints([nameless, world["lora1"]], 0.5, tmp_path / "m", base=world["base"])
     other = made.copy(world["lora1"], tmp_path / "other")
     (other / "adapter_config.json").write_text(
@@ -159,7 +157,7 @@ def test_an_adapter_that_does_not_fit(world, tmp_path, refused):
     adapter = "adapter_model.safetensors"
     rank = made.copy(world["lora1"], tmp_path / "rank")
     made.edit_json(rank / "adapter_config.json", r=3)
-    refused(ValueError, "do not fit", rank, world["lora2"])
+    refused(ValueError, "does not fit.*has shape", rank, world["lora2"])
 
     key = "base_model.model.decoder.model.decoder.layers.0.fc1.lora_A.weight"
     layer = made.copy(world["lora1"], tmp_path / "layer")
@@ -170,15 +168,15 @@ def test_an_adapter_that_does_not_fit(world, tmp_path, refused):
             weights[name.replace("layers.0", "layers.9")] = weights.pop(name)
 
     edit_weights(layer, move, adapter)
-    refused(ValueError, "does not have", layer, world["lora2"])
+    refused(ValueError, "are not part of it.*layers.9", layer, world["lora2"])
 
     half = made.copy(world["lora1"], tmp_path / "half")
     edit_weights(half, lambda weights: weights.pop(key), adapter)
-    refused(ValueError, "only half", half, world["lora2"])
+    refused(ValueError, r"lacks 1 tensor\(s\).*fc1\.lora_A", half, world["lora2"])
 
     lost = made.copy(world["lora1"], tmp_path / "lost")
     edit_weights(lost, lambda w: [w.pop(key.replace("_A", half)) for half in ("_A", "_B")], adapter)
-    refused(ValueError, "target modules", lost, world["lora2"])
+    refused(ValueError, r"lacks 2 tensor\(s\).*fc1\.lora", lost, world["lora2"])
 
 
 # ---- damaged files
@@ -231,7 +229,7 @@ def test_missing_pieces(world, tmp_path, refused):
 
     other = made.copy(world["full2"], tmp_path / "extra")
     edit_weights(other, lambda weights: weights.update({"decoder.lm_heads.4.weight": torch.zeros(16, 16)}))
-    refused(ValueError, r"decoder\.lm_heads\.4\.weight is not part", world["full1"], other)
+    refused(ValueError, r"not part of it, e\.g\. decoder\.lm_heads\.4\.weight", world["full1"], other)
 
     other = made.copy(world["full2"], tmp_path / "shard")
     (other / made.MODEL).unlink()

@@ -60,14 +60,14 @@ def test_a_refused_weight_changes_nothing(world):
 
 def test_nothing_is_read_again(world, monkeypatch):
     """Catches a slider that reloads: after loading, the folders may even be gone."""
-    from diverse_cfg.merging import checkpoints
+    from diverse_cfg.musicgen import stored
 
     slider = load_slider(world["base"], [world["lora1"], world["full2"]])
 
     def gone(info):
         raise AssertionError(f"{info.file} was read again")
 
-    monkeypatch.setattr(checkpoints, "read_tensor", gone)
+    monkeypatch.setattr(stored, "read_tensor", gone)
     slider.set_merge_weight(0.2)
 
 

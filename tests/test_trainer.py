@@ -315,6 +315,8 @@ def test_a_saved_adapter_loads_without_double_guidance(tmp_path, tiny_folder):
     names = {path.name for path in (tmp_path / "adapter").iterdir()}
     assert {"adapter_model.safetensors", "generation_config.json", "diverse_cfg.json"} <= names
     assert "model.safetensors" not in names
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "**Pass `guidance_scale=1.0`" in card.split("\n---\n")[1][:300]  # others take the base's
     policy = load_policy(tmp_path / "adapter")
     assert policy.generation_config.guidance_scale == 1.0
     condition = encode_text(policy, tiny_processor(), PROMPTS)

@@ -97,9 +97,10 @@ def run_generate(args: argparse.Namespace) -> None:
     import torch
 
     from diverse_cfg.musicgen.files import generate_files
-    from diverse_cfg.musicgen.loading import load_processor
+    from diverse_cfg.musicgen.loading import load_processor, torch_device
     from diverse_cfg.musicgen.policy import frame_rate
 
+    device = torch_device(args.device)
     source = model_source(args.model)
     model: Any = _load(source, args.adapter, args.merge_weight)
     own = model.generation_config
@@ -109,7 +110,7 @@ def run_generate(args: argparse.Namespace) -> None:
         name += f" at {' '.join(f'{weight:g}' for weight in args.merge_weight)}"
     seconds = _first(args.seconds, min(own_seconds(model), LONGEST_DEFAULT_SECONDS))
     clips = generate_files(
-        model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        model.to(device),
         list(prompts["prompt"]),
         args.output,
         processor=load_processor(source),

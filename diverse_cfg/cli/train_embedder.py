@@ -72,9 +72,10 @@ def run_train_embedder(args: argparse.Namespace) -> None:
         raise ValueError("--codes and --prompts need --model: codes mean something to their own codec only")
 
     from diverse_cfg.embeddings.training import check_settings, encoder_config, train_embedder
+    from diverse_cfg.musicgen.loading import torch_device
 
     check_settings(args.negatives, args.steps, args.batch_size, args.learning_rate, args.held_out)
-
+    args.device = torch_device(args.device)
     with new_folder(args.output) as folder:
         recordings = _recordings(args)
         trained = train_embedder(
@@ -127,7 +128,10 @@ def _stored(args: argparse.Namespace) -> "Recordings":
 
     import torch
     from safetensors import safe_open
-    from transformers import AutoConfig
+
+    from diverse_cfg.musicgen.layout import load_config
+    from diverse_cfg.musicgen.stored import locate
+    from diverse_cfg.reading import reading
 
     folder = Path(args.codes)
     files = sorted(path for path in folder.rglob("*.safetensors") if path.parent.name == "generations")
@@ -135,19 +139,17 @@ def _stored(args: argparse.Namespace) -> "Recordings":
         raise ValueError(f"{folder} holds no generations: name the output folder of diverse-cfg evaluate")
     clips, prompts = [], []
     for path in files:
-        with safe_open(path, framework="numpy") as file:
+        with reading(path, "run the evaluation again"), safe_open(path, framework="numpy") as file:
             description = json.loads((file.metadata() or {}).get("description", "{}"))
-            codes = torch.from_numpy(file.get_tensor("codes"))
-        clips += codes.unbind()
-        prompts += [
-            prompt for prompt in description["prompts"] for _ in range(description["num_generations"])
-        ]
-    return _code_recordings(args, AutoConfig.from_pretrained(model_source(args.model)), clips, prompts)
+            clips += torch.from_numpy(file.get_tensor("codes")).unbind()
+            prompts += [
+                prompt for prompt in description["prompts"] for _ in range(description["num_generations"])
+            ]
+    return _code_recordings(args, load_config(locate(model_source(args.model))), clips, prompts)
 
 
 def _sampled(args: argparse.Namespace) -> "Recordings":
     """Clips that --model generates now."""
-    import torch
     from tqdm import tqdm
 
     from diverse_cfg.cli.generate import LONGEST_DEFAULT_SECONDS, own_seconds
@@ -160,7 +162,7 @@ def _sampled(args: argparse.Namespace) -> "Recordings":
     source = model_source(args.model)
     model = load_policy(source)
     processor = load_processor(source)
-    model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(args.device)
     seconds = args.seconds or min(own_seconds(model), LONGEST_DEFAULT_SECONDS)
     own = model.generation_config.guidance_scale or 1.0
     weights = RolloutWeights.from_model(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diverse_cfg.embeddings.audio import resample, to_mono
+from diverse_cfg.reading import load_complete, reading
 
 
 def is_clap(name: str) -> bool:
@@ -16,7 +18,8 @@ def is_clap(name: str) -> bool:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(name).model_type == "clap"
+        with reading(name):
+            return AutoConfig.from_pretrained(name).model_type == "clap"
     except (OSError, ValueError):
         return False
 
@@ -42,10 +45,13 @@ class ClapEmbedder:
         from transformers import AutoTokenizer, ClapFeatureExtractor, ClapModel
 
         try:
-            self.model = ClapModel.from_pretrained(model).eval().requires_grad_(False)
-            extractor = ClapFeatureExtractor.from_pretrained(model)
-            self.tokenizer = AutoTokenizer.from_pretrained(model)
+            self.model = load_complete(ClapModel, model).eval().requires_grad_(False)
+            with reading(model):
+                extractor = ClapFeatureExtractor.from_pretrained(model)
+                self.tokenizer = AutoTokenizer.from_pretrained(model)
         except OSError as error:
+            if os.path.isdir(model):
+                raise
             raise OSError(
                 f"CLAP checkpoint {model!r} is neither a folder nor in the cache, and could not be downloaded: connect "
                 f"once and run `hf download {model}`, or pass another embedder"

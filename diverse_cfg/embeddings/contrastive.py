@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diverse_cfg.embeddings.audio import LogMel, resample, to_mono
+from diverse_cfg.reading import read_json, reading
 
 CONFIG_NAME = "encoder.json"
 
@@ -130,8 +131,13 @@ class ContrastiveEncoder(Module):
     @classmethod
     def load(cls, model_name_or_path: str, **_: Any) -> ContrastiveEncoder:
         folder = Path(model_name_or_path)
-        encoder = cls(ContrastiveConfig(**json.loads((folder / CONFIG_NAME).read_text())))
-        encoder.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
+        settings = read_json(folder / CONFIG_NAME)
+        with reading(folder / CONFIG_NAME):
+            encoder = cls(ContrastiveConfig(**settings))
+        with reading(folder / "model.safetensors"):
+            encoder.load_state_dict(
+                {k: v.float() for k, v in load_file(folder / "model.safetensors").items()}
+            )
         return encoder
 
 

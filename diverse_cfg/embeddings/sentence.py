@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diverse_cfg.embeddings.audio import resample, to_mono
+from diverse_cfg.reading import reading
 
 
 class SentenceTransformerEmbedder:
@@ -26,7 +27,10 @@ class SentenceTransformerEmbedder:
         from sentence_transformers import SentenceTransformer
 
         self.name = model if isinstance(model, str) else type(model).__name__
-        self.model = SentenceTransformer(model, device=device) if isinstance(model, str) else model
+        if isinstance(model, str):
+            with reading(model, "pass another folder or id of an embedder"):
+                model = SentenceTransformer(model, device=device)
+        self.model = model
         extractor = getattr(self.model[0], "processor", None)
         extractor = getattr(extractor, "feature_extractor", extractor)
         self.sampling_rate = sampling_rate or getattr(extractor, "sampling_rate", 0)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from diverse_cfg.embeddings.audio import LogMel, resample, to_mono
 from diverse_cfg.evaluation.acoustics import scores_of
 from diverse_cfg.evaluation.attributes import ATTRIBUTES
+from diverse_cfg.reading import read_json, reading
 
 CONFIG_NAME = "judge.json"
 LOWEST_PITCH, PITCHES = 36, 72  # semitone bands from C2 (65 Hz) on
@@ -123,11 +124,13 @@ class AttributeJudge(nn.Module):
         folder = Path(folder)
         if not (folder / CONFIG_NAME).is_file():
             raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}: it is not an attribute judge")
-        values = json.loads((folder / CONFIG_NAME).read_text())
-        values["attributes"] = {k: tuple(v) for k, v in values["attributes"].items()}
-        judge = cls(JudgeConfig(**values))
-        weights = load_file(folder / "model.safetensors")
-        judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
+        values = read_json(folder / CONFIG_NAME)
+        with reading(folder / CONFIG_NAME):
+            values["attributes"] = {k: tuple(v) for k, v in values["attributes"].items()}
+            judge = cls(JudgeConfig(**values))
+        with reading(folder / "model.safetensors"):
+            weights = load_file(folder / "model.safetensors")
+            judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
         return judge.eval()
 
 

@@ -17,8 +17,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from diverse_cfg.assets import nano_path
 from diverse_cfg.embeddings import load_embedder
 from diverse_cfg.evaluation.attributes import parse_prompt
@@ -37,6 +35,7 @@ from diverse_cfg.evaluation.reference import reference_embeddings
 from diverse_cfg.evaluation.signatures import Arms
 from diverse_cfg.evaluation.sweep import Sweep
 from diverse_cfg.evaluation.systems import System, expand_systems, single
+from diverse_cfg.musicgen.loading import torch_device
 from diverse_cfg.musicgen.policy import frame_rate
 from diverse_cfg.musicgen.rollout import check_backend
 from diverse_cfg.musicgen.sampling import require_64_bits
@@ -155,7 +154,7 @@ def build_sweep(config: SweepConfig) -> tuple[Sweep, list[System]]:
         ValueError, FileNotFoundError: whatever is wrong or missing.
     """
     systems = planned_systems(config)
-    device = _device(config.device)
+    device = torch_device(config.device)
     prompts = held_out_prompts(config)
     cache = Cache(Path(config.output) / "cache")
     teacher = model_path(config.teacher or systems[0].replicates[0][0][0])
@@ -229,20 +228,6 @@ def planned_systems(config: SweepConfig) -> list[System]:
                 f"{setting} names {name!r}, which is no {kind} here; known: {', '.join(known[kind])}"
             )
     return systems
-
-
-def _device(name: str | None) -> str:
-    """A device that this machine has."""
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"device={name!r} cannot be used ({reason}): leave it out, or take cpu or cuda"
-        ) from error
-    return name
 
 
 def model_path(model: str) -> str:

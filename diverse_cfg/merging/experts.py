@@ -16,17 +16,9 @@ import torch
 from torch import Tensor
 
 from diverse_cfg.functional import interpolation
-from diverse_cfg.merging.checkpoints import (
-    AdapterCheckpoint,
-    Checkpoint,
-    FullCheckpoint,
-    base_name,
-    locate,
-    open_base,
-    open_checkpoint,
-    same_base,
-)
 from diverse_cfg.musicgen import layout
+from diverse_cfg.musicgen.checkpoints import AdapterCheckpoint, base_name, open_base, open_checkpoint
+from diverse_cfg.musicgen.stored import Checkpoint, FullCheckpoint, is_adapter, locate, same_base, same_values
 
 DTYPES = {
     "float64": torch.float64,
@@ -141,8 +133,8 @@ def _common_base(sources: Sequence[str | os.PathLike]) -> FullCheckpoint | None:
     named: list[tuple[str, str, Path]] = []
     for source in sources:
         folder = locate(source)
-        if (folder / "adapter_config.json").is_file():
-            named.append((os.fspath(source), base_name(source, folder) or "", folder))
+        if is_adapter(folder):
+            named.append((os.fspath(source), base_name(folder) or "", folder))
     for source, name, _ in named[1:]:
         if not same_base(name, named[0][1]):
             raise ValueError(
@@ -167,7 +159,7 @@ def _require_same_model(first: FullCheckpoint, second: FullCheckpoint) -> None:
                 f"{right.get(key)!r}): only checkpoints of one architecture can be mixed"
             )
     for name in first.tensors:
-        if name.startswith(layout.CODEC_PREFIX) and not _same_values(first, second, name):
+        if name.startswith(layout.CODEC_PREFIX) and not same_values(first.stored(name), second.stored(name)):
             raise ValueError(
                 f"{first.source} and {second.source} have different codecs ({name} differs): their codes "
                 "mean different sounds and cannot be mixed"
@@ -181,13 +173,6 @@ def _require_same_tokenizer(first: Checkpoint, second: Checkpoint) -> None:
         raise ValueError(
             f"{first.source} and {second.source} have different tokenizers: they read prompts differently"
         )
-
-
-def _same_values(first: FullCheckpoint, second: FullCheckpoint, name: str) -> bool:
-    # Copies of one codec may be stored in different precisions: compare in the coarser of the two.
-    dtypes = sorted((c.tensors[name].dtype for c in (first, second)), key=lambda dtype: dtype.itemsize)
-    a, b = (c.tensor(name, dtypes[0]) for c in (first, second))
-    return torch.equal(a, b)
 
 
 def _require_codec_untouched(adapter: AdapterCheckpoint) -> None:

@@ -9,16 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, MusicgenForConditionalGeneration
+from transformers import MusicgenForConditionalGeneration
 
-from diverse_cfg.merging.checkpoints import (
-    AdapterCheckpoint,
-    Checkpoint,
-    FullCheckpoint,
-    locate,
-    open_checkpoint,
-)
 from diverse_cfg.musicgen import layout
+from diverse_cfg.musicgen.checkpoints import AdapterCheckpoint, open_checkpoint
+from diverse_cfg.musicgen.loading import load_processor
+from diverse_cfg.musicgen.stored import Checkpoint, FullCheckpoint, locate
 
 
 def inspect_checkpoint(path: str | os.PathLike, *, base: str | os.PathLike | None = None) -> dict[str, Any]:
@@ -42,6 +38,10 @@ def inspect_checkpoint(path: str | os.PathLike, *, base: str | os.PathLike | Non
     checkpoint = open_checkpoint(path, base=given)
     config = checkpoint.base.config if isinstance(checkpoint, AdapterCheckpoint) else checkpoint.config
     provenance = checkpoint.provenance
+    owner = checkpoint
+    if isinstance(checkpoint, AdapterCheckpoint) and not layout.has_processor_files(checkpoint.folder):
+        owner = checkpoint.base
+    load_processor(owner.folder)
     report: dict[str, Any] = {
         "name": checkpoint.name,
         "kind": _kind(checkpoint),
@@ -119,7 +119,7 @@ def _generation_text(report: Mapping[str, Any]) -> str:
         return text
     if report["format"] == "adapter":
         return (
-            f"1 here; other programs take its base's {text} and guide twice, unless given guidance_scale=1.0"
+            f"1 here; OTHER PROGRAMS GUIDE TWICE: they take its base's {text}, pass them guidance_scale=1.0"
         )
     return f"{text}: GUIDED TWICE, pass guidance_scale=1.0"
 
@@ -142,10 +142,8 @@ def _base_model(checkpoint: Checkpoint) -> str | None:
 
 def _generation_guidance(checkpoint: Checkpoint) -> float | None:
     # Programs other than ours take an adapter's generation config from its base.
-    folder = checkpoint.base.folder if isinstance(checkpoint, AdapterCheckpoint) else checkpoint.folder
-    if not (folder / "generation_config.json").is_file():
-        return None
-    return GenerationConfig.from_pretrained(str(folder)).guidance_scale
+    own = (checkpoint.base if isinstance(checkpoint, AdapterCheckpoint) else checkpoint).generation
+    return own and own.guidance_scale
 
 
 def _size(checkpoint: FullCheckpoint | AdapterCheckpoint) -> dict[str, Any]:

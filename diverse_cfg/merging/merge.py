@@ -22,11 +22,13 @@ from transformers import GenerationConfig
 from diverse_cfg.atomic import new_folder, require_new
 from diverse_cfg.cards import write_card
 from diverse_cfg.merging.adapter import write_adapter
-from diverse_cfg.merging.checkpoints import AdapterCheckpoint, Checkpoint
 from diverse_cfg.merging.experts import DTYPES, Experts, open_experts
-from diverse_cfg.merging.tensors import TensorSpec, write_safetensors
 from diverse_cfg.merging.weights import resolve_weights
 from diverse_cfg.musicgen import layout
+from diverse_cfg.musicgen.checkpoints import AdapterCheckpoint
+from diverse_cfg.musicgen.loading import load_processor
+from diverse_cfg.musicgen.stored import Checkpoint
+from diverse_cfg.musicgen.tensors import TensorSpec, write_safetensors
 from diverse_cfg.provenance import Provenance, write_provenance
 
 RECIPE_FILE = "merge.yaml"
@@ -147,11 +149,11 @@ def _write(experts: Experts, weights: list[float], output: Path, dtype: torch.dt
         raise ValueError(f"format must be 'full' or 'adapter', got {format!r}")
     specs = _tensor_specs(experts, dtype) if format == "full" else []
     with new_folder(output, sum(spec.num_bytes for spec in specs)) as folder:
+        _copy_processor(experts, folder)
         if format == "full":
             _write_model(experts, weights, specs, folder, dtype)
         else:
             write_adapter(experts, weights, folder, dtype)
-        _copy_processor(experts, folder)
         provenance = _provenance(experts, weights, dtype, format)
         generation = layout.playing_config(experts.config, provenance.sampling, _generation_like(experts))
         generation.save_pretrained(folder)
@@ -192,13 +194,14 @@ def _write_model(
 
 def _copy_processor(experts: Experts, folder: Path) -> None:
     candidates = [experts.reference, *experts.checkpoints]
-    source = next((c.folder for c in candidates if layout.has_processor(c.folder)), None)
+    source = next((c.folder for c in candidates if not layout.missing_processor(c.folder)), None)
     if source is None:
         raise ValueError(
             f"none of {', '.join(c.source for c in candidates)} has a tokenizer and a processor, without "
             "which the merged model cannot read prompts: copy them from the base into one of the folders, "
             "or pass base=…"
         )
+    load_processor(source)
     for name in layout.PROCESSOR_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
@@ -208,8 +211,8 @@ def _generation_like(experts: Experts) -> GenerationConfig | None:
     # A student knows best how it is sampled; the base's settings are for guided sampling.
     students = [c for c in experts.checkpoints if c is not experts.reference]
     for checkpoint in (*students, experts.reference):
-        if (checkpoint.folder / "generation_config.json").is_file():
-            return GenerationConfig.from_pretrained(str(checkpoint.folder))
+        if checkpoint.generation is not None:
+            return checkpoint.generation
     return None
 
 

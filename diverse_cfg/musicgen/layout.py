@@ -5,40 +5,46 @@ Merging, inspection, cards and publishing read checkpoints as files and configur
 their questions about MusicGen, so that none of them builds a model.
 """
 
-import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, MusicgenConfig, MusicgenForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    MusicgenConfig,
+    MusicgenForConditionalGeneration,
+    PreTrainedConfig,
+)
+
+from diverse_cfg.reading import COPY_AGAIN, read_json, reading
 
 # The codec gives the codes their meaning: codecs are compared, never interpolated.
 CODEC_PREFIX = "audio_encoder."
 
-# Settings that may differ between two checkpoints of one architecture: bookkeeping, training-time noise,
-# and the token ids that training frameworks overwrite with the text encoder's (they are written anew on
-# saving).
+# Of the settings that a configuration class declares, those that two checkpoints of one architecture may differ in:
+# bookkeeping, training-time noise, token ids (written anew on saving), and what concerns a decoder of T5 or is
+# decided by MusicGen itself.
 _NOT_ARCHITECTURE = {
-    "_attn_implementation_autoset",
-    "_name_or_path",
     "activation_dropout",
-    "architectures",
+    "add_cross_attention",
     "attention_dropout",
     "bos_token_id",
     "classifier_dropout",
-    "decoder_start_token_id",
+    "cross_attention_hidden_size",
     "dropout",
     "dropout_rate",
-    "dtype",
     "eos_token_id",
     "initializer_factor",
+    "is_decoder",
     "layerdrop",
+    "num_decoder_layers",
     "pad_token_id",
-    "torch_dtype",
-    "transformers_version",
+    "scale_decoder_outputs",
+    "tie_word_embeddings",
     "use_cache",
 }
 # What makes text readable to the model: tokenizer and processor.
@@ -51,6 +57,20 @@ PROCESSOR_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
+_PROCESSOR_NEEDS = {
+    "tokenizer": ("tokenizer.json", "spiece.model"),
+    "processor": ("processor_config.json", "preprocessor_config.json"),
+}
+PROCESSOR_REMEDY = "copy the tokenizer and processor files of its base model into it"
+_SAMPLING_NUMBERS = {
+    "guidance_scale": float,
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "min_p": float,
+    "max_length": int,
+    "max_new_tokens": int,
+}
 # Tables that older versions saved although they are computed.
 _COMPUTED = ("embed_positions.weights", "position_ids")
 _OLD_WEIGHT_NORM = {
@@ -64,21 +84,58 @@ def load_config(folder: str | os.PathLike) -> MusicgenConfig:
 
     Raises:
         FileNotFoundError: there is no config.json.
-        ValueError: the folder holds another kind of model (melody and style checkpoints included).
+        ValueError: the file is damaged, or describes another kind of model (melody and style checkpoints included).
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no config.json: it is not a model folder")
-    try:
-        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from error
-    if model_type != MusicgenConfig.model_type:
-        raise ValueError(
-            f"{folder} holds a model of type {model_type!r}; only text-conditioned MusicGen checkpoints "
-            f"(type {MusicgenConfig.model_type!r}, mono or stereo) are supported"
+        raise FileNotFoundError(
+            f"{folder} has no config.json: it is neither a MusicGen checkpoint, nor AudioCraft's (state_dict.bin and "
+            "compression_state_dict.bin), nor an adapter"
         )
-    return MusicgenConfig.from_pretrained(str(folder))
+    kind = read_json(path).get("model_type")
+    if kind == "musicgen_melody":
+        raise ValueError(
+            f"{folder} is a MusicGen-Melody model ({kind!r}), which reads its condition as a prefix and not by "
+            "cross-attention: use a MusicGen without melody, such as facebook/musicgen-small"
+        )
+    if kind != MusicgenConfig.model_type:
+        raise ValueError(
+            f"{folder} is a {kind!r} model, not a MusicGen; use a checkpoint such as facebook/musicgen-small"
+        )
+    with reading(path):
+        config = MusicgenConfig.from_pretrained(str(folder))
+        counts = {
+            name: value
+            for name, value in architecture(config).items()
+            if isinstance(value, int) and not name.startswith(CODEC_PREFIX)
+        }
+    for name, value in counts.items():
+        if not isinstance(value, bool) and value < 1:
+            raise ValueError(f"{path}: {name}={value} must be at least 1; {COPY_AGAIN}")
+    return config
+
+
+def load_generation_config(folder: str | os.PathLike) -> GenerationConfig | None:
+    """How a folder says that it is sampled; None where it does not say.
+
+    Raises:
+        ValueError: the file is damaged, or a number in it is none.
+    """
+    path = Path(folder) / "generation_config.json"
+    if not path.exists():
+        return None
+    content = read_json(path)
+    for name, kind in _SAMPLING_NUMBERS.items():
+        value = content.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, int | kind) or isinstance(value, bool) or not 0 <= value < math.inf:
+            what = "a whole number" if kind is int else "a number"
+            raise ValueError(
+                f"{path}: {name}={value!r} must be {what} of at least 0; correct it, or {COPY_AGAIN}"
+            )
+    with reading(path):
+        return GenerationConfig.from_pretrained(str(folder))
 
 
 def expected_tensors(config: MusicgenConfig) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
@@ -146,33 +203,52 @@ def part_of(name: str) -> str:
 
 
 def architecture(config: MusicgenConfig) -> dict[str, Any]:
-    """Everything in a configuration that decides whether weights may be mixed, as dotted name → value."""
-    return dict(_flatten(config.to_dict()))
+    """Everything in a configuration that shapes the computation, as dotted name → value.
+
+    Only what the three configuration classes declare: older versions of transformers stored dozens of settings of
+    text generation beside it.
+    """
+    values: dict[str, Any] = {}
+    for part in ("text_encoder", "audio_encoder", "decoder"):
+        own = getattr(config, part)
+        declared = type(own)().to_dict().keys() - PreTrainedConfig().to_dict().keys() - _NOT_ARCHITECTURE
+        stored = own.to_dict()
+        values[f"{part}.model_type"] = own.model_type
+        values |= {f"{part}.{name}": stored.get(name) for name in sorted(declared)}
+    return values
 
 
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if key in _NOT_ARCHITECTURE:
-            continue
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def has_processor_files(folder: Path) -> bool:
+    """Whether a folder has a tokenizer and processor of its own, or a part of them; an adapter may have its base's."""
+    return any((folder / name).exists() for name in PROCESSOR_FILES)
 
 
-def has_processor(folder: Path) -> bool:
-    """Whether a folder holds both a tokenizer and a processor configuration."""
-    names = {name for name in PROCESSOR_FILES if (folder / name).is_file()}
-    return bool(names & {"tokenizer.json", "spiece.model"}) and bool(
-        names & {"processor_config.json", "preprocessor_config.json"}
-    )
+def missing_processor(folder: Path) -> str | None:
+    """The file that a folder lacks to read prompts; None where it holds a tokenizer and a processor configuration."""
+    for kind, names in _PROCESSOR_NEEDS.items():
+        if not any((folder / name).is_file() for name in names):
+            return f"{kind} ({' or '.join(names)})"
+    return None
+
+
+def require_processor(folder: Path) -> None:
+    """Refuse a folder whose prompts would become unknown words.
+
+    Raises:
+        ValueError: the tokenizer or the processor configuration is missing.
+    """
+    if missing := missing_processor(folder):
+        raise ValueError(
+            f"{folder} has no {missing}, without which it cannot read prompts: {PROCESSOR_REMEDY}"
+        )
 
 
 def tokenizer_vocabulary(folder: Path) -> dict[str, int] | None:
     """Piece → id of the tokenizer in a folder; None where there is none."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+    if not any((folder / name).is_file() for name in _PROCESSOR_NEEDS["tokenizer"]):
         return None
-    return AutoTokenizer.from_pretrained(str(folder)).get_vocab()
+    with reading(folder, PROCESSOR_REMEDY):
+        return AutoTokenizer.from_pretrained(str(folder)).get_vocab()
 
 
 def codebook_delays(num_codebooks: int, audio_channels: int = 1) -> tuple[int, ...]:

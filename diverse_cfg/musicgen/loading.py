@@ -6,7 +6,7 @@ adapters, and folders whose `diverse_cfg.json` says student or merge, come back 
 `generation_config.guidance_scale = 1.0`.
 """
 
-import json
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,19 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoProcessor, MusicgenForConditionalGeneration, MusicgenProcessor
 
-from diverse_cfg.musicgen.audiocraft.folders import find_file, looks_local, transformers_folder
+from diverse_cfg.musicgen import layout
+from diverse_cfg.musicgen.audiocraft.folders import find_file
 from diverse_cfg.musicgen.audiocraft.live import from_audiocraft, is_live_audiocraft
+from diverse_cfg.musicgen.checkpoints import (
+    AdapterCheckpoint,
+    locate_base,
+    open_checkpoint,
+    read_adapter,
+    require_named_base,
+)
+from diverse_cfg.musicgen.stored import FullCheckpoint, is_adapter, locate
 from diverse_cfg.provenance import PROVENANCE_FILE, read_provenance
+from diverse_cfg.reading import load_complete, reading
 
 ModelSource = Any
 """Id or folder, a transformers or PEFT model, or a live AudioCraft model."""
@@ -50,28 +60,35 @@ def load_policy(
         1.0 when the checkpoint is distilled, and what the checkpoint says otherwise.
 
     Raises:
-        ValueError: nothing there, not a MusicGen, MusicGen-Melody, special tokens that do not fit, or an
-            adapter whose base is unknown.
+        ValueError: not a MusicGen, MusicGen-Melody, weights that are incomplete or damaged, special tokens that do
+            not fit, or an adapter whose base is unknown or another model.
+        FileNotFoundError: nothing there.
     """
     policy: Any
-    if is_live_audiocraft(model):
-        policy, distilled = from_audiocraft(model)[0], False
-    elif isinstance(model, nn.Module):
-        policy = unwrap(model)
+    folder = None  # of the adapter
+    if is_live_audiocraft(model) or isinstance(model, nn.Module):
+        policy = from_audiocraft(model)[0] if is_live_audiocraft(model) else unwrap(model)
         distilled = isinstance(model, PeftModel)
+        if adapter is not None:
+            folder = _check_on_live(policy, adapter)
     else:
-        source = os.fspath(model)
-        if _is_adapter(source):
-            if adapter is not None:
+        checkpoint = open_checkpoint(model, plain=False)
+        if adapter is not None:
+            if isinstance(checkpoint, AdapterCheckpoint):
                 raise ValueError(
-                    f"{source} is an adapter itself: pass its base as the model, or leave out adapter="
+                    f"{model} is an adapter itself: pass its base as the model, or leave out adapter="
                 )
-            adapter, source = source, _base_of(source)
-        policy = _load_full(source)
-        distilled = is_distilled(source)
-    if adapter is not None:
-        policy = _merge_adapter(policy, os.fspath(adapter))
-    if distilled or adapter is not None:
+            checkpoint = open_checkpoint(adapter, base=checkpoint, plain=False)
+            if not isinstance(checkpoint, AdapterCheckpoint):
+                raise ValueError(f"{adapter} has no adapter_config.json: it is not a PEFT adapter")
+        if isinstance(checkpoint, AdapterCheckpoint):
+            folder, checkpoint = checkpoint.folder, checkpoint.base
+        policy = _load_full(checkpoint)
+        distilled = checkpoint.provenance is not None
+    if folder is not None:
+        with reading(folder):
+            policy = PeftModel.from_pretrained(policy, str(folder)).merge_and_unload()
+    if distilled or folder is not None:
         policy.generation_config.guidance_scale = 1.0
         policy.is_distilled = True  # `fast_generate` warns when it is guided on top
     zero_dropout(policy)
@@ -85,27 +102,48 @@ def load_policy(
 
 
 def load_processor(path: str | os.PathLike) -> MusicgenProcessor:
-    """Load the processor (tokenizer, feature extractor) of a checkpoint; an adapter falls back on its base.
+    """Load the processor (tokenizer, feature extractor) of a checkpoint; an adapter without one has its base's.
 
     Raises:
-        ValueError: nothing there, or not MusicGen's processor.
+        ValueError: a part of it is missing or damaged, or it is not MusicGen's.
+        FileNotFoundError: nothing there.
     """
-    source = os.fspath(path)
-    _require_there(source)
-    source = transformers_folder(source)
-    if not any(find_file(source, name) for name in ("processor_config.json", "preprocessor_config.json")):
-        if not _is_adapter(source):
-            raise ValueError(
-                f"{source} has no processor (processor_config.json or preprocessor_config.json): copy the "
-                "tokenizer and processor files of its base model into it"
-            )
-        source = transformers_folder(_base_of(source))
-    processor = AutoProcessor.from_pretrained(source)
+    folder = locate(path)
+    if is_adapter(folder) and not layout.has_processor_files(folder):
+        folder = locate_base(path, folder)
+    config = layout.load_config(folder) if (folder / "config.json").exists() else None
+    layout.require_processor(folder)
+    with reading(folder, layout.PROCESSOR_REMEDY):
+        processor = AutoProcessor.from_pretrained(str(folder))
     if not isinstance(processor, MusicgenProcessor):
         raise ValueError(
-            f"{source} has a {type(processor).__name__}, not a MusicgenProcessor: is it a MusicGen?"
+            f"{path} has a {type(processor).__name__}, not a MusicgenProcessor: is it a MusicGen?"
+        )
+    pieces = max(processor.tokenizer.get_vocab().values()) + 1
+    if config and pieces > config.text_encoder.vocab_size:
+        raise ValueError(
+            f"{folder} has a tokenizer with {pieces} pieces, but its text encoder knows "
+            f"{config.text_encoder.vocab_size}: {layout.PROCESSOR_REMEDY}"
         )
     return processor
+
+
+def torch_device(name: str | None) -> str:
+    """A device that this machine has; without a name, a GPU if there is one.
+
+    Raises:
+        ValueError: it cannot be used.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device={name!r} cannot be used ({reason}): leave it out, or take cpu or cuda"
+        ) from error
+    return name
 
 
 def unwrap(model: nn.Module) -> Any:
@@ -132,7 +170,7 @@ def unwrap(model: nn.Module) -> Any:
 def is_distilled(source: str | os.PathLike) -> bool:
     """Whether a teacher's guidance is in the weights: a student, a merge of students, an adapter."""
     source = os.fspath(source)
-    if _is_adapter(source):
+    if find_file(source, "adapter_config.json") is not None:
         return True
     provenance = find_file(source, PROVENANCE_FILE)
     return provenance is not None and read_provenance(Path(provenance).parent) is not None
@@ -153,87 +191,25 @@ def zero_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _load_full(source: str) -> MusicgenForConditionalGeneration:
-    _require_there(source)
-    folder = transformers_folder(source)
-    config = _read_json(folder, "config.json")
-    if config is None:
-        raise ValueError(
-            f"{source} has no config.json: it is neither a MusicGen checkpoint, nor AudioCraft's (state_dict."
-            "bin and compression_state_dict.bin), nor an adapter (for a Hub id, check the spelling and "
-            "whether the Hub can be reached; the shipped base is diverse_cfg.nano_path())"
-        )
-    kind = config.get("model_type")
-    if kind == "musicgen_melody":
-        raise ValueError(
-            f"{source} is a MusicGen-Melody model, which reads its condition as a prefix and not by "
-            "cross-attention: use a MusicGen without melody, such as facebook/musicgen-small"
-        )
-    if kind != "musicgen":
-        raise ValueError(
-            f"{source} is a {kind!r} model, not a MusicGen; use a checkpoint such as facebook/musicgen-small"
-        )
-    policy = MusicgenForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    policy.name_or_path = policy.config._name_or_path = source  # adapters name their base by it
+def _load_full(checkpoint: FullCheckpoint) -> MusicgenForConditionalGeneration:
+    policy = load_complete(MusicgenForConditionalGeneration, str(checkpoint.folder), dtype=torch.float32)
+    policy.name_or_path = policy.config._name_or_path = checkpoint.source  # adapters name their base by it
     decoder: Any = policy.config.decoder
     if decoder.pad_token_id != decoder.vocab_size:
         raise ValueError(
-            f"{source} has config.decoder.pad_token_id={decoder.pad_token_id}, but MusicGen's only special "
+            f"{checkpoint.source} has config.decoder.pad_token_id={decoder.pad_token_id}, but MusicGen's only special "
             f"token is {decoder.vocab_size} (vocab_size): another program overwrote it; set pad, bos and "
             f"decoder_start to {decoder.vocab_size} in config.json and generation_config.json"
         )
     return policy
 
 
-def _merge_adapter(
-    policy: MusicgenForConditionalGeneration, adapter: str
-) -> MusicgenForConditionalGeneration:
-    _require_there(adapter)
-    if find_file(adapter, "adapter_config.json") is None:
+def _check_on_live(policy: Any, adapter: str | os.PathLike) -> Path:
+    """Folder of an adapter that fits a model in memory."""
+    folder = locate(adapter)
+    if not is_adapter(folder):
         raise ValueError(f"{adapter} has no adapter_config.json: it is not a PEFT adapter")
-    return PeftModel.from_pretrained(policy, adapter).merge_and_unload()
-
-
-def _is_adapter(source: str) -> bool:
-    _require_there(source)
-    if find_file(source, "adapter_config.json") is None:
-        return False
-    if find_file(source, "config.json") is not None:
-        raise ValueError(
-            f"{source} holds an adapter and a full checkpoint: move one of them into a folder of its own, "
-            "since a merged checkpoint with its adapter on top would be adapted twice"
-        )
-    return True
-
-
-def _base_of(adapter: str) -> str:
-    base = (_read_json(adapter, "adapter_config.json") or {}).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(
-            f"{adapter} does not name its base model: call load_policy(base, adapter={adapter!r})"
-        )
-    if looks_local(base) and not os.path.isdir(base):
-        raise ValueError(
-            f"{adapter} names {base} as its base model, which is not here: call load_policy(base, "
-            f"adapter={adapter!r})"
-        )
-    return base
-
-
-def _require_there(source: str) -> None:
-    if looks_local(source) and not os.path.isdir(source):
-        raise ValueError(
-            f"there is no folder {source}: pass a checkpoint folder or a Hub id such as owner/name"
-        )
-
-
-def _read_json(source: str, name: str) -> dict[str, Any] | None:
-    path = find_file(source, name)
-    if path is None:
-        return None
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}): download or save the checkpoint again"
-        ) from error
+    name = policy.config._name_or_path or "the given model"
+    require_named_base(adapter, folder, name, policy.state_dict().__getitem__)
+    read_adapter(adapter, folder, copy.deepcopy(policy.config), name)
+    return folder

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,14 +13,16 @@ import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import GenerationConfig
 
 from diverse_cfg import cards
 from diverse_cfg.merging import inspect_checkpoint
 from diverse_cfg.merging.merge import RECIPE_FILE
 from diverse_cfg.musicgen import layout
+from diverse_cfg.musicgen.checkpoints import base_name, require_named_base
 from diverse_cfg.musicgen.loading import load_policy, load_processor
+from diverse_cfg.musicgen.stored import FullCheckpoint, locate
 from diverse_cfg.provenance import PROVENANCE_FILE, read_provenance
+from diverse_cfg.reading import read_json, reading
 from diverse_cfg.untrusted import TOKEN
 
 _ALWAYS = (
@@ -120,11 +123,10 @@ def plan_upload(
         )
     adapter = (folder / "adapter_config.json").is_file()
     _require_recorded_base(folder, cards.base_name(folder, provenance), base_model)
+    if adapter and base_model is not None:
+        _require_same_weights(folder, base_model)
     _require_unguided(folder)
-    if not layout.has_processor(folder):
-        raise ValueError(
-            f"{folder} has no tokenizer and processor, without which nobody can play it: copy the base's"
-        )
+    layout.require_processor(folder)
     replaced = _with_public_base(folder, adapter, base_model)
     card = _card(folder, repo_id, base_model, license, tags)
     patterns = (*_ALWAYS, *(_ADAPTER if adapter else _FULL))
@@ -172,7 +174,10 @@ def check_loads(folder: str | os.PathLike) -> None:
         )
     inputs = processor(text=["a calm tune"], padding=True, return_tensors="pt")
     tokens = layout.num_frames_to_tokens(4, model.config)
-    with torch.no_grad():
+    with (
+        torch.no_grad(),
+        reading(Path(folder) / "generation_config.json", "correct it: the model does not play with it"),
+    ):
         audio = model.generate(**inputs, max_new_tokens=tokens, guidance_scale=1.0, do_sample=True)
     if not torch.isfinite(audio).all():
         raise ValueError(f"{folder} plays NaN or infinite samples: its training broke")
@@ -200,10 +205,26 @@ def _require_recorded_base(folder: Path, recorded: str | None, base_model: str |
         )
 
 
+def _require_same_weights(folder: Path, base_model: str) -> None:
+    """Refuse to name a base that has other weights than the one that an adapter was trained on."""
+    if base_name(folder) == base_model:
+        return
+    try:
+        located = locate(base_model, cached=True)
+    except FileNotFoundError:
+        warnings.warn(
+            f"{base_model} is not in the cache: whether {folder} was trained on its weights cannot be checked",
+            UserWarning,
+            stacklevel=3,
+        )
+        return
+    require_named_base(folder, folder, base_model, FullCheckpoint(base_model, located).stored)
+
+
 def _require_unguided(folder: Path) -> None:
-    if not (folder / "generation_config.json").is_file():
+    config = layout.load_generation_config(folder)
+    if config is None:
         raise ValueError(f"{folder} has no generation_config.json: how it is sampled belongs to the model")
-    config = GenerationConfig.from_pretrained(str(folder))
     if config.guidance_scale not in (None, 1.0):
         raise ValueError(
             f"{folder}/generation_config.json asks for guidance_scale={config.guidance_scale}, but the "
@@ -213,7 +234,7 @@ def _require_unguided(folder: Path) -> None:
 
 def _with_public_base(folder: Path, adapter: bool, base_model: str | None) -> dict[str, bytes]:
     """Files that name places on this machine, with content that names Hub ids or nothing."""
-    content = json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8"))
+    content = read_json(folder / PROVENANCE_FILE)
     theta0 = content.get("base_model")
     content["base_model"] = base_model or cards.public_name(content.get("base_model"))
     content["training"] = {
@@ -221,7 +242,7 @@ def _with_public_base(folder: Path, adapter: bool, base_model: str | None) -> di
     }
     replaced = {PROVENANCE_FILE: _json(content)}
     if adapter:
-        content = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        content = read_json(folder / "adapter_config.json")
         recorded = content.get("base_model_name_or_path")
         if base_model == theta0 and recorded and read_provenance(recorded) is not None:
             raise ValueError(

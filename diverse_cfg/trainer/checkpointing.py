@@ -207,6 +207,8 @@ class Checkpointing(RLOOTrainer):
         self._processor.save_pretrained(output_dir)
         unwrap(self.model).generation_config.save_pretrained(output_dir)
         write_provenance(output_dir, self._provenance())
+        if (Path(output_dir) / "adapter_config.json").is_file():
+            write_card(output_dir)  # PEFT's does not say that other programs would guide it
         # A pickle has no place in a model folder; resuming does not read it.
         (Path(output_dir) / "training_args.bin").unlink(missing_ok=True)
 

@@ -24,7 +24,7 @@ from transformers import (
 
 from diverse_cfg.cards import is_hub_id
 from diverse_cfg.config import CFGDiversityConfig
-from diverse_cfg.merging.checkpoints import inexact_options
+from diverse_cfg.musicgen.checkpoints import inexact_options
 from diverse_cfg.musicgen.layout import playing_config, repair_token_ids
 from diverse_cfg.musicgen.policy import (
     LORA_TARGET_MODULES,

@@ -181,3 +181,9 @@ def test_judge_is_saved_and_loaded(tmp_path):
     assert np.isnan(scores["register"]).all()
     with pytest.raises(FileNotFoundError, match=r"judge\.json"):
         AttributeJudge.from_pretrained(tmp_path / "nothing")
+    for name, content in (("judge.json", b"[1]"), ("judge.json", b"{"), ("model.safetensors", b"<html>")):
+        kept = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name}.*again$"):
+            AttributeJudge.from_pretrained(tmp_path)
+        (tmp_path / name).write_bytes(kept)

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from diverse_cfg.merging import inspect_checkpoint
 from diverse_cfg.musicgen.audiocraft import export_audiocraft, from_audiocraft, load_audiocraft
 from diverse_cfg.musicgen.audiocraft.importing import INSTALL, import_audiocraft
 from diverse_cfg.musicgen.loading import load_policy, load_processor
+from tests.faults import without_privileges
 from tests.tiny import tiny_config, tiny_musicgen, tiny_processor
 
 DATA = Path(__file__).parent / "data" / "audiocraft"
@@ -166,6 +168,23 @@ def test_truncated_files(folder, name, share):
         load_policy(folder)
 
 
+def test_a_text_encoder_of_which_a_tensor_is_missing(folder):
+    """T5 beside the checkpoint: what is not there is not filled with random numbers."""
+    path = folder / "text_encoder" / "model.safetensors"
+    weights = load_file(path)
+    weights.pop("encoder.block.0.layer.0.SelfAttention.q.weight")
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"text_encoder lacks 1 tensor.*SelfAttention\.q\.weight"):
+        load_policy(folder)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="privileges are Linux's")
+def test_files_that_may_not_be_read(folder):
+    (folder / LM).chmod(0)
+    with without_privileges(), pytest.raises(PermissionError, match=rf"{LM} may not be read.*permissions"):
+        load_policy(folder)
+
+
 def test_files_that_hold_something_else(folder):
     torch.save([1, 2], folder / LM)
     with pytest.raises(ValueError, match="holds a list"):
@@ -180,7 +199,7 @@ def test_half_a_checkpoint_and_neither_format(folder, tmp_path):
     with pytest.raises(ValueError, match=rf"has {LM} but no {CODEC}.*export_pretrained_compression_model"):
         load_policy(folder)
     (folder / LM).unlink()
-    with pytest.raises(ValueError, match=r"no config\.json.*AudioCraft"):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json.*AudioCraft"):
         load_policy(folder)
     with pytest.raises(ValueError, match="no AudioCraft checkpoint: it has neither"):
         load_audiocraft(folder)

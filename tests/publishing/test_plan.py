@@ -11,6 +11,7 @@ from diverse_cfg.assets import nano_path
 from diverse_cfg.cards import Sample, write_samples
 from diverse_cfg.merging import merge_checkpoints
 from diverse_cfg.provenance import Provenance, write_provenance
+from diverse_cfg.publishing import plan as planning
 from diverse_cfg.publishing import plan_upload, publish
 from tests import checkpoints as made
 from tests.fake_hub import TOKEN
@@ -176,6 +177,20 @@ def test_an_adapter_of_a_student_is_not_published_as_one_of_its_base(world, tmp_
     with pytest.raises(ValueError, match=r"adapter of .*full1, itself a student of user/base"):
         plan_upload(folder, "me/a", base_model="user/base", **LICENSE)
     assert "me/full1" in plan_upload(folder, "me/a", base_model="me/full1", **LICENSE).card
+
+
+def test_an_adapter_is_published_for_the_weights_that_it_was_trained_on(world, monkeypatch):
+    """The named id is compared where it is in the cache, and where it is not, that is said."""
+    for cached, name in ((world["base"], "me/copy"), (world["full2"], "me/other")):
+        monkeypatch.setattr(planning, "locate", lambda source, cached, folder=cached: folder)
+        if name == "me/copy":
+            assert name in plan_upload(world["adapter"], "me/a", base_model=name, **LICENSE).card
+        else:
+            with pytest.raises(ValueError, match=r"adapter.*me/other is another model.*differs"):
+                plan_upload(world["adapter"], "me/a", base_model=name, **LICENSE)
+    monkeypatch.undo()
+    with pytest.warns(UserWarning, match=r"me/absent is not in the cache.*cannot be checked"):
+        plan_upload(world["adapter"], "me/a", base_model="me/absent", **LICENSE)
 
 
 @pytest.mark.parametrize("repo_id", ["merged", "me/", "me/a b", "a/b/c", "me/.x"])

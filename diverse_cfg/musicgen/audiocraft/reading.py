@@ -31,7 +31,8 @@ from transformers import (
 
 from diverse_cfg.musicgen.audiocraft import configuration, names
 from diverse_cfg.musicgen.audiocraft.stored_config import StoredConfig
-from diverse_cfg.musicgen.layout import canonical_name, expected_tensors
+from diverse_cfg.musicgen.layout import canonical_name, expected_tensors, load_generation_config
+from diverse_cfg.reading import load_complete, reading
 
 LANGUAGE_MODEL_FILE = "state_dict.bin"
 CODEC_FILE = "compression_state_dict.bin"
@@ -95,7 +96,6 @@ def read_checkpoint(
     )
     state = names.language_model_to_transformers(package["best_state"])
     text, tokenizer = read_text_encoder(cfg, state, language_model.parent, text_encoder)
-    generation_file = language_model.with_name("generation_config.json")
     return assemble(
         text,
         codec_parts,
@@ -103,9 +103,7 @@ def read_checkpoint(
         state,
         tokenizer,
         cfg,
-        generation=GenerationConfig.from_pretrained(generation_file.parent)
-        if generation_file.is_file()
-        else None,
+        generation=load_generation_config(language_model.parent),
     )
 
 
@@ -167,6 +165,8 @@ def read_package(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"there is no {path}: an AudioCraft checkpoint is {LANGUAGE_MODEL_FILE} with {CODEC_FILE}"
         )
+    with reading(path):
+        path.open("rb").close()  # or its permissions would pass for damage
     try:
         package = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -239,11 +239,11 @@ def _pretrained_codec(name: str, pointer: Path) -> Parts:
             return read_codec(target)
     local = next((str(path) for path in (Path(name), pointer.parent / name) if path.is_dir()), name)
     try:
-        model = EncodecModel.from_pretrained(local)
+        model = load_complete(EncodecModel, local)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{pointer} names the codec {name}, which is neither a folder, nor in the Hub's cache, nor within "
-            f"reach: run `hf download {name}` where there is a network, or put its folder at "
+            f"reach ({_first_line(error)}): run `hf download {name}` where there is a network, or put its folder at "
             f"{pointer.parent / name}"
         ) from error
     if model.config.normalize or model.config.audio_channels != 1:
@@ -319,10 +319,11 @@ def read_text_encoder(
     error: Exception | None = None
     for candidate in candidates:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(candidate)
-            if own:
-                return Parts(_encoder_only(AutoConfig.from_pretrained(candidate)), own), tokenizer
-            encoder = T5EncoderModel.from_pretrained(candidate, dtype=torch.float32)
+            with reading(candidate):
+                tokenizer = AutoTokenizer.from_pretrained(candidate)
+                if own:
+                    return Parts(_encoder_only(AutoConfig.from_pretrained(candidate)), own), tokenizer
+            encoder = load_complete(T5EncoderModel, candidate, dtype=torch.float32)
             return Parts(encoder.config, dict(encoder.state_dict())), tokenizer
         except (OSError, ValueError) as caught:
             error = error or caught

@@ -1,5 +1,5 @@
-"""Read and write safetensors one tensor at a time, so that merging holds a few tensors and never a
-checkpoint.
+"""Read and write safetensors one tensor at a time, so that whoever reads holds a few tensors and
+never a checkpoint.
 
 The safetensors library maps whole files into memory and writes from tensors that all exist at once; both
 make the peak grow with the checkpoint. The format is simple enough to stream: eight bytes with the length
@@ -17,6 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from diverse_cfg.reading import UnreadableError, read_json, reading
+from diverse_cfg.untrusted import inside
 
 DTYPES = {
     "F64": torch.float64,
@@ -54,22 +57,16 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     Raises:
         ValueError: not a safetensors file, or truncated; the message names the file and what is wrong.
     """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
+    with reading(file), file.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
         prefix = stream.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= min(_MAX_HEADER, max(size - 8, 0)):
-            raise ValueError(
+            raise UnreadableError(
                 f"{file} is not a complete safetensors file ({size} bytes, header of {length} bytes): it "
                 "was truncated or is something else; copy or download it again"
             )
-        try:
-            header = json.loads(stream.read(length))
-            tensors = dict(_entries(file, header, 8 + length))
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{file} has an unreadable safetensors header ({error!r}); copy it again"
-            ) from error
+        tensors = dict(_entries(file, json.loads(stream.read(length)), 8 + length))
     end = 8 + length
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].num_bytes)):
         if info.start != end:
@@ -89,12 +86,14 @@ def _entries(file: Path, header: Mapping[str, Any], data_start: int) -> Iterator
         if name == "__metadata__":
             continue
         if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{file}: tensor {name} has dtype {entry['dtype']}, which cannot be merged")
+            raise UnreadableError(
+                f"{file}: tensor {name} has dtype {entry['dtype']}; supported are {', '.join(DTYPES)}: save it again"
+            )
         start, end = entry["data_offsets"]
         info = TensorInfo(file, data_start + start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
         if end - start != info.num_bytes or min(info.shape, default=0) < 0:
-            raise ValueError(
-                f"{file}: tensor {name} has {end - start} bytes, its shape needs {info.num_bytes}"
+            raise UnreadableError(
+                f"{file}: tensor {name} has {end - start} bytes, its shape needs {info.num_bytes}; copy it again"
             )
         yield name, info
 
@@ -116,15 +115,16 @@ def find_tensors(folder: Path, stem: str) -> dict[str, TensorInfo]:
                 f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when opened and "
                 "is never read here; save it again with save_pretrained(...), which writes safetensors"
             )
-        raise FileNotFoundError(f"{folder} has no {single.name} (nor {index.name}): is it a model folder?")
-    try:
-        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{index} is not a valid list of shards ({error!r}); copy it again") from error
-    shards = sorted(set(weight_map.values()))
-    if strange := [name for name in shards if Path(name).name != name]:
-        raise ValueError(f"{index} names the shard {strange[0]}, which does not lie in its folder")
-    if missing := [name for name in shards if not (folder / name).is_file()]:
+        raise FileNotFoundError(
+            f"{folder} has no {single.name} (nor {index.name}): copy or download its weights again; other formats are "
+            "saved anew with save_pretrained(...)"
+        )
+    content = read_json(index)
+    with reading(index):
+        weight_map = dict(content["weight_map"])
+        shards = sorted(set(weight_map.values()))
+        missing = [name for name in shards if not inside(folder, name).is_file()]
+    if missing:
         raise FileNotFoundError(f"{folder} lacks the shard(s) {', '.join(missing)} listed in {index.name}")
     tensors: dict[str, TensorInfo] = {}
     for name in shards:
