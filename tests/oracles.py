@@ -203,28 +203,12 @@ def rbf(a, b, bandwidth):
     return math.exp(-float(np.sum((a - b) ** 2)) / (2 * bandwidth**2))
 
 
-def polynomial(a, b):
-    """KID's cubic kernel of two vectors."""
-    return (float(a @ b) / len(a) + 1) ** 3
-
-
 def mmd(x, y, kernel):
     """Unbiased MMD² by loops over pairs of different points."""
     within = [
         np.mean([kernel(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i != j]) for z in (x, y)
     ]
     return within[0] + within[1] - 2 * np.mean([kernel(a, b) for a in x for b in y])
-
-
-def pareto_front(points):
-    """Which points no other dominates, by comparing all pairs."""
-
-    def dominates(a, b):
-        return all(u >= v for u, v in zip(a, b, strict=True)) and any(
-            u > v for u, v in zip(a, b, strict=True)
-        )
-
-    return [not any(dominates(other, point) for other in points) for point in points]
 
 
 def hypervolume(points, reference):

@@ -12,7 +12,7 @@ Nothing here knows a model, a file or a trainer; every function can be read besi
 | `prefix_baseline` | a variance reducer for it, from embeddings of the beginnings of the clips |
 | `policy_gradient` | leave-one-out advantages, REINFORCE and its clipped surrogate |
 | `interpolation` | weighted sums of state dicts and of LoRA factors |
-| `statistics` | bootstrap and jackknife by prompt, Fréchet, MMD, Pareto front, hypervolume, win rate |
+| `statistics` | bootstrap and jackknife by prompt, Fréchet, MMD, hypervolume, win rate |
 
 Shape letters: P prompts, G generations per prompt, N = P·G rows (the G rows of a prompt adjacent),
 K codebooks, T frames, S decoder steps, V codes per codebook, H hidden size, D embedding size.

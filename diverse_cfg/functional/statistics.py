@@ -1,4 +1,4 @@
-"""Statistics of an evaluation: intervals by prompt, distances between distributions, fronts.
+"""Statistics of an evaluation: intervals by prompt, distances between distributions, areas under fronts.
 
 Clips of one prompt resemble each other, so prompts, not clips, are what an interval resamples or leaves out.
 Everything is computed in float64.
@@ -6,7 +6,7 @@ Everything is computed in float64.
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import scipy.stats
 import torch
@@ -94,49 +94,6 @@ def bootstrap_mean(
     return _interval(values.mean().item(), draws @ sums / (draws @ counts), num_prompts, confidence)
 
 
-def paired_difference(
-    values: Tensor,
-    other_values: Tensor,
-    prompt_ids: Sequence[Hashable] | Tensor,
-    seed_ids: Sequence[Hashable] | Tensor | None = None,
-    *,
-    num_resamples: int = 2000,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> Interval:
-    """Mean difference of two systems on the same prompts and seeds, with an interval.
-
-        Δ = mean_c (x_c − x'_c), bootstrapped as `bootstrap_mean`
-
-    Pairing removes what a prompt does to both systems. An interval that excludes 0 is a difference.
-
-    Args:
-        values: the first system [C].
-        other_values: the second system, entry by entry the same prompt, seed and position [C].
-        prompt_ids: [C].
-        seed_ids: [C] or None, see `bootstrap_mean`.
-        num_resamples: bootstrap draws.
-        confidence: coverage of the interval.
-        seed: of the resampling.
-
-    Returns:
-        Interval of first minus second.
-
-    Raises:
-        ValueError: lengths differ, or as `bootstrap_mean`.
-    """
-    if values.shape != other_values.shape:
-        raise ValueError(f"not paired: {tuple(values.shape)} against {tuple(other_values.shape)} values")
-    return bootstrap_mean(
-        values.double() - other_values.double(),
-        prompt_ids,
-        seed_ids,
-        num_resamples=num_resamples,
-        confidence=confidence,
-        seed=seed,
-    )
-
-
 def jackknife_statistic(
     statistic: Callable[[Tensor, Tensor], float],
     num_prompts: int,
@@ -211,43 +168,33 @@ def frechet_distance(embeddings: Tensor, reference: Tensor) -> float:
     return max(0.0, (means + covariances[0].trace() + covariances[1].trace() - 2 * cross).item())
 
 
-def mmd(
-    embeddings: Tensor,
-    reference: Tensor,
-    kernel: Literal["rbf", "polynomial"] = "rbf",
-    bandwidth: float | None = None,
-) -> float:
+def mmd(embeddings: Tensor, reference: Tensor, bandwidth: float | None = None) -> float:
     """Unbiased squared maximum mean discrepancy between two sets of embeddings.
 
         MMD² = mean_{i≠j} k(x_i, x_j) + mean_{i≠j} k(y_i, y_j) − 2·mean_ij k(x_i, y_j)
 
-    "rbf": k = exp(−‖x − y‖² / 2σ²), σ the median distance inside the reference (KAD, arXiv 2502.15602, which
-    multiplies by a constant that is left out here). "polynomial": k = (x·y / D + 1)³ (KID, arXiv 1801.01401).
-    It may be slightly negative for equal distributions: that is what unbiased means.
+    with k = exp(−‖x − y‖² / 2σ²), σ the median distance inside the reference (KAD, arXiv 2502.15602, which
+    multiplies by a constant that is left out here). It may be slightly negative for equal distributions: that
+    is what unbiased means.
 
     Args:
         embeddings: [C, D].
         reference: [C', D].
-        kernel: "rbf" or "polynomial".
-        bandwidth: σ of "rbf"; None takes the median.
+        bandwidth: σ; None takes the median.
 
     Returns:
         MMD².
 
     Raises:
-        ValueError: sizes do not fit, fewer than two rows, values that are not finite, an unknown kernel, or a
-            bandwidth that is not above 0 (such as the median of a constant reference).
+        ValueError: sizes do not fit, fewer than two rows, values that are not finite, or a bandwidth that is
+            not above 0 (such as the median of a constant reference).
     """
     first, second = _two_sets(embeddings, reference)
-    if kernel not in ("rbf", "polynomial"):
-        raise ValueError(f'kernel must be "rbf" or "polynomial", got {kernel!r}')
     sigma = _median_distance(second) if bandwidth is None else bandwidth
-    if kernel == "rbf" and not (math.isfinite(sigma) and sigma > 0):
+    if not (math.isfinite(sigma) and sigma > 0):
         raise ValueError(f"bandwidth must be finite and above 0, got {sigma} (is the reference constant?)")
 
     def gram(x: Tensor, y: Tensor) -> Tensor:
-        if kernel == "polynomial":
-            return (x @ y.mT / x.shape[1] + 1) ** 3
         distances = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
         return torch.exp(-(distances / sigma).square() / 2)
 
@@ -256,26 +203,6 @@ def mmd(
         return (values.sum() - values.trace()) / (len(x) * (len(x) - 1))
 
     return (within(first) + within(second) - 2 * gram(first, second).mean()).item()
-
-
-def pareto_front(points: Tensor) -> Tensor:
-    """Which points no other point dominates (at least as good in everything, better in something).
-
-    Args:
-        points: [C, M] coordinates, all of them better when larger.
-
-    Returns:
-        Boolean mask [C]; equal points on the front are all kept.
-
-    Raises:
-        ValueError: wrong number of dimensions, or NaN.
-    """
-    require_ndim("points", points, "C M")
-    if bool(points.isnan().any()):
-        raise ValueError(f"point {int(points.isnan().any(dim=1).nonzero()[0])} is NaN")
-    as_good = (points[None] >= points[:, None]).all(dim=2)
-    better = (points[None] > points[:, None]).any(dim=2)
-    return ~(as_good & better).any(dim=1)
 
 
 def hypervolume(points: Tensor, reference: Sequence[float] | Tensor) -> float:
