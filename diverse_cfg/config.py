@@ -34,7 +34,7 @@ class GuardConfig:
         max_silence: clips with a larger share of silent frames (20 ms below −60 dBFS; 0.3, say) earn none: a
             tail of silence sets clips apart as well as music does.
         max_clipping: clips with a larger share of samples at full scale (0.01, say) earn none.
-        max_flatness: clips with a larger spectral flatness (0.5, say: noise) earn none.
+        max_flatness: clips with a larger spectral flatness (white noise has 1, tones 0; 0.5, say) earn none.
         distance_quantile: distances count up to this quantile (0.95, say) of those of the unguided base,
             measured before training.
         gate: name of a reward function (text_adherence, say); clips that it rates below what `gate_quantile`

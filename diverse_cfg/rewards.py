@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diverse_cfg.acoustics import WHITE_FLATNESS, validity
 from diverse_cfg.config import GuardConfig
 from diverse_cfg.embeddings import Embedder, load_embedder
 from diverse_cfg.embeddings.audio import resample, to_mono
@@ -188,35 +189,25 @@ def mask_pairs(distances: Tensor, weights: Tensor) -> Tensor:
 
 
 def valid_audio(waveforms: Tensor, sampling_rate: int, guards: GuardConfig) -> Tensor:
-    """Which clips are audible, unclipped and no noise [N].
+    """Which clips keep the guards' limits [N], measured as the evaluation measures validity: by the worst channel.
 
     Args:
         waveforms: [N, L] or [N, 2, L].
         sampling_rate: in Hz.
         guards: the limits; those that are None do not count.
     """
-    flat = waveforms.flatten(1).float()
-    valid = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
+    found = validity(waveforms, sampling_rate)
+    valid = torch.ones_like(found["valid"])
     if guards.silence_dbfs is not None:
-        level = 20 * flat.square().mean(dim=1).sqrt().clamp(min=1e-10).log10()
-        valid &= level >= guards.silence_dbfs
-    if guards.max_silence is not None:
-        frame = min(max(round(0.02 * sampling_rate), 1), flat.shape[1])
-        silent = flat.unfold(1, frame, frame).square().mean(dim=2) < 1e-6
-        valid &= silent.float().mean(dim=1) <= guards.max_silence
-    if guards.max_clipping is not None:
-        valid &= (flat.abs() >= 0.999).float().mean(dim=1) <= guards.max_clipping
-    if guards.max_flatness is not None:
-        valid &= spectral_flatness(flat) <= guards.max_flatness
+        valid &= found["level_dbfs"] >= guards.silence_dbfs
+    for name, limit, unit in (
+        ("silent_fraction", guards.max_silence, 1),
+        ("clipped_fraction", guards.max_clipping, 1),
+        ("flatness", guards.max_flatness, WHITE_FLATNESS),
+    ):
+        if limit is not None:
+            valid &= found[name] <= limit * unit
     return valid
-
-
-def spectral_flatness(waveforms: Tensor, window: int = 1024) -> Tensor:
-    """Geometric over arithmetic mean of the power spectrum [N]: near 1 for white noise, 0 for tones."""
-    size = min(window, waveforms.shape[1])
-    frames = waveforms.unfold(1, size, size) * torch.hann_window(size, device=waveforms.device)
-    power = torch.fft.rfft(frames).abs().square().mean(dim=1)[:, 1:] + 1e-12
-    return power.log().mean(dim=1).exp() / power.mean(dim=1)
 
 
 def is_pairwise(reward_func: Any) -> bool:

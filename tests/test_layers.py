@@ -15,10 +15,10 @@ PACKAGE = ROOT / "diverse_cfg"
 # files of one folder may import each other. A new module needs a place here, chosen on purpose.
 LAYERS = [
     ["functional", "atomic", "reading", "threads", "untrusted"],
-    ["types", "provenance", "settings", "effects"],
+    ["types", "provenance", "settings", "effects", "acoustics"],
     ["config"],
     ["musicgen", "embeddings", "prompts", "assets"],
-    ["rewards", "cards"],
+    ["rewards", "cards", "nano"],
     ["merging"],
     ["callbacks"],
     ["trainer"],

@@ -92,7 +92,7 @@ def test_captions_name_only_what_is_known_and_the_tokenizer_reads_them():
     from captions import caption
     from language_model import build_tokenizer
 
-    from diverse_cfg.evaluation.attributes import ATTRIBUTES, parse_prompt
+    from diverse_cfg.nano.attributes import ATTRIBUTES, parse_prompt
 
     tokenizer, rng = build_tokenizer(), np.random.default_rng(0)
     for _ in range(200):
@@ -158,7 +158,7 @@ def test_rendered_audio_has_the_notes_and_the_level(tmp_path):
         require_fluidsynth(soundfont)
     except FileNotFoundError as error:
         pytest.skip(str(error))
-    from diverse_cfg.evaluation.acoustics import pitches
+    from diverse_cfg.nano.rules import pitches
 
     audio = render_shard((two_recordings(), soundfont)).astype(np.float32) / 32767
     assert np.abs(20 * np.log10(np.sqrt((audio**2).mean(1))) + 20).max() < 0.5

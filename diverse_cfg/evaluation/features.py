@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diverse_cfg import acoustics
 from diverse_cfg.embeddings import Embedder, audio
-from diverse_cfg.evaluation import acoustics, attributes
-from diverse_cfg.evaluation.acoustics import rule_adherence, validity
 from diverse_cfg.evaluation.cache import Cache, content_digest, file_digest
 from diverse_cfg.evaluation.generations import Player, Progress
 from diverse_cfg.evaluation.systems import System
@@ -27,6 +26,7 @@ from diverse_cfg.functional.guidance import guided_logits
 from diverse_cfg.musicgen import policy, sampling
 from diverse_cfg.musicgen.policy import code_logits, encode_text
 from diverse_cfg.musicgen.sampling import SamplingSettings, sampling_logits
+from diverse_cfg.nano import attributes, rules
 from diverse_cfg.threads import EVALUATION
 from diverse_cfg.types import TextCondition
 
@@ -145,11 +145,11 @@ class RulesFeature:
     name = "rules"
 
     def __init__(self):
-        modules = (acoustics, attributes, audio)
+        modules = (rules, attributes, audio)
         self.fingerprint = {"feature": "rules", "code": code_digest(*(module.__name__ for module in modules))}
 
     def compute(self, batch: Batch) -> dict[str, np.ndarray]:
-        return _floats(rule_adherence(batch.waveforms, batch.sampling_rate, batch.prompts))
+        return _floats(rules.rule_adherence(batch.waveforms, batch.sampling_rate, batch.prompts))
 
 
 class ValidityFeature:
@@ -158,10 +158,10 @@ class ValidityFeature:
     name = "validity"
 
     def __init__(self):
-        self.fingerprint = {"feature": "validity", "code": code_digest(acoustics.__name__, audio.__name__)}
+        self.fingerprint = {"feature": "validity", "code": code_digest(acoustics.__name__)}
 
     def compute(self, batch: Batch) -> dict[str, np.ndarray]:
-        return _floats(validity(batch.waveforms, batch.sampling_rate))
+        return _floats(acoustics.validity(batch.waveforms, batch.sampling_rate))
 
 
 class DivergenceFeature:

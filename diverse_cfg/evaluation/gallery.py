@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from diverse_cfg.acoustics import TARGET_LUFS, normalised
 from diverse_cfg.atomic import write_text
 from diverse_cfg.evaluation.generations import Player, describe
-from diverse_cfg.evaluation.loudness import TARGET_LUFS, normalised
 from diverse_cfg.evaluation.metrics import METRICS
 from diverse_cfg.evaluation.results import Estimate, Results, SystemResult
 from diverse_cfg.evaluation.sweep import Sweep

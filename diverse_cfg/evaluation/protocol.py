@@ -19,7 +19,6 @@ from typing import Any
 
 from diverse_cfg.assets import nano_path
 from diverse_cfg.embeddings import load_embedder
-from diverse_cfg.evaluation.attributes import parse_prompt
 from diverse_cfg.evaluation.cache import Cache
 from diverse_cfg.evaluation.external import AestheticsFeature, TextAdherenceFeature
 from diverse_cfg.evaluation.features import (
@@ -39,6 +38,7 @@ from diverse_cfg.musicgen.loading import torch_device
 from diverse_cfg.musicgen.policy import frame_rate
 from diverse_cfg.musicgen.rollout import check_backend
 from diverse_cfg.musicgen.sampling import require_64_bits
+from diverse_cfg.nano.attributes import parse_prompt
 from diverse_cfg.prompts import load_prompts
 from diverse_cfg.settings import field_types, require_type
 
@@ -254,7 +254,7 @@ def _judges(config: SweepConfig, prompts: list[str], device: str) -> list[Featur
     features: list[Feature] = []
     if config.judge:
         # Imported where it is used: prompts of another world need no judge, and no part of the nano world.
-        from diverse_cfg.evaluation.judge import AttributeJudge
+        from diverse_cfg.nano.judge import AttributeJudge
 
         path = str(nano_path("judge")) if config.judge == "nano" else config.judge
         features.append(JudgeFeature(AttributeJudge.from_pretrained(path), path))

@@ -21,7 +21,7 @@ from transformers import (
     MusicgenProcessor,
 )
 
-from diverse_cfg.evaluation.attributes import ATTRIBUTES
+from diverse_cfg.nano.attributes import ATTRIBUTES
 
 CARD = """---
 license: cc0-1.0

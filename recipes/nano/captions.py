@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from notes import pitch_class_weights
 
-from diverse_cfg.evaluation.attributes import KEYS, REGISTERS, TEMPI, key_scores
+from diverse_cfg.nano.attributes import KEYS, REGISTERS, TEMPI, key_scores
 
 CLIP_SECONDS = 3.0
 KEY_MARGIN = 0.08  # by how much the best of the twelve correlations must exceed the next

@@ -304,7 +304,7 @@ def judge_reward():
     import numpy as np
 
     from diverse_cfg.assets import nano_path
-    from diverse_cfg.evaluation.judge import AttributeJudge
+    from diverse_cfg.nano.judge import AttributeJudge
 
     judge = AttributeJudge.from_pretrained(nano_path("judge"))
 

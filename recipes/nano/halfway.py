@@ -21,7 +21,6 @@ from tqdm import tqdm
 from diverse_cfg.assets import nano_path
 from diverse_cfg.embeddings import load_embedder
 from diverse_cfg.evaluation.generations import Player
-from diverse_cfg.evaluation.judge import AttributeJudge
 from diverse_cfg.evaluation.results import Results, SystemResult, mean_estimate
 from diverse_cfg.evaluation.systems import System, single
 from diverse_cfg.functional.diversity import diversity_reward, unit_embeddings
@@ -30,6 +29,7 @@ from diverse_cfg.musicgen.loop import DecodeLoop
 from diverse_cfg.musicgen.policy import encode_text
 from diverse_cfg.musicgen.rollout import decode_codes
 from diverse_cfg.musicgen.sampling import SamplingSettings, keyed_noise
+from diverse_cfg.nano.judge import AttributeJudge
 
 RECORDED = Path(__file__).parent / "results" / "experiment"
 FRAMES, GENERATIONS, PROMPTS_AT_ONCE = 75, 8, 8

@@ -20,8 +20,8 @@ from diverse_cfg.embeddings.contrastive import (
     retrieval_at_1,
     train_contrastive,
 )
-from diverse_cfg.evaluation.attributes import ATTRIBUTES
-from diverse_cfg.evaluation.judge import AttributeJudge
+from diverse_cfg.nano.attributes import ATTRIBUTES
+from diverse_cfg.nano.judge import AttributeJudge
 
 IGNORE = -100
 

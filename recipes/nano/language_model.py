@@ -23,8 +23,8 @@ from transformers import (
     T5Tokenizer,
 )
 
-from diverse_cfg.evaluation.attributes import ATTRIBUTES
 from diverse_cfg.functional.codebooks import apply_delay_pattern, revert_delay_pattern
+from diverse_cfg.nano.attributes import ATTRIBUTES
 
 CAPTION_DROPOUT = 0.15
 PAD = CODEBOOK_SIZE

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diverse_cfg.evaluation.attributes import key_correlations
+from diverse_cfg.nano.attributes import key_correlations
 
 logger = logging.getLogger(__name__)
 

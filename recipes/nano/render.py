@@ -21,7 +21,7 @@ from notes import SPLITS, Song, split_of
 from scipy.signal import resample_poly
 from tqdm import tqdm
 
-from diverse_cfg.evaluation.attributes import INSTRUMENTS, KEYS, REGISTERS, TEMPI
+from diverse_cfg.nano.attributes import INSTRUMENTS, KEYS, REGISTERS, TEMPI
 
 SAMPLE_RATE = 16_000
 PROGRAMMES = dict(zip(INSTRUMENTS, (0, 6, 12, 19, 24, 40, 56, 73), strict=True))  # General MIDI

@@ -28,11 +28,12 @@ from render import SAMPLE_RATE
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from diverse_cfg.acoustics import validity
 from diverse_cfg.assets import nano_path
-from diverse_cfg.evaluation.acoustics import classify, pitches, validity
-from diverse_cfg.evaluation.judge import AttributeJudge
 from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
 from diverse_cfg.musicgen.policy import load_policy
+from diverse_cfg.nano.judge import AttributeJudge
+from diverse_cfg.nano.rules import classify, pitches
 
 
 @torch.inference_mode()
@@ -80,7 +81,7 @@ def codec_gates(clips: Clips, count: int) -> tuple[dict, torch.Tensor, torch.Ten
     gates = {"clips": count, "mel_error_db": mel_error_db(decoded, real), **pitch_survival(real, decoded)}
     gates["attributes"] = attribute_survival(real, decoded, targets_of(clips, index))
     sound = validity(decoded, SAMPLE_RATE)
-    gates["validity"] = {name: float(np.mean(value)) for name, value in sound.items()}
+    gates["validity"] = {name: float(value.double().mean()) for name, value in sound.items()}
     return gates, real, decoded
 
 

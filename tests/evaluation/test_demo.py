@@ -10,9 +10,9 @@ import torch
 from diverse_cfg.embeddings.contrastive import ContrastiveConfig, ContrastiveEmbedder, ContrastiveEncoder
 from diverse_cfg.evaluation import demo as demo_module
 from diverse_cfg.evaluation.demo import DemoSettings, World, run_demo
-from diverse_cfg.evaluation.judge import AttributeJudge
 from diverse_cfg.evaluation.results import Results
 from diverse_cfg.merging import read_recipe
+from diverse_cfg.nano.judge import AttributeJudge
 from diverse_cfg.provenance import read_provenance
 from tests.faults import held
 from tests.tiny import save_tiny

@@ -6,19 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from diverse_cfg.acoustics import validity
 from diverse_cfg.assets import nano_path
-from diverse_cfg.evaluation.acoustics import (
-    classify,
-    median_pitches,
-    onset_counts,
-    pitches,
-    rule_adherence,
-    validity,
-)
-from diverse_cfg.evaluation.attributes import KEYS, key_correlations, parse_prompt
-from diverse_cfg.evaluation.judge import AttributeJudge
 from diverse_cfg.musicgen.loading import load_policy, load_processor
 from diverse_cfg.musicgen.rollout import fast_generate
+from diverse_cfg.nano.attributes import KEYS, key_correlations, parse_prompt
+from diverse_cfg.nano.judge import AttributeJudge
+from diverse_cfg.nano.rules import classify, median_pitches, onset_counts, pitches, rule_adherence
 
 RATE = 16_000
 
@@ -143,7 +137,7 @@ def test_every_channel_that_can_be_heard_must_be_sound():
     pairs += [((40 * good).clamp(-1, 1), silence), (good, coloured_noise(1)), (silence, silence)]
     report = validity(torch.stack([torch.stack(pair) for pair in pairs]), RATE)
     assert report["valid"].tolist() == [True] * 3 + [False] * 4
-    assert report["level_dbfs"][0] == pytest.approx(validity(good[None], RATE)["level_dbfs"][0], abs=1e-4)
+    assert report["level_dbfs"][0] == pytest.approx(validity(good[None], RATE)["level_dbfs"].item(), abs=1e-4)
 
 
 def test_clips_of_the_nano_base_are_valid():

@@ -1,11 +1,10 @@
-"""What can be said of a clip without any network: level, clipping, silence, onsets, pitch, key.
+"""What a clip is, without any network: its onsets, pitch and key, against what its prompt names.
 
-These checks are the second opinion beside the trained judge: no model can have learned to please them.
+These rules are the second opinion beside the trained judge: no model can have learned to please them.
 """
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 
 import numpy as np
@@ -14,7 +13,7 @@ from scipy.signal import find_peaks
 from torch import Tensor
 
 from diverse_cfg.embeddings.audio import LogMel, resample, to_mono
-from diverse_cfg.evaluation.attributes import KEYS, REGISTERS, TEMPI, key_scores, parse_prompt
+from diverse_cfg.nano.attributes import KEYS, REGISTERS, TEMPI, key_scores, parse_prompt
 
 RATE = 16_000  # Hz; every check works at this rate
 HOP = 160  # samples between onset frames: 10 ms
@@ -24,74 +23,6 @@ ONSET_RISE = 0.08  # nepers of mean rise that count as an onset
 
 def _prepared(waveforms: Tensor, sampling_rate: int) -> Tensor:
     return resample(to_mono(waveforms).cpu(), sampling_rate, RATE)
-
-
-def validity(waveforms: Tensor, sampling_rate: int) -> dict[str, np.ndarray]:
-    """Level, clipping, silence and noise of clips [B, L] or [B, channels, L] → arrays [B], and whether they are sound.
-
-    Every channel that can be heard has to be sound: a mean over channels would hide that one of them is clipped.
-
-    Returns:
-        `level_dbfs` (RMS over channels), `peak`, `silent_fraction` (20 ms frames below −60 dBFS in all channels), and
-        of the worst channel `clipped_fraction` (samples at full scale), `flatness` (geometric over arithmetic mean of
-        the power spectrum: 1 is white noise), `noisiness` (the same inside bands of a sixth of an octave, weighted by
-        their energy: 0.56 for noise of any colour, whose spectrum is rough at every scale, while tones stand out of
-        their band) and `subsonic_fraction` (energy below 30 Hz, an offset included).
-        `valid`: finite, audible (above −45 dBFS), under half silent, and in every audible channel under −3 dBFS, under
-        0.1 % clipped, flatness under 0.3, noisiness under 0.4 and less than half subsonic. Of 600 rendered nano clips
-        none has noisiness above 0.32 or 0.3 % below 30 Hz. Steady noise and snares alone are invalid.
-    """
-    audio = waveforms.detach().cpu().float()
-    audio = audio[:, None] if audio.ndim == 2 else audio
-    if audio.ndim != 3:
-        raise ValueError(f"waveforms must be [B, L] or [B, channels, L], got shape {tuple(waveforms.shape)}")
-    finite = torch.isfinite(audio).all(2).all(1)
-    audio = torch.nan_to_num(audio, nan=0.0, posinf=0.0, neginf=0.0)
-    energy = audio.square().mean(2)  # [B, channels]
-    level, level_dbfs = (10 * x.clamp_min(1e-12).log10() for x in (energy, energy.mean(1)))
-    clipped = (audio.abs() >= 0.999).float().mean(2)
-    frame = max(round(0.02 * sampling_rate), 1)
-    frames = audio[..., : audio.shape[2] // frame * frame].unflatten(2, (-1, frame))
-    silent = (frames.square().mean(3) < 1e-6).all(1).float().mean(1)
-    power = torch.fft.rfft(audio).abs().square() + 1e-12
-    flatness = _flatness(power)
-    bottom = math.ceil(30 * audio.shape[2] / sampling_rate)  # first bin from 30 Hz on
-    subsonic = power[..., :bottom].sum(2) / power.sum(2)
-    noisiness = _noisiness(power[..., bottom:], bottom)
-    audible = level > -45
-    sound = (level < -3) & (clipped < 1e-3) & (flatness < 0.3) & (noisiness < 0.4) & (subsonic < 0.5)
-    counted = audible | ~audible.any(1, keepdim=True)
-
-    def worst(values: Tensor) -> Tensor:
-        return torch.where(counted, values, 0).amax(1)
-
-    columns = {
-        "level_dbfs": level_dbfs,
-        "peak": audio.abs().amax(2).amax(1),
-        "clipped_fraction": worst(clipped),
-        "silent_fraction": silent,
-        "flatness": worst(flatness),
-        "noisiness": worst(noisiness),
-        "subsonic_fraction": worst(subsonic),
-        "valid": finite & audible.any(1) & (sound | ~audible).all(1) & (silent < 0.5),
-    }
-    return {name: value.numpy() for name, value in columns.items()}
-
-
-def _flatness(power: Tensor) -> Tensor:
-    """Geometric over arithmetic mean of spectra [..., bins] → [...]."""
-    return power.log().mean(-1).exp() / power.mean(-1)
-
-
-def _noisiness(power: Tensor, first_bin: int) -> Tensor:
-    """Mean flatness of bands of a sixth of an octave and at least 16 bins, weighted by energy; the first of the
-    spectra's bins [..., bins] is the `first_bin`-th above 0 Hz."""
-    edges = [0]
-    while edges[-1] < power.shape[-1]:
-        edges.append(edges[-1] + max(16, round((2 ** (1 / 6) - 1) * (first_bin + edges[-1]))))
-    bands = [power[..., low:high] for low, high in pairwise(edges)]
-    weighted = sum(_flatness(band) * band.sum(-1) for band in bands)
-    return weighted / power.sum(-1).clamp_min(1e-12)
 
 
 def onset_counts(waveforms: Tensor, sampling_rate: int) -> np.ndarray:

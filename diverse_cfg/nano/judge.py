@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diverse_cfg.embeddings.audio import LogMel, resample, to_mono
-from diverse_cfg.evaluation.acoustics import scores_of
-from diverse_cfg.evaluation.attributes import ATTRIBUTES
+from diverse_cfg.nano.attributes import ATTRIBUTES
+from diverse_cfg.nano.rules import scores_of
 from diverse_cfg.reading import read_json, reading
 
 CONFIG_NAME = "judge.json"

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from diverse_cfg.evaluation.loudness import _high_pass, _shelf, loudness, normalised
+from diverse_cfg.acoustics import _high_pass, _shelf, loudness, normalised
 
 
 def tone(sampling_rate=48_000, seconds=2.0, hertz=997.0, amplitude=1.0):
