@@ -19,7 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_fr
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from diverse_cfg.atomic import replacing, write_text
+from diverse_cfg.atomic import write_text
 from diverse_cfg.musicgen import layout
 from diverse_cfg.provenance import Provenance, read_provenance
 from diverse_cfg.reading import read_json, reading
@@ -226,33 +226,14 @@ def plot_training_curves(folder: str | os.PathLike, log_history: Sequence[Mappin
     Returns:
         The picture, or None when nothing of interest was logged.
     """
-    wanted = {
-        "kl/clip": "divergence to the guided teacher (nats per clip)",
-        "reward/diversity": "within-prompt diversity",
-        "loss": "loss",
-    }
-    series = {
-        label: [(row["step"], row[key]) for row in log_history if key in row and "step" in row]
-        for key, label in wanted.items()
-    }
-    series = {label: points for label, points in series.items() if len(points) > 1}
-    if not series:
-        return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from diverse_cfg.plotting import PANELS, draw_curves  # matplotlib is slow to load
 
-    figure = Figure(figsize=(4 * len(series), 3), layout="constrained")
-    FigureCanvasAgg(figure)  # no pyplot: a library must not choose the caller's backend
-    for axis, (label, points) in zip(
-        figure.subplots(1, len(series), squeeze=False)[0], series.items(), strict=True
-    ):
-        axis.plot(*zip(*points, strict=True), color="black", linewidth=1)
-        axis.set_xlabel("step")
-        axis.set_title(label, fontsize=9)
-        axis.grid(alpha=0.3)
-    path = Path(folder) / CURVES_FILE
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:], dpi=120)
+    log = [row for row in log_history if "step" in row]
+    curves = [panel for panel in (*PANELS, ("loss", "loss")) if sum(panel[0] in row for row in log) > 1]
+    if not curves:
+        return None
+    stem, ending = CURVES_FILE.split(".")
+    [path] = draw_curves({"": [log]}, Path(folder) / stem, curves, columns=3, pictures=[ending])
     return path
 
 

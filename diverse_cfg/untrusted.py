@@ -76,6 +76,11 @@ def csv_text(rows: Iterable[Sequence[Any]]) -> str:
     return out.getvalue()
 
 
+def frame_csv(frame: Any, **options: Any) -> str:
+    """A pandas frame as CSV, its cells as those of `csv_text`; `options` are those of `DataFrame.to_csv`."""
+    return frame.map(_cell).to_csv(index=False, lineterminator="\n", **options)
+
+
 def _cell(value: Any) -> Any:
     if value is None:
         return ""

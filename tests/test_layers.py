@@ -15,7 +15,7 @@ PACKAGE = ROOT / "diverse_cfg"
 # files of one folder may import each other. A new module needs a place here, chosen on purpose.
 LAYERS = [
     ["functional", "atomic", "reading", "threads", "untrusted"],
-    ["types", "provenance", "settings", "effects", "acoustics"],
+    ["types", "provenance", "settings", "effects", "acoustics", "plotting"],
     ["config"],
     ["musicgen", "embeddings", "prompts", "assets"],
     ["rewards", "cards", "nano"],

@@ -25,7 +25,6 @@ from diverse_cfg.assets import nano_path
 from diverse_cfg.atomic import alone, write_text
 from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.evaluation.cache import content_digest
-from diverse_cfg.evaluation.curves import training_curves
 from diverse_cfg.evaluation.gallery import Picture, write_audio, write_gallery
 from diverse_cfg.evaluation.metrics import METRICS
 from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
@@ -33,6 +32,7 @@ from diverse_cfg.evaluation.report import QUALITIES, draw, first_metric, update_
 from diverse_cfg.evaluation.results import Results
 from diverse_cfg.evaluation.systems import System, single
 from diverse_cfg.merging import merge_checkpoints
+from diverse_cfg.plotting import training_curves
 from diverse_cfg.prompts import load_prompts
 from diverse_cfg.rewards import DiversityReward
 from diverse_cfg.trainer import CFGDiversityTrainer

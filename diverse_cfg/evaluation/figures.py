@@ -1,4 +1,4 @@
-"""The paper's figures from results: front, LERP against the straight line, trajectories (curves: `curves`).
+"""The paper's figures from results: front, LERP against the straight line, trajectories (curves: `plotting`).
 
 Each function writes three files beside each other, SVG, PNG and the CSV of exactly what is drawn, at the
 width of a paper's column. Series differ by marker and line style as well as by colour, so that a
@@ -16,19 +16,13 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox
 
 from diverse_cfg.evaluation.metrics import METRICS
-from diverse_cfg.evaluation.plotting import (
-    STYLE,
-    Look,
-    axis_label,
-    error_bars,
-    new_figure,
-    save,
-)
 from diverse_cfg.evaluation.results import Estimate, Results, SystemResult, above_line, mean_estimate
+from diverse_cfg.plotting import LEGEND, STYLE, Look, new_figure, save
 
 _LABEL_SIZE = 6.5  # points
 _LEGEND_LINE = 0.13  # inches
@@ -66,15 +60,11 @@ def front(
     """
     rows = _with_metrics(results, (x, y))
     volumes = series_hypervolumes(results, x, y, corner)
-    table: list[list[Any]] = [
-        ["system", "series", x, f"{x}_low", f"{x}_high", y, f"{y}_low", f"{y}_high", "flags"]
-    ]
-    for row in rows:
-        table.append(
-            [row.system.name, row.system.series, *_numbers(row, x), *_numbers(row, y), "; ".join(row.flags)]
-        )
-    table += [[], ["series", "hypervolume", "low", "high"]]
-    table += [[name, volume.estimate, volume.low, volume.high] for name, volume in volumes.items()]
+    table = [{"system": row.system.name, "series": row.system.series} | _numbers(row, x, y) for row in rows]
+    areas = pd.DataFrame(
+        [(name, volume.estimate, volume.low, volume.high) for name, volume in volumes.items()],
+        columns=["series", "hypervolume", "low", "high"],
+    )
     sound = [row for row in rows if not row.flags]
     looks = _looks(sound)
     with matplotlib.rc_context(STYLE):
@@ -82,27 +72,16 @@ def front(
         for name, members in _by_series(sound).items():
             look = looks[name]
             joined = len(members) > 1
+            line = {"color": look.color, "linestyle": look.linestyle, "linewidth": look.width}
             if joined:
-                line = [(_value(row, x), _value(row, y)) for row in members]
-                axes.plot(
-                    *zip(*line, strict=True),
-                    color=look.color,
-                    linestyle=look.linestyle,
-                    linewidth=look.width,
-                    zorder=2.5 if look.strong else 2,
-                )
+                places = [(_value(row, x), _value(row, y)) for row in members]
+                axes.plot(*zip(*places, strict=True), **line, zorder=2.5 if look.strong else 2)
+            else:
+                line["linestyle"] = "none"
             for row in members:
                 _point(axes, row, x, y, look, alone=not joined)
             text = name if name not in volumes else f"{name}: {volumes[name].text()}"
-            axes.plot(
-                [],
-                [],
-                color=look.color,
-                linestyle=look.linestyle if joined else "none",
-                linewidth=look.width,
-                marker=look.marker,
-                label=textwrap.fill(text, _WIDE_LABEL),
-            )
+            axes.plot([], [], **line, marker=look.marker, label=textwrap.fill(text, _WIDE_LABEL))
         flagged = [row.system.name for row in rows if row.flags]
         if flagged:
             text = textwrap.fill(f"not drawn, invalid audio: {', '.join(flagged)}", _WIDE_LABEL)
@@ -111,16 +90,13 @@ def front(
         place = "the worst coordinates" if corner is None else f"({corner[0]:.3f}, {corner[1]:.3f})"
         _finish(axes, x, y, title=f"hypervolume above {place}, with its interval" if volumes else None)
         figure.draw_without_rendering()  # only then is it known where points lie
-        taken = [
-            Bbox.from_bounds(*(_in_points(axes, row, x, y) - 2), 4, 4) for row in sound
-        ]  # points that no label may hide
-        taken += [
-            Bbox(text.get_window_extent().get_points() * 72 / figure.dpi) for text in axes.texts
-        ]  # the upper bound's
+        # No label may hide a point, or the upper bound's text.
+        taken = [Bbox.from_bounds(*(_in_points(axes, row, x, y) - 2), 4, 4) for row in sound]
+        taken += [Bbox(text.get_window_extent().get_points() * 72 / figure.dpi) for text in axes.texts]
         labelled = [(name, members) for name, members in _by_series(sound).items() if len(members) > 1]
         for name, members in sorted(labelled, key=lambda item: not looks[item[0]].strong):
             _label_points(axes, members, x, y, looks[name], list(looks).index(name), taken)
-        return save(figure, stem, table)
+        return save(figure, stem, pd.DataFrame(table), areas)
 
 
 def _looks(rows: Sequence[SystemResult]) -> dict[str, Look]:
@@ -182,33 +158,18 @@ def merge_curve(results: Results, series: str, metrics: Sequence[str], stem: str
             "needs 0, 1 and something between"
         )
     first, last = rows[0], rows[-1]
-    table: list[list[Any]] = [
-        ["metric", "merge_weight", "estimate", "low", "high", "above_line", "above_low", "above_high"]
-    ]
+    table = []
     with matplotlib.rc_context(STYLE):
         figure, panels = new_figure(len(metrics), height=2.0)
         for axes, metric, look in zip(panels, metrics, map(Look.number, range(len(metrics))), strict=False):
             weights = [row.system.merge_weight for row in rows]
             values = [row.metrics[metric] for row in rows]
-            axes.plot(
-                [0, 1],
-                [_value(first, metric), _value(last, metric)],
-                color="0.45",
-                linestyle=(0, (4, 2)),
-                linewidth=0.9,
-                label="straight line",
-            )
+            ends = [_value(first, metric), _value(last, metric)]
+            axes.plot([0, 1], ends, color="0.45", linestyle=(0, (4, 2)), linewidth=0.9, label="straight line")
             axes.errorbar(
-                weights,
-                [value.estimate for value in values],
-                yerr=error_bars(values),
-                color=look.color,
-                marker=look.marker,
-                linestyle="-",
-                elinewidth=0.7,
-                capsize=1.5,
-                label="merge",
-            )
+                weights, [value.estimate for value in values], yerr=error_bars(values), color=look.color,
+                marker=look.marker, linestyle="-", elinewidth=0.7, capsize=1.5, label="merge",
+            )  # fmt: skip
             axes.set_xlabel("merge weight λ")
             axes.set_ylabel(axis_label(metric))
             axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", ".25", ".5", ".75", "1"])
@@ -216,20 +177,13 @@ def merge_curve(results: Results, series: str, metrics: Sequence[str], stem: str
             for row, value in zip(rows, values, strict=True):
                 above = mean_estimate(above_line(first, row, last, metric))
                 table.append(
-                    [
-                        metric,
-                        row.system.merge_weight,
-                        value.estimate,
-                        value.low,
-                        value.high,
-                        above.estimate,
-                        above.low,
-                        above.high,
-                    ]
+                    {"metric": metric, "merge_weight": row.system.merge_weight}
+                    | {"estimate": value.estimate, "low": value.low, "high": value.high}
+                    | {"above_line": above.estimate, "above_low": above.low, "above_high": above.high}
                 )
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=2)
-        return save(figure, stem, table)
+        return save(figure, stem, pd.DataFrame(table))
 
 
 def trajectories(
@@ -266,64 +220,45 @@ def trajectories(
             "no series has two systems with a step: evaluate checkpoints of a run to draw its path"
         )
     began = {name: results[system] for name, system in (starts or {}).items()}
-    table: list[list[Any]] = [
-        ["series", "step", x, f"{x}_low", f"{x}_high", y, f"{y}_low", f"{y}_high", "flags"]
-    ]
+    table = []
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = new_figure(1, height=2.7)
         for index, (name, members) in enumerate(_by_series(rows).items()):
             look, run = Look.number(index), runs[name]
             path = [began[name], *run] if name in began else run
             if name in began:
-                table.append([name, 0, *_numbers(began[name], x), *_numbers(began[name], y), ""])
+                table.append({"series": name, "step": 0} | _numbers(began[name], x, y))
             points = [(_value(row, x), _value(row, y)) for row in path]
             for start, end in itertools.pairwise(points):
                 arrow = {
                     "arrowstyle": "-|>",
                     "color": look.color,
                     "linewidth": 0.8,
-                    "linestyle": look.linestyle,
                     "shrinkA": 2,
                     "shrinkB": 2,
                 }
-                axes.annotate("", xy=end, xytext=start, arrowprops=arrow)
+                axes.annotate("", xy=end, xytext=start, arrowprops=arrow | {"linestyle": look.linestyle})
             for row in [*run, *(row for row in members if row.system.step is None)]:
                 axes.plot(
-                    _value(row, x),
-                    _value(row, y),
-                    color=look.color,
-                    marker=look.marker,
-                    markerfacecolor="white" if row.flags else look.color,
-                    markeredgewidth=0.7,
+                    _value(row, x), _value(row, y), color=look.color, marker=look.marker, linestyle="none",
+                    markerfacecolor="white" if row.flags else look.color, markeredgewidth=0.7,
                     markersize=5.0 if row.flags else 4.0,
-                    linestyle="none",
                     zorder=4 if row.system.step is None else 2,  # single points must not be hidden by paths
-                )
-                numbers = [*_numbers(row, x), *_numbers(row, y)]
-                table.append([name, row.system.step, *numbers, "; ".join(row.flags)])
+                )  # fmt: skip
+                table.append({"series": name, "step": row.system.step} | _numbers(row, x, y))
             if run:
+                place = {"xytext": (4, 3), "textcoords": "offset points"}
                 axes.annotate(
-                    f"step {run[-1].system.step}",
-                    points[-1],
-                    xytext=(4, 3),
-                    textcoords="offset points",
-                    fontsize=_LABEL_SIZE,
-                    color=look.color,
+                    f"step {run[-1].system.step}", points[-1], **place, fontsize=_LABEL_SIZE, color=look.color
                 )
-            axes.plot(
-                [],
-                [],
-                color=look.color,
-                marker=look.marker,
-                linestyle=look.linestyle if run else "none",
-                label=name,
-            )
+            linestyle = look.linestyle if run else "none"
+            axes.plot([], [], color=look.color, marker=look.marker, linestyle=linestyle, label=name)
         if any(row.flags for row in rows):
             axes.plot(
                 [], [], color="0.3", marker="o", markerfacecolor="white", linestyle="none", label=_FLAGGED
             )
         _finish(axes, x, y)
-        return save(figure, stem, table)
+        return save(figure, stem, pd.DataFrame(table, dtype=object))
 
 
 # ---- parts ---------------------------------------------------------------------------------------
@@ -356,26 +291,24 @@ def _value(row: SystemResult, metric: str) -> float:
     return value
 
 
-def _numbers(row: SystemResult, metric: str) -> list[float | None]:
-    found = row.metrics[metric]
-    return [found.estimate, found.low, found.high]
+def _numbers(row: SystemResult, *metrics: str) -> dict[str, Any]:
+    """Columns of a figure's CSV: of each metric the number and its interval, and the flags."""
+    columns: dict[str, Any] = {}
+    for name in metrics:
+        found = row.metrics[name]
+        columns |= {name: found.estimate, f"{name}_low": found.low, f"{name}_high": found.high}
+    return columns | {"flags": "; ".join(row.flags)}
 
 
 def _point(axes: Axes, row: SystemResult, x: str, y: str, look: Look, alone: bool) -> None:
     axes.errorbar(
-        _value(row, x),
-        _value(row, y),
-        xerr=error_bars([row.metrics[x]]),
-        yerr=error_bars([row.metrics[y]]),
-        color=look.color,
-        marker=look.marker,
+        _value(row, x), _value(row, y), xerr=error_bars([row.metrics[x]]), yerr=error_bars([row.metrics[y]]),
+        color=look.color, marker=look.marker, linestyle="none",
         markersize=6.0 if alone else 4.0 if look.strong else 3.2,
         markeredgecolor="white" if alone else look.color,  # which a strong line beneath must not swallow
-        markeredgewidth=0.6,
-        elinewidth=0.7 if look.strong else 0.4,
-        linestyle="none",
+        markeredgewidth=0.6, elinewidth=0.7 if look.strong else 0.4,
         zorder=4 if alone else 3 if look.strong else 2,
-    )
+    )  # fmt: skip
 
 
 def _in_points(axes: Axes, row: SystemResult, x: str, y: str) -> np.ndarray:
@@ -384,13 +317,7 @@ def _in_points(axes: Axes, row: SystemResult, x: str, y: str) -> np.ndarray:
 
 
 def _label_points(
-    axes: Axes,
-    rows: list[SystemResult],
-    x: str,
-    y: str,
-    look: Look,
-    index: int,
-    taken: list[Bbox],
+    axes: Axes, rows: list[SystemResult], x: str, y: str, look: Look, index: int, taken: list[Bbox]
 ) -> None:
     """The setting that varies along a series, beside its points: its ends first, and only where there is room
     between what is there (`taken`, which grows)."""
@@ -411,15 +338,10 @@ def _label_points(
                 continue
             taken.append(place)
             axes.annotate(
-                text,
-                (_value(row, x), _value(row, y)),
-                xytext=(4 * right, 3.5 * up),
-                textcoords="offset points",
-                ha="left" if right > 0 else "right",
-                va="bottom" if up > 0 else "top",
-                fontsize=_LABEL_SIZE,
-                color=look.color,
-            )
+                text, (_value(row, x), _value(row, y)), xytext=(4 * right, 3.5 * up), textcoords="offset points",
+                ha="left" if right > 0 else "right", va="bottom" if up > 0 else "top",
+                fontsize=_LABEL_SIZE, color=look.color,
+            )  # fmt: skip
             break
 
 
@@ -456,28 +378,13 @@ def _upper_bound(axes: Axes, results: Results, x: str) -> None:
         return
     bound = _value(bases[0], name)
     left, right = axes.get_xlim()
+    text = {"ha": "right", "va": "bottom", "fontsize": _LABEL_SIZE, "color": "0.3"}
     if bound < right + 0.15 * (right - left):
         axes.axvline(bound, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)))
-        axes.annotate(
-            "different prompts ",
-            (bound, 0),
-            xycoords=("data", "axes fraction"),
-            rotation=90,
-            ha="right",
-            va="bottom",
-            fontsize=_LABEL_SIZE,
-            color="0.3",
-        )
+        place = ("data", "axes fraction")
+        axes.annotate("different prompts ", (bound, 0), xycoords=place, rotation=90, **text)
     else:  # far away it would press the front into a corner
-        axes.annotate(
-            f"different prompts: {bound:.2f} →",
-            (1, 0.02),
-            xycoords="axes fraction",
-            ha="right",
-            va="bottom",
-            fontsize=_LABEL_SIZE,
-            color="0.3",
-        )
+        axes.annotate(f"different prompts: {bound:.2f} →", (1, 0.02), xycoords="axes fraction", **text)
 
 
 def _finish(axes: Axes, x: str, y: str, title: str | None = None) -> None:
@@ -492,12 +399,22 @@ def _finish(axes: Axes, x: str, y: str, title: str | None = None) -> None:
     # The figure grows with its legend, so that the axes keep their height.
     lines = sum(label.count("\n") for label in labels) + math.ceil(len(labels) / columns) + bool(title)
     figure.set_figheight(figure.get_figheight() + _LEGEND_LINE * lines)
-    figure.legend(
-        frameon=False,
-        loc="outside lower center",
-        handlelength=3.0,
-        labelspacing=0.3,
-        ncols=columns,
-        title=title,
-        title_fontsize=6.5,
+    figure.legend(**LEGEND | {"ncols": columns}, labelspacing=0.3, title=title, title_fontsize=6.5)
+
+
+def axis_label(metric: str) -> str:
+    """Label with the unit, if it has one."""
+    known = METRICS[metric]
+    return f"{known.label} ({known.unit})" if known.unit else known.label
+
+
+def error_bars(values: Sequence[Estimate]) -> np.ndarray | None:
+    """Lengths of error bars below and above [2, C]; None if there are none."""
+    if any(value.low is None or value.high is None or value.estimate is None for value in values):
+        return None
+    return np.array(
+        [
+            [max(0.0, value.estimate - value.low) for value in values],  # type: ignore[operator]
+            [max(0.0, value.high - value.estimate) for value in values],  # type: ignore[operator]
+        ]
     )

@@ -10,11 +10,10 @@ from diverse_cfg.atomic import alone, write_text
 from diverse_cfg.cards import Metric as CardMetric
 from diverse_cfg.cards import write_card, write_metrics
 from diverse_cfg.evaluation.cache import digest
-from diverse_cfg.evaluation.figures import front, merge_curve, trajectories
+from diverse_cfg.evaluation.figures import axis_label, front, merge_curve, trajectories
 from diverse_cfg.evaluation.gallery import Picture, how_measured, write_audio, write_gallery
 from diverse_cfg.evaluation.generations import describe
 from diverse_cfg.evaluation.metrics import METRICS
-from diverse_cfg.evaluation.plotting import axis_label
 from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
 from diverse_cfg.evaluation.results import Estimate, Results, SystemResult
 from diverse_cfg.evaluation.signatures import Arms, signatures, to_markdown

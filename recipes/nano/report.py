@@ -23,7 +23,6 @@ import yaml
 from pages import write_section
 
 from diverse_cfg.atomic import write_text
-from diverse_cfg.evaluation.curves import Log, draw_curves
 from diverse_cfg.evaluation.figures import front, merge_curve, trajectories
 from diverse_cfg.evaluation.metrics import METRICS
 from diverse_cfg.evaluation.results import Estimate, Results, mean_estimate
@@ -36,6 +35,7 @@ from diverse_cfg.evaluation.signatures import (
     useful_corner,
 )
 from diverse_cfg.evaluation.systems import System
+from diverse_cfg.plotting import Log, draw_curves
 
 HERE = Path(__file__).parent
 RECORDED = HERE / "results" / "experiment"

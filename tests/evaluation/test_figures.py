@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 
 from diverse_cfg.evaluation import figures as figures_module
-from diverse_cfg.evaluation.curves import draw_curves, training_curves
 from diverse_cfg.evaluation.figures import (
     front,
     merge_curve,
     series_hypervolumes,
     trajectories,
 )
-from diverse_cfg.evaluation.plotting import Look
 from diverse_cfg.evaluation.results import Estimate, Results, SystemResult, above_line, mean_estimate
 from diverse_cfg.evaluation.systems import System, single
+from diverse_cfg.plotting import Look, draw_curves, training_curves
 
 PROMPTS = 12
 

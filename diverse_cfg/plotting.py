@@ -1,21 +1,107 @@
-"""Logged metrics along training, one line per run (or per arm of several seeds), from the trainer's logs."""
+"""How figures look and are written, and the one that trainings, cards and experiments share: logged metrics as curves.
+
+Figures have the width of a paper's column and can be read in black and white; beside SVG and PNG lies the CSV of
+exactly what is drawn.
+"""
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
-from diverse_cfg.evaluation.plotting import STYLE, Look, new_figure, running_mean, save
+from diverse_cfg.atomic import replacing, write_text
+from diverse_cfg.untrusted import frame_csv
 
 Log = Sequence[Mapping[str, Any]]
 """What a run logged: entries with a `step` and metrics by name; one that is `flagged` is drawn hollow."""
 
 PANELS = (("kl/clip", "KL to the teacher (nats)"), ("reward/diversity", "diversity (reward)"))
+
+COLUMN_WIDTH = 3.4  # inches
+_NO_DATE = {"svg": {"Date": None}, "png": {"Software": None}}  # one figure, one file
+# Okabe and Ito's colours, which the colour-blind tell apart too, in an order of falling contrast in grey.
+_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#999999")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_LINES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)), (0, (6, 2, 1, 2)))
+STYLE = {
+    "font.size": 7.5,
+    "axes.labelsize": 7.5,
+    "legend.fontsize": 6.5,
+    "xtick.labelsize": 6.5,
+    "ytick.labelsize": 6.5,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.0,
+    "lines.markersize": 4.0,
+    "savefig.dpi": 300,
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # a dollar sign in a name is one
+    "svg.hashsalt": "diverse-cfg",
+    "font.family": "DejaVu Sans",
+}
+
+
+LEGEND: dict[str, Any] = {"loc": "outside lower center", "ncols": 2, "frameon": False, "handlelength": 3.0}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a series is drawn."""
+
+    color: str
+    marker: str
+    linestyle: Any
+    strong: bool = False
+
+    @property
+    def width(self) -> float:
+        """Of its line, in points."""
+        return 1.8 if self.strong else 0.8
+
+    @classmethod
+    def number(cls, index: int) -> "Look":
+        return cls(*(looks[index % len(looks)] for looks in (_COLOURS, _MARKERS, _LINES)))
+
+
+def new_figure(panels: int, height: float, columns: int = 2) -> tuple[Figure, list[Axes]]:
+    """Panels beside each other: two take a column's width, and a row has at most so many `columns`."""
+    columns = min(panels, columns)
+    lines = math.ceil(panels / columns)
+    width = COLUMN_WIDTH * max(1, columns / 2)
+    figure = Figure(figsize=(width, height * lines), layout="constrained")
+    FigureCanvasAgg(figure)  # no pyplot: a library must not choose the caller's backend
+    axes = figure.subplots(lines, columns, squeeze=False).flatten().tolist()
+    for unused in axes[panels:]:
+        unused.remove()
+    return figure, axes[:panels]
+
+
+def save(
+    figure: Figure, stem: str | os.PathLike, *tables: pd.DataFrame, pictures: Sequence[str] = ("svg", "png")
+) -> list[Path]:
+    """Write the pictures, and the tables of what is drawn as one CSV, an empty line between them; return the paths."""
+    stem = Path(stem)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for ending in pictures:
+        paths.append(stem.with_name(f"{stem.name}.{ending}"))
+        with replacing(paths[-1]) as temporary:
+            figure.savefig(temporary, format=ending, metadata=_NO_DATE[ending])
+    if tables:
+        text = "\n".join(map(frame_csv, tables))
+        paths.append(write_text(stem.with_name(f"{stem.name}.csv"), text))
+    return paths
 
 
 def training_curves(
@@ -46,21 +132,26 @@ def draw_curves(
     stem: str | os.PathLike,
     metrics: Sequence[tuple[str, str]] = PANELS,
     smooth: int = 1,
+    *,
+    columns: int = 2,
+    pictures: Sequence[str] | None = None,
 ) -> list[Path]:
     """As `training_curves`, from logs; of an arm with several seeds the mean, over a band from least to most.
 
     Args:
         arms: label → the logs of its seeds; steps that not every seed has logged are left out, and seeds that
             never logged a metric.
+        columns: most panels in a row.
+        pictures: endings of the only files wanted; None writes SVG, PNG and CSV.
     """
-    table: list[list[Any]] = [["run", "metric", "step", "value", "least", "most"]]
+    table: list[list[Any]] = []
     found = [
         m for m in metrics if any(m[0] in entry for logs in arms.values() for log in logs for entry in log)
     ]
     if not found:
         raise ValueError(f"none of the runs logged {', '.join(name for name, _ in metrics)}")
     with matplotlib.rc_context(STYLE):
-        figure, panels = new_figure(len(found), height=2.2)
+        figure, panels = new_figure(len(found), height=2.2, columns=columns)
         for axes, (name, label) in zip(panels, found, strict=True):
             for index, (arm, logs) in enumerate(arms.items()):
                 steps, values = _aligned(logs, name)
@@ -82,15 +173,13 @@ def draw_curves(
         handles = {}
         for axes in panels:  # a run may have logged one metric only
             handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-        figure.legend(
-            handles.values(),
-            handles.keys(),
-            frameon=False,
-            loc="outside lower center",
-            ncols=2,
-            handlelength=3.0,
+        if handles:
+            figure.legend(list(handles.values()), list(handles), **LEGEND)
+        if pictures is not None:
+            return save(figure, stem, pictures=pictures)
+        return save(
+            figure, stem, pd.DataFrame(table, columns=["run", "metric", "step", "value", "least", "most"])
         )
-        return save(figure, stem, table)
 
 
 def training_log(folder: str | os.PathLike) -> list[dict[str, Any]]:
@@ -139,3 +228,11 @@ def _line(axes: Axes, steps: np.ndarray, values: np.ndarray, smooth: int, label:
     )  # fmt: skip
     if len(lines) > 1:
         axes.fill_between(at, lines.min(0), lines.max(0), color=look.color, alpha=0.18, linewidth=0)
+
+
+def running_mean(steps: np.ndarray, values: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    width = min(width, len(values))
+    if width < 2:
+        return steps, values
+    kernel = np.ones(width) / width
+    return np.convolve(steps, kernel, "valid"), np.convolve(values, kernel, "valid")
