@@ -41,7 +41,7 @@ _DEFAULT_PROMPT = "a calm piano piece"
 
 
 @dataclass(frozen=True)
-class Metric:
+class CardMetric:
     """One number on a card, with its interval.
 
     Args:
@@ -71,7 +71,7 @@ class Sample:
 
 
 def write_metrics(
-    folder: str | os.PathLike, metrics: Sequence[Metric], *, prompts: str, num_clips: int
+    folder: str | os.PathLike, metrics: Sequence[CardMetric], *, prompts: str, num_clips: int
 ) -> Path:
     """Put evaluation results beside the weights, for the card.
 
@@ -160,7 +160,7 @@ def render_card(
     license = license or base_license(base, folder)
     evaluation = _read_json(folder / METRICS_FILE)
     with reading(folder / METRICS_FILE, _REMEDY):
-        metrics = [Metric(**metric) for metric in evaluation.get("metrics", [])]
+        metrics = [CardMetric(**metric) for metric in evaluation.get("metrics", [])]
         assert not metrics or {"prompts", "num_clips"} <= {*evaluation}, "prompts or num_clips is missing"
     with reading(folder / SAMPLES_FILE, _REMEDY):
         samples = _read_samples(folder / SAMPLES_FILE)
@@ -248,7 +248,7 @@ def _metadata(
     adapter: bool,
     base: str | None,
     license: str | None,
-    metrics: Sequence[Metric],
+    metrics: Sequence[CardMetric],
     evaluation: Mapping[str, Any],
     samples: Sequence[Sample],
     datasets: Sequence[str],

@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import MusicgenForConditionalGeneration, pipeline, set_seed
 
 from diverse_cfg import cards
-from diverse_cfg.cards import Metric, Sample, render_card, write_card, write_metrics, write_samples
+from diverse_cfg.cards import CardMetric, Sample, render_card, write_card, write_metrics, write_samples
 from diverse_cfg.merging import merge_checkpoints
 from diverse_cfg.provenance import Provenance, write_provenance
 from tests import checkpoints as made
@@ -140,8 +140,8 @@ def test_results_have_intervals_and_become_a_model_index(world, tmp_path):
     folder = made.copy(world["merged"], tmp_path / "m")
     assert "Not evaluated yet." in render_card(folder)
     metrics = [
-        Metric("Vendi score", 2.34567, 2.1, 2.5, judge="eval-encoder", better="higher"),
-        Metric("text adherence | CLAP", 0.31),
+        CardMetric("Vendi score", 2.34567, 2.1, 2.5, judge="eval-encoder", better="higher"),
+        CardMetric("text adherence | CLAP", 0.31),
     ]
     write_metrics(folder, metrics, prompts="48 held-out prompts", num_clips=384)
     card = render_card(folder, repo_id="me/merged")

@@ -15,7 +15,7 @@ import soundfile
 import yaml
 from huggingface_hub import ModelCard
 
-from diverse_cfg.cards import Metric, Sample, render_card, write_metrics, write_samples
+from diverse_cfg.cards import CardMetric, Sample, render_card, write_metrics, write_samples
 from diverse_cfg.embeddings.recordings import AudioRecordings
 from diverse_cfg.evaluation.gallery import Picture, write_gallery
 from diverse_cfg.evaluation.listening import TRIALS_FILE, Votes, load_trials
@@ -105,7 +105,7 @@ def card(folder, kind, text):
     facts = {"base_model": text, "merge": merge, "training": {text: text}, "versions": {text: text}}
     write_provenance(folder, Provenance(kind, **facts))
     (folder / "generation_config.json").write_text("{}")
-    write_metrics(folder, [Metric(text, 1.0, 0.5, 1.5, text, text)], prompts=text, num_clips=text)
+    write_metrics(folder, [CardMetric(text, 1.0, 0.5, 1.5, text, text)], prompts=text, num_clips=text)
     write_samples(folder, [Sample("samples/a.wav", text, text)])
     return render_card(folder, license=text, tags=[text], datasets=[text])
 

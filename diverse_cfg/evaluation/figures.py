@@ -171,7 +171,7 @@ def merge_curve(results: Results, series: str, metrics: Sequence[str], stem: str
                 marker=look.marker, linestyle="-", elinewidth=0.7, capsize=1.5, label="merge",
             )  # fmt: skip
             axes.set_xlabel("merge weight λ")
-            axes.set_ylabel(axis_label(metric))
+            axes.set_ylabel(METRICS[metric].axis)
             axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", ".25", ".5", ".75", "1"])
             axes.grid(axis="y", linewidth=0.3, color="0.85")
             for row, value in zip(rows, values, strict=True):
@@ -388,8 +388,8 @@ def _upper_bound(axes: Axes, results: Results, x: str) -> None:
 
 
 def _finish(axes: Axes, x: str, y: str, title: str | None = None) -> None:
-    axes.set_xlabel(axis_label(x))
-    axes.set_ylabel(axis_label(y))
+    axes.set_xlabel(METRICS[x].axis)
+    axes.set_ylabel(METRICS[y].axis)
     axes.grid(linewidth=0.3, color="0.88")
     axes.margins(0.08)
     figure = axes.figure
@@ -400,12 +400,6 @@ def _finish(axes: Axes, x: str, y: str, title: str | None = None) -> None:
     lines = sum(label.count("\n") for label in labels) + math.ceil(len(labels) / columns) + bool(title)
     figure.set_figheight(figure.get_figheight() + _LEGEND_LINE * lines)
     figure.legend(**LEGEND | {"ncols": columns}, labelspacing=0.3, title=title, title_fontsize=6.5)
-
-
-def axis_label(metric: str) -> str:
-    """Label with the unit, if it has one."""
-    known = METRICS[metric]
-    return f"{known.label} ({known.unit})" if known.unit else known.label
 
 
 def error_bars(values: Sequence[Estimate]) -> np.ndarray | None:

@@ -1,24 +1,182 @@
-"""The registry of metrics: what each name means, what it needs, and how it is computed.
+"""From features to numbers: the measures, and the registry that says what each name means and what it needs.
 
-`require` refuses names that do not exist, and metrics whose ingredients are missing, before anything is
-generated.
+A measure per prompt gives means over the clips of each prompt, whose mean over prompts is the table's number; a
+measure of the whole set (Fréchet, MMD, the upper bound) has one number of all clips. `require` refuses names that do
+not exist, and metrics whose ingredients are missing, before anything is generated.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from diverse_cfg.evaluation.measures import (
-    Cells,
-    OfSet,
-    clip_mean,
-    codebook_entropy,
-    different_prompts,
-    timing_mean,
-    to_reference,
-    within_prompt_distance,
-    within_prompt_vendi,
-)
+import numpy as np
+import torch
+from torch import Tensor
+
+from diverse_cfg.functional.diversity import pairwise_cosine_distance, unit_embeddings, vendi_score
 from diverse_cfg.functional.statistics import frechet_distance, mmd
+
+
+@dataclass(frozen=True)
+class Replicate:
+    """Features of the clips of one training seed, and what they are compared with.
+
+    Args:
+        features: feature → column → rows [P, S, G, ...], S sampling seeds.
+        codes: [P, S, G, K, T].
+        timing: column → rows [P, S, G] of the generation (`seconds`, `batch`, `decoder_rows`).
+        reference: embeddings of reference audio under the held-out encoder [C, D], or None.
+    """
+
+    features: Mapping[str, Mapping[str, np.ndarray]]
+    codes: np.ndarray
+    timing: Mapping[str, np.ndarray] = field(default_factory=dict)
+    reference: np.ndarray | None = None
+
+    def clips(self, feature: str, column: str) -> np.ndarray:
+        """Rows [P, S·G] of one column."""
+        rows = self.features[feature][column]
+        return rows.reshape(rows.shape[0], -1)
+
+    def groups(self, encoder: str) -> Tensor:
+        """Embeddings [P, S, G, D]; NaN rows where a clip has none."""
+        return torch.from_numpy(self.features[encoder]["values"])
+
+
+ByPrompt = Callable[[Replicate], np.ndarray]
+"""A measure per prompt: the *cells* of a replicate, means over the clips of each prompt [P]; NaN without a value."""
+
+OfSet = Callable[[Replicate], Callable[[Tensor], float]]
+"""A measure of a whole set: a function of which prompts it is taken of, so that an interval can leave some out."""
+
+
+# ---- means over clips ----------------------------------------------------------------------------
+
+
+def clip_mean(feature: str, column: str) -> ByPrompt:
+    """Cells: mean of a column over the clips of each prompt; NaN where no clip of the prompt has a value."""
+
+    def cells(replicate: Replicate) -> np.ndarray:
+        rows = replicate.clips(feature, column)
+        known = np.isfinite(rows)
+        counts = known.sum(axis=1)
+        sums = np.where(known, rows, 0).sum(axis=1)
+        return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+    return cells
+
+
+def timing_mean(column: str) -> ByPrompt:
+    """Cells: mean over the clips of each prompt of what generating them took."""
+    return lambda replicate: replicate.timing[column].reshape(len(replicate.codes), -1).mean(axis=1)
+
+
+# ---- diversity -----------------------------------------------------------------------------------
+
+
+def _usable(embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit embeddings, and which clips have one; a clip without counts as a copy of its group's first that
+    has."""
+    usable = torch.isfinite(embeddings).all(dim=-1)
+    first = usable.double().argmax(dim=-1)[..., None, None].expand_as(embeddings[..., :1, :])
+    copied = torch.where(usable[..., None], embeddings, embeddings.gather(-2, first))
+    anything = torch.isfinite(copied).all(dim=-1, keepdim=True)  # a group without any clip is all one clip
+    return unit_embeddings(torch.where(anything, copied, torch.ones_like(copied)).double()), usable
+
+
+def within_prompt_distance(encoder: str) -> ByPrompt:
+    """Cells: mean pairwise cosine distance inside each group, averaged over the sampling seeds.
+
+    A clip without an embedding (silence) has distance 0 to every other: breaking must not pay.
+    """
+
+    def cells(replicate: Replicate) -> np.ndarray:
+        embeddings, usable = _usable(replicate.groups(encoder))
+        distances = pairwise_cosine_distance(embeddings.flatten(0, 1))
+        known = usable.flatten(0, 1)
+        distances = distances * known[:, :, None] * known[:, None, :]
+        count = distances.shape[-1] * (distances.shape[-1] - 1)
+        return (distances.sum(dim=(1, 2)) / count).view(usable.shape[:2]).mean(dim=1).numpy()
+
+    return cells
+
+
+def within_prompt_vendi(encoder: str) -> ByPrompt:
+    """Cells: Vendi score of each group, averaged over the sampling seeds."""
+
+    def cells(replicate: Replicate) -> np.ndarray:
+        embeddings, _ = _usable(replicate.groups(encoder))
+        return vendi_score(embeddings).mean(dim=1).numpy()
+
+    return cells
+
+
+def different_prompts(encoder: str) -> OfSet:
+    """Mean distance of two clips of two different prompts: the upper bound of the paper's figures.
+
+        U = mean_{p≠q} (1 − m_p·m_q),   m_p = mean of the unit embeddings of prompt p
+
+    which is the mean over all pairs of clips, since 1 − e·e' is linear in either clip. Clips without an
+    embedding (silence), and prompts of nothing else, are left out.
+    """
+
+    def of_set(replicate: Replicate) -> Callable[[Tensor], float]:
+        embeddings, usable = _usable(replicate.groups(encoder))
+        known = embeddings.flatten(1, 2) * usable.flatten(1)[..., None]
+        counts = usable.flatten(1).sum(dim=1)
+        means = known.sum(dim=1) / counts.clamp(min=1)[:, None]
+        distances = 1 - means @ means.mT
+
+        def statistic(prompts: Tensor) -> float:
+            sounding = prompts[counts[prompts] > 0]
+            if len(sounding) < 2:
+                return math.nan
+            pairs = distances[sounding][:, sounding]
+            return float((pairs.sum() - pairs.trace()) / (len(pairs) * (len(pairs) - 1)))
+
+        return statistic
+
+    return of_set
+
+
+def codebook_entropy(codebook: int = 0) -> ByPrompt:
+    """Cells: entropy (nats) of the codes of one codebook in all clips of a prompt under one seed."""
+
+    def cells(replicate: Replicate) -> np.ndarray:
+        tokens = replicate.codes[:, :, :, codebook]
+        groups = tokens.reshape(tokens.shape[0], tokens.shape[1], -1)
+        return np.array([np.mean([_entropy(group) for group in of_prompt]) for of_prompt in groups])
+
+    return cells
+
+
+def _entropy(tokens: np.ndarray) -> float:
+    shares = np.unique(tokens, return_counts=True)[1] / tokens.size
+    return float(-(shares * np.log(shares)).sum())
+
+
+# ---- distances to reference audio ----------------------------------------------------------------
+
+
+def to_reference(distance: Callable[[Tensor, Tensor], float]) -> OfSet:
+    """Distance of the prompts' clips to reference audio, in the held-out encoder's space; NaN for less than
+    two clips with an embedding."""
+
+    def of_set(replicate: Replicate) -> Callable[[Tensor], float]:
+        embeddings = replicate.groups("heldout").flatten(1, 2).double()
+        reference = torch.from_numpy(np.asarray(replicate.reference)).double()
+        usable = torch.isfinite(embeddings).all(dim=-1)
+
+        def statistic(prompts: Tensor) -> float:
+            clips = embeddings[prompts][usable[prompts]]
+            return distance(clips, reference) if len(clips) >= 2 else math.nan
+
+        return statistic
+
+    return of_set
+
+
+# ---- the registry --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -45,13 +203,18 @@ class Metric:
     explanation: str
     better: int
     needs: tuple[str, ...]
-    cells: Cells | None = None
+    cells: ByPrompt | None = None
     of_set: OfSet | None = None
     unit: str = ""
     min_generations: int = 1
     min_prompts: int = 1
     cluster: str = "prompt"
     is_share: bool = False
+
+    @property
+    def axis(self) -> str:
+        """Label with the unit, if it has one."""
+        return f"{self.label} ({self.unit})" if self.unit else self.label
 
 
 METRICS: dict[str, Metric] = {}
@@ -124,7 +287,7 @@ def _obstacle(metric: Metric, available: set[str], num_generations: int, num_pro
     return ""
 
 
-# ---- quality -------------------------------------------------------------------------------------
+# ---- what there is, in the order of the table ----------------------------------------------------
 
 _ATTRIBUTES = {"judge": ("instrument", "tempo", "register", "key"), "rules": ("tempo", "register", "key")}
 for _feature, _name, _label, _how in (
@@ -134,30 +297,17 @@ for _feature, _name, _label, _how in (
     _text = f"Share of the attributes named in the prompt that a clip has, {_how}."
     register(Metric(_name, _label, _text, 1, (_feature,), clip_mean(_feature, "mean"), is_share=True))
     for _column in _ATTRIBUTES[_feature]:
+        _of_one = (f"{_name}/{_column}", f"{_label}: {_column}")
         _text = f"Share of clips with the {_column} that the prompt names, {_how}."
-        register(
-            Metric(
-                f"{_name}/{_column}",
-                f"{_label}: {_column}",
-                _text,
-                1,
-                (_feature,),
-                clip_mean(_feature, _column),
-                is_share=True,
-            )
-        )
+        register(Metric(*_of_one, _text, 1, (_feature,), clip_mean(_feature, _column), is_share=True))
 
+_text = (
+    "KL of the distributions that the codes were drawn from to the guided teacher's, on own clips, summed over all "
+    "codes of a clip."
+)
+_kl = clip_mean("divergence", "kl")
 register(
-    Metric(
-        "kl_teacher",
-        "KL to the guided teacher",
-        "KL of the distributions that the codes were drawn from to the guided teacher's, on own clips, "
-        "summed over all codes of a clip.",
-        -1,
-        ("divergence",),
-        clip_mean("divergence", "kl"),
-        unit="nats per clip",
-    )
+    Metric("kl_teacher", "KL to the guided teacher", _text, -1, ("divergence",), _kl, unit="nats per clip")
 )
 
 for _name, _label, _text in (
@@ -167,93 +317,40 @@ for _name, _label, _text in (
 ):
     register(Metric(_name, _label, _text, 1, (_name,), clip_mean(_name, "score")))
 
-# ---- diversity -----------------------------------------------------------------------------------
-
-for _name, _mark, _text in (
-    ("heldout", "", "an encoder that was never rewarded"),
-    ("reward", " (reward encoder)", "the encoder of the diversity reward"),
+for _name, _mark, _under in (
+    ("heldout", "", "under an encoder that was never rewarded"),
+    ("reward", " (reward encoder)", "under the encoder of the diversity reward"),
 ):
-    register(
-        Metric(
-            f"diversity_{_name}",
-            f"diversity{_mark}",
-            f"Mean cosine distance of two clips of one prompt, under {_text}.",
-            1,
-            (_name,),
-            within_prompt_distance(_name),
-            min_generations=2,
-        )
+    _label, _text = f"diversity{_mark}", f"Mean cosine distance of two clips of one prompt, {_under}."
+    _measure = within_prompt_distance(_name)
+    register(Metric(f"diversity_{_name}", _label, _text, 1, (_name,), _measure, min_generations=2))
+    _label = f"Vendi score{_mark}"
+    _text = f"Effective number of different clips among those of one prompt, {_under}."
+    _measure = within_prompt_vendi(_name)
+    register(Metric(f"vendi_{_name}", _label, _text, 1, (_name,), _measure, min_generations=2))
+    _label = f"distance between prompts{_mark}"
+    _text = (
+        f"Mean cosine distance of two clips of two different prompts, {_under}; the base's is an upper bound of "
+        "diversity."
     )
-    register(
-        Metric(
-            f"vendi_{_name}",
-            f"Vendi score{_mark}",
-            f"Effective number of different clips among those of one prompt, under {_text}.",
-            1,
-            (_name,),
-            within_prompt_vendi(_name),
-            min_generations=2,
-        )
-    )
-    register(
-        Metric(
-            f"different_prompts_{_name}",
-            f"distance between prompts{_mark}",
-            f"Mean cosine distance of two clips of two different prompts, under {_text}; the base's is an "
-            "upper bound of diversity.",
-            0,
-            (_name,),
-            of_set=different_prompts(_name),
-            min_prompts=2,
-        )
-    )
+    _set = different_prompts(_name)
+    register(Metric(f"different_prompts_{_name}", _label, _text, 0, (_name,), of_set=_set, min_prompts=2))
+
+_text = "Entropy of the codes of codebook 0 in all clips of one prompt."
+register(Metric("codebook0_entropy", "token entropy", _text, 1, ("codes",), codebook_entropy(0), unit="nats"))
+_text = "Mean entropy of the distributions that the codes of codebook 0 were drawn from; less is colder."
+_entropy_0 = clip_mean("divergence", "entropy_0")
 register(
     Metric(
-        "codebook0_entropy",
-        "token entropy",
-        "Entropy of the codes of codebook 0 in all clips of one prompt.",
-        1,
-        ("codes",),
-        codebook_entropy(0),
-        unit="nats",
-    )
-)
-register(
-    Metric(
-        "policy_entropy",
-        "entropy of the policy",
-        "Mean entropy of the distributions that the codes of codebook 0 were drawn from; less is colder.",
-        0,
-        ("divergence",),
-        clip_mean("divergence", "entropy_0"),
-        unit="nats per code",
+        "policy_entropy", "entropy of the policy", _text, 0, ("divergence",), _entropy_0, unit="nats per code"
     )
 )
 
-# ---- distance to reference audio -----------------------------------------------------------------
-
-register(
-    Metric(
-        "frechet",
-        "Fréchet distance",
-        "Fréchet distance to reference audio under the held-out encoder; biased upwards for few clips.",
-        -1,
-        ("heldout", "reference"),
-        of_set=to_reference(frechet_distance),
-    )
-)
-register(
-    Metric(
-        "mmd",
-        "MMD²",
-        "Unbiased squared maximum mean discrepancy to reference audio under the held-out encoder.",
-        -1,
-        ("heldout", "reference"),
-        of_set=to_reference(mmd),
-    )
-)
-
-# ---- soundness of the audio ----------------------------------------------------------------------
+_text = "Fréchet distance to reference audio under the held-out encoder; biased upwards for few clips."
+_needs = ("heldout", "reference")
+register(Metric("frechet", "Fréchet distance", _text, -1, _needs, of_set=to_reference(frechet_distance)))
+_text = "Unbiased squared maximum mean discrepancy to reference audio under the held-out encoder."
+register(Metric("mmd", "MMD²", _text, -1, _needs, of_set=to_reference(mmd)))
 
 for _name, _label, _column, _better, _unit, _text in (
     (
@@ -271,28 +368,11 @@ for _name, _label, _column, _better, _unit, _text in (
     _mean = clip_mean("validity", _column)
     register(Metric(_name, _label, _text, _better, ("validity",), _mean, unit=_unit, is_share=not _unit))
 
-# ---- cost ----------------------------------------------------------------------------------------
-
+_text = "Rows that the decoder computes for one clip: its steps, twice with guidance."
+_rows = timing_mean("decoder_rows")
+register(Metric("decoder_rows", "decoder rows", _text, -1, ("timing",), _rows, unit="per clip"))
+_text = "Seconds to sample the codes of one clip, in batches, on the machine that the results name."
+_seconds = timing_mean("seconds")
 register(
-    Metric(
-        "decoder_rows",
-        "decoder rows",
-        "Rows that the decoder computes for one clip: its steps, twice with guidance.",
-        -1,
-        ("timing",),
-        timing_mean("decoder_rows"),
-        unit="per clip",
-    )
-)
-register(
-    Metric(
-        "seconds",
-        "sampling time",
-        "Seconds to sample the codes of one clip, in batches, on the machine that the results name.",
-        -1,
-        ("timing",),
-        timing_mean("seconds"),
-        unit="s per clip",
-        cluster="batch",
-    )
+    Metric("seconds", "sampling time", _text, -1, ("timing",), _seconds, unit="s per clip", cluster="batch")
 )

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from diverse_cfg.atomic import alone, write_text
-from diverse_cfg.cards import Metric as CardMetric
-from diverse_cfg.cards import write_card, write_metrics
+from diverse_cfg.cards import CardMetric, write_card, write_metrics
 from diverse_cfg.evaluation.cache import digest
-from diverse_cfg.evaluation.figures import axis_label, front, merge_curve, trajectories
+from diverse_cfg.evaluation.figures import front, merge_curve, trajectories
 from diverse_cfg.evaluation.gallery import Picture, how_measured, write_audio, write_gallery
 from diverse_cfg.evaluation.generations import describe
 from diverse_cfg.evaluation.metrics import METRICS
@@ -155,7 +154,7 @@ def update_card(results: Results, name: str, folder: str | os.PathLike, metrics:
         known = METRICS[metric]
         judge = next((judges[need] for need in known.needs if need in judges), None)
         better = {1: "higher", -1: "lower", 0: None}[known.better]
-        found.append(CardMetric(axis_label(metric), number.estimate, number.low, number.high, judge, better))
+        found.append(CardMetric(known.axis, number.estimate, number.low, number.high, judge, better))
     count = settings["num_prompts"] * settings["num_generations"] * len(settings["seeds"])
     prompts = f"held-out prompts ({settings['num_prompts']})"
     write_metrics(folder, found, prompts=prompts, num_clips=count)

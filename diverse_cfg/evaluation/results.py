@@ -17,8 +17,7 @@ import numpy as np
 import torch
 
 from diverse_cfg.atomic import replacing, write_text
-from diverse_cfg.evaluation.measures import Replicate
-from diverse_cfg.evaluation.metrics import METRICS, Metric
+from diverse_cfg.evaluation.metrics import METRICS, Metric, Replicate
 from diverse_cfg.evaluation.systems import System
 from diverse_cfg.functional.statistics import bootstrap_mean, hypervolume, jackknife_statistic
 from diverse_cfg.untrusted import csv_text, markdown

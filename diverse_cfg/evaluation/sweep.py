@@ -17,8 +17,7 @@ from tqdm.auto import tqdm
 from diverse_cfg.evaluation.cache import Cache
 from diverse_cfg.evaluation.features import Feature, compute_features
 from diverse_cfg.evaluation.generations import ClipSet, Player, describe, generations
-from diverse_cfg.evaluation.measures import Replicate
-from diverse_cfg.evaluation.metrics import METRICS, Metric, require
+from diverse_cfg.evaluation.metrics import METRICS, Metric, Replicate, require
 from diverse_cfg.evaluation.results import Results, SystemResult, clusters_of, estimate, mean_estimate
 from diverse_cfg.evaluation.systems import Mixture, System
 from diverse_cfg.provenance import library_versions

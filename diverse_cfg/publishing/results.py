@@ -1,11 +1,12 @@
 """Numbers for a card, from an evaluation of this very model."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import GenerationConfig
 
-from diverse_cfg.cards import Metric, write_metrics
+from diverse_cfg.cards import CardMetric, write_metrics
 from diverse_cfg.evaluation.metrics import METRICS
 from diverse_cfg.evaluation.results import Results
 from diverse_cfg.evaluation.systems import Mixture, System
@@ -15,13 +16,19 @@ from diverse_cfg.provenance import read_provenance
 _BETTER = {1: "higher", -1: "lower"}
 
 
-def add_results(folder: str | os.PathLike, evaluation: str | os.PathLike, system: str) -> list[Metric]:
+def add_results(
+    folder: str | os.PathLike,
+    evaluation: str | os.PathLike | Results,
+    system: str,
+    metrics: Sequence[str] | None = None,
+) -> list[CardMetric]:
     """Put one row of an evaluation beside the weights, so that the card shows it.
 
     Args:
         folder: the model folder.
-        evaluation: what `diverse-cfg evaluate` wrote.
+        evaluation: what `diverse-cfg evaluate` wrote, or its results.
         system: the row's name.
+        metrics: names of those that are shown; None takes all that the row has.
 
     Returns:
         What the card will show.
@@ -30,29 +37,29 @@ def add_results(folder: str | os.PathLike, evaluation: str | os.PathLike, system
         ValueError: the row failed, is another model's, or was sampled in another way than the folder is
             played.
     """
-    results = Results.load(evaluation)
+    results = evaluation if isinstance(evaluation, Results) else Results.load(evaluation)
     row = results[system]
     if not row.ok:
         raise ValueError(f"system {system!r} failed ({row.error}): there are no numbers for a card")
     if not any(_is_this(Path(folder), mixture) for mixture in row.system.replicates):
         raise ValueError(f"system {system!r} is made of {row.system.replicates}, which is not {folder}")
     _require_same_sampling(Path(folder), row.system)
-    metrics = []
-    for name, estimate in row.metrics.items():
-        if estimate.estimate is None or name not in METRICS:
-            continue
-        known = METRICS[name]
-        label = f"{known.label} ({known.unit})" if known.unit else known.label
-        judge = ", ".join(known.needs)
-        metrics.append(
-            Metric(label, estimate.estimate, estimate.low, estimate.high, judge, _BETTER.get(known.better))
-        )
-    if not metrics:
+    judges = {name: made.get("encoder", name) for name, made in results.settings.get("features", {}).items()}
+    shown = []
+    for name in metrics or row.metrics:
+        found = row.metrics.get(name)
+        if found is not None and found.estimate is not None and name in METRICS:
+            known = METRICS[name]
+            judge = ", ".join(judges.get(need, need) for need in known.needs)
+            better = _BETTER.get(known.better)
+            shown.append(CardMetric(known.axis, found.estimate, found.low, found.high, judge, better))
+    if not shown:
         raise ValueError(f"system {system!r} has no numbers for a card")
     prompts = f"{len(results.prompts)} prompts" + "".join(f"; note: {flag}" for flag in row.flags)
-    clips = len(results.prompts) * results.settings.get("num_generations", 1) * len(row.system.replicates)
-    write_metrics(folder, metrics, prompts=prompts, num_clips=clips)
-    return metrics
+    seeds = len(results.settings.get("seeds", [0])) * len(row.system.replicates)
+    clips = len(results.prompts) * results.settings.get("num_generations", 1) * seeds
+    write_metrics(folder, shown, prompts=prompts, num_clips=clips)
+    return shown
 
 
 def _is_this(folder: Path, mixture: Mixture) -> bool:

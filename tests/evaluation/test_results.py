@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from diverse_cfg.evaluation.measures import Replicate
-from diverse_cfg.evaluation.metrics import METRICS, Metric, register, require
+from diverse_cfg.evaluation.metrics import METRICS, Metric, Replicate, register, require
 from diverse_cfg.evaluation.results import (
     Estimate,
     Results,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from diverse_cfg.evaluation.measures import (
+from diverse_cfg.evaluation.metrics import (
     Replicate,
     clip_mean,
     codebook_entropy,
