@@ -149,9 +149,10 @@ def test_reward_functions_by_name(monkeypatch):
     with_diversity = command._rewards(args, SimpleNamespace(diversity_coef=5), "m")
     assert with_diversity == ["diversity for m", "adherence", "aesthetics PQ"]
     assert command._rewards(args, SimpleNamespace(diversity_coef=0), "m") == ["adherence", "aesthetics PQ"]
-    assert (
-        command._rewards(SimpleNamespace(reward_funcs=None), SimpleNamespace(diversity_coef=5), "m") is None
-    )
+    args.reward_funcs = None
+    assert command._rewards(args, SimpleNamespace(diversity_coef=5), "m") is None
+    named = SimpleNamespace(diversity_coef=0, diversity_embedder="e")  # only logged
+    assert command._rewards(args, named, "m") == ["diversity for m"]
 
 
 def test_an_unknown_reward_is_refused_before_anything_is_loaded(tmp_path):

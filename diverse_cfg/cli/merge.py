@@ -1,6 +1,7 @@
 """`diverse-cfg merge`: checkpoints in, one interpolated checkpoint (or a sweep of them) out."""
 
 import argparse
+from pathlib import Path
 
 from diverse_cfg.cli.command import Command, model_source
 
@@ -77,6 +78,12 @@ def apply_recipe(args: argparse.Namespace) -> None:
 
 def run_merge(args: argparse.Namespace) -> None:
     apply_recipe(args)
+    for folder in merge(args):
+        print(folder)
+
+
+def merge(args: argparse.Namespace) -> list[Path]:
+    """Write what the options ask for; returns the folders."""
     if args.sweep and args.unnormalized:
         raise ValueError(
             "--unnormalized has no meaning with --sweep, whose weights always sum to 1; leave it out"
@@ -95,14 +102,9 @@ def run_merge(args: argparse.Namespace) -> None:
         "format": args.format,
     }
     if args.sweep:
-        folders = merge_sweep(checkpoints, parse_sweep(args.sweep), args.output, **shared)
-    else:
-        weights = args.weights if args.merge_weight is None else args.merge_weight
-        folders = [
-            merge_checkpoints(checkpoints, weights, args.output, unnormalized=args.unnormalized, **shared)
-        ]
-    for folder in folders:
-        print(folder)
+        return merge_sweep(checkpoints, parse_sweep(args.sweep), args.output, **shared)
+    weights = args.weights if args.merge_weight is None else args.merge_weight
+    return [merge_checkpoints(checkpoints, weights, args.output, unnormalized=args.unnormalized, **shared)]
 
 
 COMMAND = Command(

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import difflib
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,8 @@ def run_train(args: argparse.Namespace) -> None:
     train_args, config = parser.parse_args_and_config(args.rest)
     _check_trackers(config.report_to or [])
     train(train_args, config)
+    if config.process_index == 0:
+        print(config.output_dir)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -132,15 +135,23 @@ def _check_trackers(names: list[str]) -> None:
             )
 
 
-def train(args: TrainArguments, config) -> None:
-    """Build the trainer, train or continue, and write the student to `config.output_dir`."""
+def train(args: TrainArguments, config, callbacks: Sequence[Any] = ()) -> None:
+    """Build the trainer, train or continue, and write the student to `config.output_dir`, its card last.
+
+    Args:
+        args: model, prompts, rewards and LoRA.
+        config: a `CFGDiversityConfig`.
+        callbacks: for the trainer; with any, logs are not printed beside what they show.
+    """
     config.resume_from_checkpoint = _checkpoint(config)  # before anything is loaded
     with alone(config.output_dir) if config.process_index == 0 else contextlib.nullcontext():
-        _train(args, config)
+        _train(args, config, callbacks)
 
 
-def _train(args: TrainArguments, config) -> None:
+def _train(args: TrainArguments, config, callbacks: Sequence[Any]) -> None:
     _check_reward_names(args.reward_funcs or [])
+    from transformers import PrinterCallback
+
     from diverse_cfg.prompts import load_prompts
     from diverse_cfg.trainer import CFGDiversityTrainer
 
@@ -156,12 +167,14 @@ def _train(args: TrainArguments, config) -> None:
         train_dataset=prompts,
         eval_dataset=_held_out(args),
         peft_config=_lora(args),
+        callbacks=list(callbacks),
     )
+    if callbacks:
+        trainer.remove_callback(PrinterCallback)
     trainer.train()
+    trainer.save_state()
     trainer.save_model()
     trainer.create_model_card(dataset_name=args.dataset_name)
-    if trainer.is_world_process_zero():
-        print(config.output_dir)
     # Left to the interpreter's exit, or while another process still talks, gloo's threads now and then abort.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
@@ -184,11 +197,12 @@ def _check_reward_names(names: list[str]) -> None:
 
 def _rewards(args: TrainArguments, config, model: str):
     """The named reward functions after the diversity reward; None leaves the choice to the trainer."""
-    if not args.reward_funcs:
-        return None
     from diverse_cfg.rewards import AestheticsReward, TextAdherenceReward
     from diverse_cfg.trainer.setup import default_reward
 
+    if not args.reward_funcs:  # with an encoder but no coefficient, diversity is only logged
+        only_logged = not config.diversity_coef and config.diversity_embedder
+        return [default_reward(config, model)] if only_logged else None
     rewards: list[Any] = [default_reward(config, model)] if config.diversity_coef > 0 else []
     for name in args.reward_funcs:
         if name == "text_adherence":

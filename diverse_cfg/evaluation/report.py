@@ -7,21 +7,28 @@ from pathlib import Path
 from typing import Any
 
 from diverse_cfg.atomic import alone, write_text
-from diverse_cfg.cards import CardMetric, write_card, write_metrics
 from diverse_cfg.evaluation.cache import digest
 from diverse_cfg.evaluation.figures import front, merge_curve, trajectories
 from diverse_cfg.evaluation.gallery import Picture, how_measured, write_audio, write_gallery
 from diverse_cfg.evaluation.generations import describe
 from diverse_cfg.evaluation.metrics import METRICS
 from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
-from diverse_cfg.evaluation.results import Estimate, Results, SystemResult
+from diverse_cfg.evaluation.results import Results, SystemResult
 from diverse_cfg.evaluation.signatures import Arms, signatures, to_markdown
 from diverse_cfg.evaluation.sweep import Sweep
 from diverse_cfg.evaluation.systems import System
 from diverse_cfg.untrusted import markdown, slug
 
 
-def evaluate(config: SweepConfig, *, progress: bool = True) -> Results:
+def evaluate(
+    config: SweepConfig,
+    *,
+    progress: bool = True,
+    title: str | None = None,
+    introduction: str = "",
+    columns: Sequence[str] | None = None,
+    pictures: Sequence[Picture] = (),
+) -> Results:
     """Run a sweep and write everything about it into `config.output`.
 
     Results are saved before anything is drawn, so that a figure that cannot be made costs no numbers.
@@ -29,6 +36,10 @@ def evaluate(config: SweepConfig, *, progress: bool = True) -> Results:
     Args:
         config: see `SweepConfig`.
         progress: show a progress bar.
+        title: of the page to listen; None counts what is on it.
+        introduction: of that page, plain text.
+        columns: metrics in its table; None takes all.
+        pictures: more figures, of files that are in the folder already.
 
     Raises:
         ValueError, FileNotFoundError: whatever is wrong with the configuration, before anything is
@@ -40,23 +51,25 @@ def evaluate(config: SweepConfig, *, progress: bool = True) -> Results:
     sweep, systems = build_sweep(config)
     _check_axes(config, sweep, systems)
     with alone(config.output):
-        return _evaluate(config, sweep, systems, progress)
-
-
-def _evaluate(config: SweepConfig, sweep: Sweep, systems: Sequence[System], progress: bool) -> Results:
-    results = sweep.run(systems, config.compare_to, progress=progress)
-    results.settings["clips"] = _clips(results, sweep)
-    results.settings["timed_on"] = _timed_on(results, sweep)
-    results.save(config.output)
-    if not results.usable:
-        write_text(Path(config.output) / "results.md", results.table() + "\n")
-        raise ValueError(f"every system failed; the first: {results.systems[0].error}")
-    pictures = draw(results, config.output, config.x, config.y)
-    write_text(Path(config.output) / "results.md", to_page(results, pictures, config))
-    if config.gallery_prompts and config.gallery_generations:
-        files = write_audio(results, sweep, config.output, config.gallery_prompts, config.gallery_generations)
-        title = f"{len(results.systems)} systems on {len(results.prompts)} prompts"
-        write_gallery(results, files, config.output, title=title, pictures=pictures)
+        results = sweep.run(systems, config.compare_to, progress=progress)
+        results.settings["clips"] = _clips(results, sweep)
+        results.settings["timed_on"] = _timed_on(results, sweep)
+        results.save(config.output)
+        if not results.usable:
+            write_text(Path(config.output) / "results.md", results.table() + "\n")
+            raise ValueError(f"every system failed; the first: {results.systems[0].error}")
+        pictures = [*draw(results, config.output, config.x, config.y), *pictures]
+        write_text(Path(config.output) / "results.md", to_page(results, pictures, config))
+        if config.gallery_prompts and config.gallery_generations:
+            files = write_audio(
+                results, sweep, config.output, config.gallery_prompts, config.gallery_generations
+            )
+            title = title or f"{len(results.systems)} systems on {len(results.prompts)} prompts"
+            columns = [name for name in columns or results.metrics if name in results.metrics]
+            write_gallery(
+                results, files, config.output,
+                title=title, introduction=introduction, metrics=columns, pictures=pictures,
+            )  # fmt: skip
     return results
 
 
@@ -130,35 +143,6 @@ def to_page(results: Results, pictures: Sequence[Picture], config: SweepConfig) 
     lines += ["", "## What the columns mean", ""]
     lines += [f"- **{METRICS[name].label}**: {METRICS[name].explanation}" for name in results.metrics]
     return "\n".join(lines) + "\n"
-
-
-def update_card(results: Results, name: str, folder: str | os.PathLike, metrics: Sequence[str]) -> None:
-    """Put a system's numbers beside the weights of its model, and into its card.
-
-    Args:
-        results: of a sweep.
-        name: of the system.
-        folder: of its model, one that this package wrote.
-        metrics: which numbers; those that the system does not have are left out.
-    """
-    row, settings = results[name], results.settings
-    judges = {"judge": "attribute judge", "rules": "rules, no network"}
-    judges |= {
-        encoder: settings["features"].get(encoder, {}).get("encoder") for encoder in ("heldout", "reward")
-    }
-    found = []
-    for metric in metrics:
-        number = row.metrics.get(metric, Estimate(None))
-        if number.estimate is None:
-            continue
-        known = METRICS[metric]
-        judge = next((judges[need] for need in known.needs if need in judges), None)
-        better = {1: "higher", -1: "lower", 0: None}[known.better]
-        found.append(CardMetric(known.axis, number.estimate, number.low, number.high, judge, better))
-    count = settings["num_prompts"] * settings["num_generations"] * len(settings["seeds"])
-    prompts = f"held-out prompts ({settings['num_prompts']})"
-    write_metrics(folder, found, prompts=prompts, num_clips=count)
-    write_card(folder)
 
 
 def draw(

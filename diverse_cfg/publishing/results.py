@@ -44,13 +44,15 @@ def add_results(
     if not any(_is_this(Path(folder), mixture) for mixture in row.system.replicates):
         raise ValueError(f"system {system!r} is made of {row.system.replicates}, which is not {folder}")
     _require_same_sampling(Path(folder), row.system)
-    judges = {name: made.get("encoder", name) for name, made in results.settings.get("features", {}).items()}
+    features = results.settings.get("features", {})
+    judges = {name: features[name]["encoder"] for name in ("heldout", "reward") if name in features}
+    judges |= {"judge": "attribute judge", "rules": "rules, no network"}
     shown = []
     for name in metrics or row.metrics:
         found = row.metrics.get(name)
         if found is not None and found.estimate is not None and name in METRICS:
             known = METRICS[name]
-            judge = ", ".join(judges.get(need, need) for need in known.needs)
+            judge = next((judges[need] for need in known.needs if need in judges), None)
             better = _BETTER.get(known.better)
             shown.append(CardMetric(known.axis, found.estimate, found.low, found.high, judge, better))
     if not shown:
@@ -64,6 +66,7 @@ def add_results(
 
 def _is_this(folder: Path, mixture: Mixture) -> bool:
     """Whether one model of the evaluation is the folder: its path, or the merge that it records."""
+    mixture = tuple((checkpoint, weight) for checkpoint, weight in mixture if weight)
     if len(mixture) == 1:
         return Path(mixture[0][0]).resolve() == folder.resolve()
     provenance = read_provenance(folder)

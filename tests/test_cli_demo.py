@@ -1,19 +1,19 @@
 """The demo on a tiny world: everything happens, a second run does nothing, and an interrupted one goes on."""
 
-import dataclasses
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
 
+from diverse_cfg.cli import demo
 from diverse_cfg.embeddings.contrastive import ContrastiveConfig, ContrastiveEmbedder, ContrastiveEncoder
-from diverse_cfg.evaluation import demo as demo_module
-from diverse_cfg.evaluation.demo import DemoSettings, World, run_demo
 from diverse_cfg.evaluation.results import Results
 from diverse_cfg.merging import read_recipe
 from diverse_cfg.nano.judge import AttributeJudge
 from diverse_cfg.provenance import read_provenance
+from diverse_cfg.trainer import CFGDiversityTrainer
 from tests.faults import held
 from tests.tiny import save_tiny
 
@@ -25,23 +25,11 @@ WORDS = [
     for instrument in ("piano", "flute")
     for key in ("c", "d", "e")
 ]
-SETTINGS = DemoSettings(
-    quality_steps=4,
-    diversity_steps=2,
-    prompts_per_step=2,
-    num_generations=3,
-    merge_weights=(0.5,),
-    guidance_scales=(3.0,),
-    num_prompts=4,
-    num_clips=2,
-    gallery_prompts=2,
-    gallery_clips=1,
-)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A base, two encoders and a judge of a few thousand random weights, and a dozen prompts."""
+    """The shipped recipes on a base, two encoders and a judge of a few thousand random weights, and a dozen prompts."""
     root = tmp_path_factory.mktemp("world")
     save_tiny(root / "base")
     torch.manual_seed(0)
@@ -63,14 +51,26 @@ def world(tmp_path_factory):
     for split, prompts in (("train", WORDS[:8]), ("test", WORDS)):
         lines = "\n".join(json.dumps({"prompt": prompt}) for prompt in prompts)
         (root / "prompts" / f"{split}.jsonl").write_text(lines)
-    return World(*(str(root / part) for part in ("base", "prompts", "reward", "heldout", "judge")))
+    parts = {part: str(root / part) for part in ("base", "prompts", "reward", "heldout", "judge")}
+    recipes = demo.shipped_recipes(quick=True)
+    small = {"num_generations": 3, "per_device_train_batch_size": 6, "warmup_steps": 1, "logging_steps": 1}
+    small |= {"dataset_name": parts["prompts"], "diversity_embedder": parts["reward"], "save_steps": 2}
+    recipes["quality"] |= small | {"model_name_or_path": parts["base"], "max_steps": 4}
+    recipes["diversity"] |= small | {"teacher_model": parts["base"], "max_steps": 2}
+    for system in recipes["evaluate"]["systems"][:2]:
+        system["model"] = parts["base"]
+    names = {"teacher": "base", "reward_encoder": "reward", "heldout_encoder": "heldout"}
+    recipes["evaluate"] |= {setting: parts[part] for setting, part in names.items()}
+    recipes["evaluate"] |= {"prompts": parts["prompts"], "judge": parts["judge"], "num_prompts": 4}
+    recipes["evaluate"] |= {"num_generations": 2, "gallery_generations": 1}
+    return recipes
 
 
 @pytest.fixture(scope="module")
 def finished(world, tmp_path_factory):
     """One complete demo, and what it said."""
     output, said = tmp_path_factory.mktemp("runs") / "demo", []
-    results = run_demo(output, SETTINGS, world, tell=said.append)
+    results = demo.demo(output, world, tell=said.append)
     return output, results, said
 
 
@@ -101,9 +101,9 @@ def test_the_students_are_what_the_method_says(finished, world):
     """Catches a second student whose teacher is the first: θ0 is the base for both."""
     output, _, _ = finished
     quality, diversity = read_provenance(output / "quality"), read_provenance(output / "diversity")
-    assert (quality.diversity_coef, diversity.diversity_coef) == (0.0, SETTINGS.diversity_coef)
-    assert quality.base_model == diversity.base_model == world.base
-    assert quality.training["initial_model"] == world.base
+    assert (quality.diversity_coef, diversity.diversity_coef) == (0.0, 60.0)
+    assert quality.base_model == diversity.base_model == world["quality"]["model_name_or_path"]
+    assert quality.training["initial_model"] == world["quality"]["model_name_or_path"]
     assert diversity.training["initial_model"] == str(output / "quality")
     assert (quality.training["steps"], diversity.training["steps"]) == (4, 2)
     experts = read_recipe(output / "merges" / "weight-0.5")["experts"]
@@ -130,16 +130,16 @@ def test_students_cost_half(finished):
 def test_checkpoints_do_not_stay(finished):
     output, _, _ = finished
     assert not list(output.rglob("checkpoint-*"))
-    assert (output / "training" / "quality" / "trainer_state.json").is_file()
+    assert (output / "quality" / "trainer_state.json").is_file()
 
 
 def test_a_second_run_trains_and_generates_nothing(finished, world, monkeypatch):
     output, results, _ = finished
-    monkeypatch.setattr(demo_module, "CFGDiversityTrainer", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr("diverse_cfg.cli.train.train", lambda *_, **__: pytest.fail("trained again"))
     monkeypatch.setattr(
         "diverse_cfg.evaluation.generations.fast_generate", lambda *_, **__: pytest.fail("generated again")
     )
-    again = run_demo(output, SETTINGS, world)
+    again = demo.demo(output, world)
     assert again.to_dict() == results.to_dict()
     assert Results.load(output).to_dict() == results.to_dict()
 
@@ -147,7 +147,7 @@ def test_a_second_run_trains_and_generates_nothing(finished, world, monkeypatch)
 def test_an_interrupted_demo_goes_on_and_ends_the_same(finished, world, tmp_path, monkeypatch):
     """Catches a run that starts over, or that continues from other weights: the results must be equal."""
     _, results, _ = finished
-    save = demo_module.CFGDiversityTrainer._save_checkpoint
+    save = CFGDiversityTrainer._save_checkpoint
     saved = []
 
     def interrupted(self, *args, **kwargs):
@@ -156,14 +156,14 @@ def test_an_interrupted_demo_goes_on_and_ends_the_same(finished, world, tmp_path
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(demo_module.CFGDiversityTrainer, "_save_checkpoint", interrupted)
+        patch.setattr(CFGDiversityTrainer, "_save_checkpoint", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run_demo(tmp_path / "demo", SETTINGS, world)
+            demo.demo(tmp_path / "demo", world)
     assert saved == [2]
-    assert not (tmp_path / "demo" / "quality").exists()
+    assert not (tmp_path / "demo" / "quality" / "model.safetensors").exists()
     # A checkpoint that was being written when the power failed is no checkpoint.
-    (tmp_path / "demo" / "training" / "quality" / "checkpoint-3").mkdir()
-    resumed = run_demo(tmp_path / "demo", SETTINGS, world)
+    (tmp_path / "demo" / "quality" / "checkpoint-3").mkdir()
+    resumed = demo.demo(tmp_path / "demo", world)
     for row in results.systems:
         for metric, cells in row.cells.items():
             if metric != "seconds":
@@ -175,22 +175,21 @@ def test_an_interrupted_demo_goes_on_and_ends_the_same(finished, world, tmp_path
 def test_a_folder_of_another_demo_is_refused(finished, world, tmp_path):
     output, _, _ = finished
     with pytest.raises(FileExistsError, match="begun with other settings"):
-        run_demo(output, dataclasses.replace(SETTINGS, seed=1), world)
-    other = dataclasses.replace(world, base=save_tiny(tmp_path / "other", seed=3))
-    with pytest.raises(FileExistsError, match="begun with other base"):
-        run_demo(output, SETTINGS, other)
+        other = copy.deepcopy(world)
+        other["quality"]["seed"] = 1
+        demo.demo(output, other)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="not empty and no demo"):
-        run_demo(tmp_path / "home", SETTINGS, world)
+        demo.demo(tmp_path / "home", world)
     with pytest.raises(FileExistsError, match="is a file"):
-        run_demo(tmp_path / "home" / "letter.txt", SETTINGS, world)
+        demo.demo(tmp_path / "home" / "letter.txt", world)
 
 
 def test_two_at_once_are_one_too_many(finished, world):
     output, _, _ = finished
     with held(output), pytest.raises(FileExistsError, match="another process is writing to"):
-        run_demo(output, SETTINGS, world)
+        demo.demo(output, world)
 
 
 def test_held_out_prompts_are_spread_over_the_split(finished):
