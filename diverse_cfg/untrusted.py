@@ -4,13 +4,11 @@ A prompt, the name of a system or a value in somebody's `generation_config.json`
 escape every value unless a filter here says otherwise, so that a new placeholder is safe without a thought.
 """
 
-import csv
 import html
-import io
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +67,13 @@ def plain(text: Any) -> str:
     return _UNPRINTABLE.sub("�", TOKEN.sub("hf_…", str(text)))
 
 
-def csv_text(rows: Iterable[Sequence[Any]]) -> str:
-    """Rows as CSV. Spreadsheets compute texts that begin like a formula, so that those get an apostrophe."""
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows([[_cell(cell) for cell in row] for row in rows])
-    return out.getvalue()
-
-
 def frame_csv(frame: Any, **options: Any) -> str:
-    """A pandas frame as CSV, its cells as those of `csv_text`; `options` are those of `DataFrame.to_csv`."""
+    """A pandas frame as CSV. Spreadsheets compute texts that begin like a formula, so that those get an apostrophe.
+
+    Args:
+        frame: the table.
+        options: of `DataFrame.to_csv`.
+    """
     return frame.map(_cell).to_csv(index=False, lineterminator="\n", **options)
 
 

@@ -10,6 +10,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import soundfile
 import yaml
@@ -17,11 +18,10 @@ from huggingface_hub import ModelCard
 
 from diverse_cfg.cards import CardMetric, Sample, render_card, write_metrics, write_samples
 from diverse_cfg.embeddings.recordings import AudioRecordings
-from diverse_cfg.evaluation.gallery import Picture, write_gallery
 from diverse_cfg.evaluation.listening import TRIALS_FILE, Votes, load_trials
 from diverse_cfg.evaluation.listening_app import view
 from diverse_cfg.evaluation.protocol import SweepConfig
-from diverse_cfg.evaluation.report import draw, to_page
+from diverse_cfg.evaluation.report import Picture, draw, to_page, write_gallery
 from diverse_cfg.evaluation.results import Results
 from diverse_cfg.evaluation.signatures import HOLDS, Evidence, Signature, to_markdown
 from diverse_cfg.evaluation.systems import System, single
@@ -29,7 +29,7 @@ from diverse_cfg.evaluation.webmushra import export_study
 from diverse_cfg.musicgen.files import _plan
 from diverse_cfg.prompts import load_prompts
 from diverse_cfg.provenance import Provenance, write_provenance
-from diverse_cfg.untrusted import TOKEN, checked_name, csv_text, inside, markdown, plain, slug
+from diverse_cfg.untrusted import TOKEN, checked_name, frame_csv, inside, markdown, plain, slug
 from tests.evaluation.test_figures import lerp, row
 
 ROOT = Path(__file__).parent.parent
@@ -180,7 +180,7 @@ def test_figures_and_their_numbers(tmp_path):
 
 def test_a_spreadsheet_computes_nothing():
     cells = ["=1+1", "+1+1", "-x", "@SUM(A1)", "\t=1", "-0.5", "+3", -0.5, None, "a,b", "−1", "base"]
-    [found] = csv.reader(io.StringIO(csv_text([cells])))
+    _, found = csv.reader(io.StringIO(frame_csv(pd.DataFrame([cells], dtype=object))))
     assert found[:5] == ["'=1+1", "'+1+1", "'-x", "'@SUM(A1)", "'\t=1"]
     assert found[5:] == ["-0.5", "+3", "-0.5", "", "a,b", "−1", "base"]
     assert "'=1" in Results(["p"], [row("=1", 0.1, 0.2)]).csv()

@@ -268,11 +268,7 @@ def _with_metrics(results: Results, names: Sequence[str]) -> list[SystemResult]:
     for name in names:
         if name not in METRICS:
             raise ValueError(f"unknown metric {name!r}; known: {', '.join(METRICS)}")
-    rows = [
-        row
-        for row in results.usable
-        if all(row.metrics.get(name, Estimate(None)).estimate is not None for name in names)
-    ]
+    rows = [row for row in results.usable if all(row.number(name).estimate is not None for name in names)]
     if not rows:
         raise ValueError(f"no system has {' and '.join(names)}: there is nothing to draw")
     return rows

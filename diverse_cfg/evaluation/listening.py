@@ -26,10 +26,9 @@ from scipy.stats import beta
 
 from diverse_cfg.atomic import new_folder, write_text
 from diverse_cfg.evaluation.cache import digest
-from diverse_cfg.evaluation.gallery import kept_codes, write_audio
 from diverse_cfg.evaluation.generations import describe
 from diverse_cfg.evaluation.results import Estimate, Results
-from diverse_cfg.evaluation.sweep import Sweep
+from diverse_cfg.evaluation.sweep import Sweep, kept_codes, write_audio
 from diverse_cfg.functional.statistics import bootstrap_mean, win_rate
 from diverse_cfg.untrusted import checked_name, inside
 

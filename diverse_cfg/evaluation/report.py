@@ -1,23 +1,41 @@
-"""From a configuration to a folder of results: numbers, figures, and a page to look and listen."""
+"""From a configuration to a folder of results: numbers, figures, and a page to look and listen.
+
+The folder is complete in itself (relative paths, no script or font from elsewhere), so it can be zipped, mailed or
+put on any web server. Clips are copies at one loudness; the clips that were measured are their codes in the cache.
+"""
 
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from diverse_cfg.acoustics import TARGET_LUFS
 from diverse_cfg.atomic import alone, write_text
-from diverse_cfg.evaluation.cache import digest
 from diverse_cfg.evaluation.figures import front, merge_curve, trajectories
-from diverse_cfg.evaluation.gallery import Picture, how_measured, write_audio, write_gallery
-from diverse_cfg.evaluation.generations import describe
 from diverse_cfg.evaluation.metrics import METRICS
 from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
 from diverse_cfg.evaluation.results import Results, SystemResult
 from diverse_cfg.evaluation.signatures import Arms, signatures, to_markdown
-from diverse_cfg.evaluation.sweep import Sweep
+from diverse_cfg.evaluation.sweep import Sweep, write_audio
 from diverse_cfg.evaluation.systems import System
-from diverse_cfg.untrusted import markdown, slug
+from diverse_cfg.untrusted import markdown, render, slug
+
+QUALITIES = ("adherence", "rules", "aesthetics_ce", "text")
+DIVERSITIES = ("diversity_heldout", "diversity_reward")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure on the page.
+
+    Args:
+        file: path relative to the page.
+        caption: what it shows.
+    """
+
+    file: str
+    caption: str
 
 
 def evaluate(
@@ -52,8 +70,6 @@ def evaluate(
     _check_axes(config, sweep, systems)
     with alone(config.output):
         results = sweep.run(systems, config.compare_to, progress=progress)
-        results.settings["clips"] = _clips(results, sweep)
-        results.settings["timed_on"] = _timed_on(results, sweep)
         results.save(config.output)
         if not results.usable:
             write_text(Path(config.output) / "results.md", results.table() + "\n")
@@ -97,30 +113,6 @@ def _check_axes(config: SweepConfig, sweep: Sweep, systems: Sequence[System]) ->
             )
 
 
-def _described(row: SystemResult, sweep: Sweep) -> list[dict[str, Any]]:
-    """Descriptions of a system's clips, by replicate and seed."""
-    return [
-        describe(row.system, mixture, sweep.clips, seed)
-        for mixture in row.system.replicates
-        for seed in sweep.clips.seeds
-    ]
-
-
-def _clips(results: Results, sweep: Sweep) -> dict[str, list[str]]:
-    """What identifies the clips of each system: the keys under which they are kept."""
-    return {row.system.name: list(map(digest, _described(row, sweep))) for row in results.usable}
-
-
-def _timed_on(results: Results, sweep: Sweep) -> list[str]:
-    """Machines on which the clips were sampled and timed; kept clips may be another machine's."""
-    facts = [
-        sweep.cache.facts("generations", description)
-        for row in results.usable
-        for description in _described(row, sweep)
-    ]
-    return sorted({found.get("machine", "a machine that was not recorded") for found in facts})
-
-
 def to_page(results: Results, pictures: Sequence[Picture], config: SweepConfig) -> str:
     """Everything as one Markdown page: findings, figures, table, glossary, how it was measured."""
     lines = ["# Results", ""]
@@ -143,6 +135,100 @@ def to_page(results: Results, pictures: Sequence[Picture], config: SweepConfig) 
     lines += ["", "## What the columns mean", ""]
     lines += [f"- **{METRICS[name].label}**: {METRICS[name].explanation}" for name in results.metrics]
     return "\n".join(lines) + "\n"
+
+
+def write_gallery(
+    results: Results,
+    files: dict[tuple[str, int], list[str]],
+    folder: str | os.PathLike,
+    *,
+    title: str,
+    introduction: str = "",
+    metrics: Sequence[str] | None = None,
+    pictures: Sequence[Picture] = (),
+) -> Path:
+    """Write `index.html`.
+
+    Args:
+        results: table and numbers per prompt.
+        files: from `write_audio`.
+        folder: of the page.
+        title: heading.
+        introduction: a paragraph of plain text.
+        metrics: columns of the table; None takes all.
+        pictures: figures, in order.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        ValueError: a metric that does not exist.
+    """
+    names = list(metrics or results.metrics)
+    unknown = [name for name in names if name not in METRICS]
+    if unknown:
+        raise ValueError(f"unknown metric {unknown[0]!r}; known: {', '.join(METRICS)}")
+    shown = sorted({prompt for _, prompt in files})
+    beside = [name for name in names if METRICS[name].cells is not None and METRICS[name].better]
+    page = {
+        "title": title,
+        "introduction": introduction,
+        "pictures": pictures,
+        "metrics": [METRICS[name] for name in names],
+        "systems": results.systems,
+        "prompts": [
+            (
+                results.prompts[prompt],
+                [row for row in results.usable if (row.system.name, prompt) in files],
+                prompt,
+            )
+            for prompt in shown
+        ],
+        "files": files,
+        "beside": lambda row, prompt: _of_prompt(row, prompt, beside[:3]),
+        "how": how_measured(results),
+        "whose": _beside(results),
+        "target": TARGET_LUFS,
+    }
+    return write_text(Path(folder) / "index.html", render("gallery.html.jinja", page))
+
+
+def how_measured(results: Results) -> str:
+    """What the table's numbers are means over, and what their intervals hold for."""
+    settings = results.settings
+    seeds, clips = len(settings["seeds"]), settings["num_generations"]
+    each = f"{clips} clips of each" + (f" under each of {seeds} sampling seeds" if seeds > 1 else "")
+    training = max((len(row.system.replicates) for row in results.usable), default=1)
+    drawn = "prompts"
+    if training > 1:
+        each += f", of students with up to {training} training seeds"
+    if training >= 3:
+        drawn += ", and over training seeds where a system has three or more"
+    return (
+        f"Means over {settings['num_prompts']} held-out prompts, {each}, with 95 % intervals over {drawn}."
+    ) + (" Sampling times are resampled by batch." if "seconds" in results.metrics else "")
+
+
+def _beside(results: Results) -> str:
+    """Which clips the small numbers belong to."""
+    settings = results.settings
+    count = len(settings["seeds"]) * settings["num_generations"]
+    training = any(len(row.system.replicates) > 1 for row in results.usable)
+    whose = " of the system's first training seed" if training else ""
+    return (
+        f"The small numbers belong to all {count} clips{whose} for the prompt; the players hold the first of "
+        "them."
+    )
+
+
+def _of_prompt(row: SystemResult, prompt: int, names: Sequence[str]) -> str:
+    """The first replicate's numbers for one prompt, over all its clips: the players hold the first of them."""
+    parts = []
+    for name in names:
+        cells = row.cells.get(name)
+        if cells is not None and cells[prompt, 0] == cells[prompt, 0]:
+            parts.append(f"{METRICS[name].label} {cells[prompt, 0]:.2f}")
+    return " · ".join(parts)
 
 
 def draw(
@@ -182,10 +268,6 @@ def draw(
         trajectories(results, x, y, folder / "trajectories")
         pictures.append(Picture("trajectories.svg", "Training runs in the plane of quality and diversity."))
     return pictures
-
-
-QUALITIES = ("adherence", "rules", "aesthetics_ce", "text")
-DIVERSITIES = ("diversity_heldout", "diversity_reward")
 
 
 def first_metric(results: Results, names: tuple[str, ...]) -> str | None:

@@ -1,5 +1,7 @@
 """What an evaluation found: per system and metric a number with its interval, and the cells it came from.
 
+`Results.frame` is the table as a pandas frame, a line per system and metric; the CSV is that frame.
+
 The cells (means per prompt and replicate) are kept, so that differences between systems, fronts and
 hypervolumes are computed from the file alone, with the same intervals as the table. `metrics.json` holds
 the numbers, `cells.npz` the cells.
@@ -14,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from diverse_cfg.atomic import replacing, write_text
 from diverse_cfg.evaluation.metrics import METRICS, Metric, Replicate
 from diverse_cfg.evaluation.systems import System
 from diverse_cfg.functional.statistics import bootstrap_mean, hypervolume, jackknife_statistic
-from diverse_cfg.untrusted import csv_text, markdown
+from diverse_cfg.untrusted import frame_csv, markdown
 
 _FORMAT = 1
 
@@ -93,6 +96,10 @@ class SystemResult:
     def ok(self) -> bool:
         """Whether it has numbers."""
         return self.error is None
+
+    def number(self, metric: str) -> Estimate:
+        """Its number; an empty one for a metric that it does not have."""
+        return self.metrics.get(metric, Estimate(None))
 
 
 @dataclass
@@ -308,37 +315,47 @@ class Results:
             rows.append(SystemResult(system, values["error"], metrics, cells, values["flags"], clusters))
         return cls(content["prompts"], rows, content["settings"], content["compare_to"])
 
-    def csv(self, metrics: Sequence[str] | None = None) -> str:
-        """One line per system and metric."""
-        table: list[Sequence[Any]] = [
-            ["system", "role", "series", "metric", "estimate", "low", "high", "standard_error", "prompts"]
+    def frame(self, metrics: Sequence[str] | None = None) -> pd.DataFrame:
+        """The table in tidy form: a line per system and metric, with the number, its interval and error.
+
+        Args:
+            metrics: names; None takes all.
+        """
+        numbers = ["estimate", "low", "high", "standard_error"]
+        lines = [
+            [row.system.name, row.system.role, row.system.series, name]
+            + [getattr(row.number(name), column) for column in numbers]
+            + [row.number(name).num_prompts]
+            for row in self.systems
+            for name in metrics or self.metrics
         ]
-        for row in self.systems:
-            for name in metrics or self.metrics:
-                e = row.metrics.get(name, Estimate(None))
-                numbers = [
-                    "" if v is None else f"{v:.6g}" for v in (e.estimate, e.low, e.high, e.standard_error)
-                ]
-                table.append(
-                    [row.system.name, row.system.role, row.system.series, name, *numbers, e.num_prompts]
-                )
-        return csv_text(table)
+        frame = pd.DataFrame(lines, columns=["system", "role", "series", "metric", *numbers, "prompts"])
+        return frame.astype(dict.fromkeys(numbers, float))
+
+    def csv(self, metrics: Sequence[str] | None = None) -> str:
+        """`frame` as text."""
+        return frame_csv(self.frame(metrics), float_format="%.6g")
 
     def table(self, metrics: Sequence[str] | None = None) -> str:
         """A Markdown table; failures and flags are in it."""
         names = list(metrics or self.metrics)
-        header = ["system", *(METRICS[name].label for name in names)]
-        lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        lines = []
         for row in self.systems:
-            mark = "" if not row.flags else " ⚠"
-            cells = [row.metrics.get(name, Estimate(None)).text() for name in names]
+            cells = [row.number(name).text() for name in names]
             if not row.ok:
                 cells = [f"failed: {markdown(row.error)}", *[""] * (len(names) - 1)]
-            lines.append("| " + " | ".join([markdown(row.system.name) + mark, *cells]) + " |")
+            lines.append([markdown(row.system.name) + (" ⚠" if row.flags else ""), *cells])
+        table = markdown_table(["system", *(METRICS[name].label for name in names)], lines)
         notes = [
             f"⚠ {markdown(row.system.name)}: {markdown(flag)}" for row in self.systems for flag in row.flags
         ]
-        return "\n".join([*lines, *([""] if notes else []), *notes])
+        return "\n".join([table, *([""] if notes else []), *notes])
+
+
+def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table as Markdown. Free text in a cell has gone through `untrusted.markdown`."""
+    rows = ["| " + " | ".join(line) + " |" for line in (header, *lines)]
+    return "\n".join([rows[0], "|" + "---|" * len(header), *rows[1:]])
 
 
 def estimate(metric: Metric, replicates: Sequence[Replicate]) -> tuple[Estimate, np.ndarray | None]:

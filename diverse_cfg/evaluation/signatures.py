@@ -10,7 +10,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from diverse_cfg.evaluation.results import Estimate, Results, SystemResult, above_line, mean_estimate
+from diverse_cfg.evaluation.results import (
+    Estimate,
+    Results,
+    SystemResult,
+    above_line,
+    markdown_table,
+    mean_estimate,
+)
 from diverse_cfg.untrusted import markdown
 
 HOLDS, FAILS, OPEN, MISSING = "holds", "fails", "not shown", "not measured"
@@ -191,15 +198,19 @@ def members(results: Results, pool: Sequence[str]) -> list[str]:
 
 def to_markdown(found: Sequence[Signature]) -> str:
     """A section per finding, with its verdict and its evidence."""
-    lines = []
+    parts = []
     for signature in found:
-        lines += [f"### {signature.number}. {signature.title}: **{signature.verdict}**", ""]
-        lines += ["| claim | difference | verdict |", "|---|---|---|"]
-        for evidence in signature.evidence:
-            number = "–" if evidence.found is None else evidence.found.text()
-            lines.append(f"| {markdown(evidence.claim)} | {number} | {evidence.verdict} |")
-        lines.append("")
-    return "\n".join(lines)
+        claims = [
+            (
+                markdown(evidence.claim),
+                "–" if evidence.found is None else evidence.found.text(),
+                evidence.verdict,
+            )
+            for evidence in signature.evidence
+        ]
+        table = markdown_table(["claim", "difference", "verdict"], claims)
+        parts.append(f"### {signature.number}. {signature.title}: **{signature.verdict}**\n\n{table}\n")
+    return "\n".join(parts)
 
 
 class _Tests:

@@ -2,26 +2,32 @@
 what fails.
 
 Everything expensive is in the cache before a number is made of it, so that an interrupted sweep goes on
-where it stopped, and one that gets another system or metric computes only that.
+where it stopped, and one that gets another system or metric computes only that. The clips that were measured can be
+had again: `kept_codes`, and `write_audio` for pages and listening tests.
 """
 
+import hashlib
 import logging
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from diverse_cfg.evaluation.cache import Cache
+from diverse_cfg.acoustics import normalised
+from diverse_cfg.evaluation.cache import Cache, digest
 from diverse_cfg.evaluation.features import Feature, compute_features
 from diverse_cfg.evaluation.generations import ClipSet, Player, describe, generations
 from diverse_cfg.evaluation.metrics import METRICS, Metric, Replicate, require
 from diverse_cfg.evaluation.results import Results, SystemResult, clusters_of, estimate, mean_estimate
 from diverse_cfg.evaluation.systems import Mixture, System
+from diverse_cfg.musicgen.files import write_wav
 from diverse_cfg.provenance import library_versions
-from diverse_cfg.untrusted import plain
+from diverse_cfg.untrusted import plain, slug
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +112,7 @@ class Sweep:
                     rows.append(SystemResult(system, error=plain(f"{type(error).__name__}: {error}")))
                 bar.update(before + 2 * len(system.replicates) * self.clips.num_clips - bar.n)
         flag_incomparable(rows)
-        return Results(list(self.clips.prompts), rows, self._settings(), list(compare_to))
+        return Results(list(self.clips.prompts), rows, self._settings(rows), list(compare_to))
 
     def evaluate(self, system: System, bar: tqdm | None = None) -> SystemResult:
         """One system, failures raised."""
@@ -180,8 +186,21 @@ class Sweep:
                 )
         return flags
 
-    def _settings(self) -> dict:
+    def _settings(self, rows: Sequence[SystemResult]) -> dict:
         clips = self.clips
+        described = {
+            row.system.name: [
+                describe(row.system, mixture, clips, seed)
+                for mixture in row.system.replicates
+                for seed in clips.seeds
+            ]
+            for row in rows
+            if row.ok
+        }
+        # Kept clips may have been sampled, and timed, on another machine.
+        facts = [
+            self.cache.facts("generations", one) for of_system in described.values() for one in of_system
+        ]
         return {
             "num_prompts": len(clips.prompts),
             "num_generations": clips.num_generations,
@@ -192,6 +211,8 @@ class Sweep:
             "min_validity": self.min_validity,
             "versions": library_versions(),
             "machine": f"{platform.machine()}, {self.device}, {torch.get_num_threads()} threads",
+            "timed_on": sorted({fact.get("machine", "a machine that was not recorded") for fact in facts}),
+            "clips": {name: [digest(one) for one in of_system] for name, of_system in described.items()},
             **self.settings,
         }
 
@@ -232,3 +253,76 @@ def flag_incomparable(rows: Sequence[SystemResult]) -> None:
 
 def _is_unguided_base(system: System) -> bool:
     return system.role == "base" and system.guidance_scale == 1 and system.temperature == 1
+
+
+# ---- the clips again -----------------------------------------------------------------------------
+
+
+def kept_codes(system: System, sweep: Sweep) -> np.ndarray:
+    """Codes [P·G, K, T] that the evaluation kept of a system: its first replicate under the first sampling seed.
+
+    Raises:
+        ValueError: they are not in the cache.
+    """
+    description = describe(system, system.replicates[0], sweep.clips, sweep.clips.seeds[0])
+    kept = sweep.cache.load("generations", description)
+    if kept is None:
+        raise ValueError(
+            f"the clips of system {system.name!r} are not in {sweep.cache.folder}: the cache was deleted, or "
+            "the model was written over; run `diverse-cfg evaluate` with this configuration again"
+        )
+    return kept["codes"]
+
+
+def write_audio(
+    results: Results, sweep: Sweep, folder: str | os.PathLike, num_prompts: int, num_generations: int
+) -> dict[tuple[str, int], list[str]]:
+    """Write the first clips of the first prompts of every system as WAV files of one loudness.
+
+    Nothing is generated: the clips are those that were measured. Files that are there already are kept: they
+    are named after the content of their clips.
+
+    Args:
+        results: of the sweep; failed systems have no clips.
+        sweep: that made them; its cache holds the codes.
+        folder: of the page; the files go to `audio/` below it.
+        num_prompts: how many prompts.
+        num_generations: how many clips of each.
+
+    Returns:
+        (system, prompt index) → paths relative to `folder`.
+
+    Raises:
+        ValueError: clips that are not in the cache.
+    """
+    folder = Path(folder)
+    num_prompts = min(num_prompts, len(sweep.clips.prompts))
+    num_generations = min(num_generations, sweep.clips.num_generations)
+    files: dict[tuple[str, int], list[str]] = {}
+    for index, row in enumerate(results.systems):
+        if not row.ok:
+            continue
+        codes = kept_codes(row.system, sweep)
+        player = Player(row.system.replicates[0], sweep.device)
+        place = Path("audio") / f"{index:02d}-{slug(row.system.name, default='system')}"
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        for prompt in range(num_prompts):
+            first = prompt * sweep.clips.num_generations
+            files[row.system.name, prompt] = _write_clips(
+                folder, place, prompt, codes[first : first + num_generations], player
+            )
+    return files
+
+
+def _write_clips(folder: Path, place: Path, prompt: int, codes: np.ndarray, player: Player) -> list[str]:
+    names = [
+        f"{prompt:02d}-{number}-{hashlib.blake2b(clip.tobytes(), digest_size=4).hexdigest()}.wav"
+        for number, clip in enumerate(codes)
+    ]
+    missing = [number for number, name in enumerate(names) if not (folder / place / name).is_file()]
+    if missing:
+        audio = player.decode(torch.from_numpy(codes[missing].astype("int64")))
+        for number, waveform in zip(missing, audio, strict=True):
+            loud = torch.from_numpy(normalised(waveform.numpy(), player.sampling_rate))
+            write_wav(folder / place / names[number], loud, player.sampling_rate)
+    return [(place / name).as_posix() for name in names]

@@ -296,12 +296,12 @@ def dominated(results: Results, arms: Arms, x: str, y: str) -> str:
 def number(results: Results, system: str, metric: str) -> str:
     """One number as text; a dash where it was not measured."""
     rows = [row for row in results.usable if row.system.name == system]
-    return rows[0].metrics.get(metric, Estimate(None)).text() if rows else "–"
+    return rows[0].number(metric).text() if rows else "–"
 
 
 def ratio(results: Results, first: str, second: str, metric: str) -> str:
     """How many times the first's mean the second's is; a dash where one was not measured."""
-    values = [results[name].metrics.get(metric, Estimate(None)).estimate for name in (first, second)]
+    values = [results[name].number(metric).estimate for name in (first, second)]
     return f"a factor of {values[0] / values[1]:.1f}" if values[0] and values[1] else "–"
 
 

@@ -79,7 +79,7 @@ def test_nothing_but_the_key_names_a_system(study):
 def test_the_clips_are_those_of_the_key(study, evaluated):
     """Catches sides that are swapped in the key: the win rate would be that of the other system."""
     results, sweep = evaluated
-    from diverse_cfg.evaluation.gallery import write_audio
+    from diverse_cfg.evaluation.sweep import write_audio
 
     files = write_audio(results, sweep, study.parent / "page", 4, 2)
     for trial in load_trials(study):

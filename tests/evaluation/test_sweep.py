@@ -91,7 +91,7 @@ def test_stock_generate_plays_the_same_clips_under_a_key_of_its_own(folders, tmp
     assert set(describe(system, mixture, stock.clips, 0)) - set(describe(system, mixture, fast.clips, 0)) == {
         "rollout_backend"
     }
-    assert fast._settings()["rollout_backend"] == "fast"
+    assert fast._settings([])["rollout_backend"] == "fast"
 
 
 def test_batches_do_not_matter(folders, tmp_path, monkeypatch):

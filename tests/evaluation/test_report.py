@@ -15,9 +15,10 @@ import soundfile
 import torch
 
 from diverse_cfg.acoustics import loudness
-from diverse_cfg.evaluation.gallery import Picture, write_audio, write_gallery
 from diverse_cfg.evaluation.generations import Player
+from diverse_cfg.evaluation.report import Picture, write_gallery
 from diverse_cfg.evaluation.results import Results
+from diverse_cfg.evaluation.sweep import write_audio
 from diverse_cfg.evaluation.systems import System, single
 from tests.evaluation.worlds import save_sibling, small_sweep
 from tests.tiny import PROMPTS, save_tiny
