@@ -2,23 +2,25 @@
 
 A feature turns a batch of clips into one row per clip. Each names what it depends on (its `fingerprint`),
 which together with the clips' description is the key under which its rows are kept. Metrics are cheap
-functions of these rows.
+functions of these rows. `reference_embeddings` are those of a folder of recordings, for the distances to real music.
 """
 
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import soundfile
 import torch
 from torch import Tensor
 
-from diverse_cfg import acoustics
+from diverse_cfg import acoustics, rewards
 from diverse_cfg.embeddings import Embedder, audio
-from diverse_cfg.evaluation.cache import Cache, content_digest, file_digest
+from diverse_cfg.evaluation.cache import Cache, content_digest, digest, file_digest, weights_digest
 from diverse_cfg.evaluation.generations import Player, Progress
 from diverse_cfg.evaluation.systems import System
 from diverse_cfg.functional import codebooks, guidance
@@ -27,9 +29,12 @@ from diverse_cfg.musicgen import policy, sampling
 from diverse_cfg.musicgen.policy import code_logits, encode_text
 from diverse_cfg.musicgen.sampling import SamplingSettings, sampling_logits
 from diverse_cfg.nano import attributes, rules
+from diverse_cfg.rewards import AestheticsReward, TextAdherenceReward
 from diverse_cfg.threads import EVALUATION
 from diverse_cfg.types import TextCondition
 
+AESTHETICS_AXES = {"aesthetics_ce": "CE", "aesthetics_pq": "PQ"}
+_EXTENSIONS = (".wav", ".flac", ".ogg", ".mp3")
 _CHUNK = 64  # clips whose audio is in memory at once
 _LOGIT_BYTES = 256 * 2**20
 
@@ -164,6 +169,62 @@ class ValidityFeature:
         return _floats(acoustics.validity(batch.waveforms, batch.sampling_rate))
 
 
+class _RewardFeature:
+    """What a reward function of single clips gives, as the column `score`."""
+
+    score: Any
+
+    def compute(self, batch: Batch) -> dict[str, np.ndarray]:
+        audio = {"sampling_rate": batch.sampling_rate, "waveforms": batch.waveforms}
+        return _floats({"score": self.score(prompts=batch.prompts, **audio)})
+
+
+class TextAdherenceFeature(_RewardFeature):
+    """Cosine between a clip and its prompt, `score`. Where it was a reward, it is no judge.
+
+    Args:
+        embedder: with `embed` and `embed_text`, such as `ClapEmbedder`.
+        source: its folder or id.
+    """
+
+    name = "text"
+
+    def __init__(self, embedder: Any, source: str):
+        self.score = TextAdherenceReward(embedder)
+        self.fingerprint = {
+            "feature": "text",
+            "encoder": embedder.name,
+            "content": content_digest(source),
+            "code": code_digest(rewards.__name__, type(embedder).__module__, audio.__name__),
+        }
+
+
+class AestheticsFeature(_RewardFeature):
+    """One axis of Audiobox-Aesthetics, `score`, about 1 to 10.
+
+    Args:
+        name: one of `AESTHETICS_AXES`.
+        model: an `AesMultiOutput`; by default that of the Hub. Both axes may share it.
+        device: where it runs.
+    """
+
+    def __init__(self, name: str, model: Any = None, device: str | None = None):
+        self.name = name
+        self.score = AestheticsReward(AESTHETICS_AXES[name], model, device)
+        try:
+            package = version("audiobox_aesthetics")
+        except PackageNotFoundError:
+            package = "none"
+        self.fingerprint = {
+            "feature": name,
+            "model": type(self.score.model).__name__,
+            "package": package,
+            "weights": weights_digest(self.score.model),
+            "scale": {key: float(value) for key, value in self.score.scale.items()},
+            "code": code_digest(rewards.__name__, audio.__name__),
+        }
+
+
 class DivergenceFeature:
     """KL(system ‖ teacher) of the distributions that codes are drawn from, on the system's own clips.
 
@@ -293,3 +354,62 @@ def compute_features(
 
 def _floats(columns: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {name: np.asarray(values, dtype=np.float64) for name, values in columns.items()}
+
+
+def reference_embeddings(
+    folder: str | Path, feature: EmbeddingFeature, clip_seconds: float, cache: Cache
+) -> np.ndarray:
+    """Embeddings of the audio files of a folder, cut into clips of the length that is evaluated [C, D].
+
+    Each file has its own sampling rate, which the encoder is told. Files shorter than a clip are left out.
+
+    Args:
+        folder: with audio files, also in folders below.
+        feature: of the held-out encoder; it must read waveforms.
+        clip_seconds: length of a clip.
+        cache: where the embeddings are kept.
+
+    Raises:
+        FileNotFoundError: no such folder, or no audio in it.
+        ValueError: an encoder that reads codes, a file that is no audio, or fewer than two clips.
+    """
+    folder = Path(folder)
+    if feature.embedder.reads != "waveforms":
+        raise ValueError(
+            f"encoder {feature.embedder.name!r} reads codes, and reference audio has none: take one that "
+            "reads waveforms as heldout_encoder"
+        )
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _EXTENSIONS)
+    if not files:
+        raise FileNotFoundError(f"reference folder {folder} holds no audio ({', '.join(_EXTENSIONS)})")
+    description = {
+        "files": digest([file_digest(path) for path in files]),
+        "clip_seconds": clip_seconds,
+        **feature.fingerprint,
+    }
+    kept = cache.load("reference", description)
+    if kept is not None:
+        return kept["values"]
+    parts = [_embed_recording(path, feature, clip_seconds) for path in files]
+    values = np.concatenate([part for part in parts if part is not None] or [np.empty((0, 1))])
+    values = values[np.isfinite(values).all(axis=1)]
+    if len(values) < 2:
+        raise ValueError(
+            f"{folder} gives {len(values)} clips of {clip_seconds:g} s, and a distribution needs at least "
+            "2: add files"
+        )
+    cache.save("reference", description, {"values": values})
+    return values
+
+
+def _embed_recording(path: Path, feature: EmbeddingFeature, clip_seconds: float) -> np.ndarray | None:
+    try:
+        audio, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{path} cannot be read as audio ({error}): remove or repair it") from error
+    length = round(clip_seconds * rate)
+    mono = torch.from_numpy(audio).mean(dim=1)
+    count = len(mono) // length
+    if not count:
+        return None
+    return feature.embed(mono[: count * length].view(count, length), rate)

@@ -20,17 +20,18 @@ from typing import Any
 from diverse_cfg.assets import nano_path
 from diverse_cfg.embeddings import load_embedder
 from diverse_cfg.evaluation.cache import Cache
-from diverse_cfg.evaluation.external import AestheticsFeature, TextAdherenceFeature
 from diverse_cfg.evaluation.features import (
+    AestheticsFeature,
     DivergenceFeature,
     EmbeddingFeature,
     Feature,
     JudgeFeature,
     RulesFeature,
+    TextAdherenceFeature,
     ValidityFeature,
+    reference_embeddings,
 )
 from diverse_cfg.evaluation.generations import ClipSet, Player
-from diverse_cfg.evaluation.reference import reference_embeddings
 from diverse_cfg.evaluation.signatures import Arms
 from diverse_cfg.evaluation.sweep import Sweep
 from diverse_cfg.evaluation.systems import System, expand_systems, single

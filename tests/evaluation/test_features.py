@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from diverse_cfg.evaluation.external import AestheticsFeature, TextAdherenceFeature
 from diverse_cfg.evaluation.features import (
+    AestheticsFeature,
     Batch,
     DivergenceFeature,
     EmbeddingFeature,
     RulesFeature,
+    TextAdherenceFeature,
     ValidityFeature,
     code_digest,
 )

@@ -13,9 +13,8 @@ from diverse_cfg.cli import main
 from diverse_cfg.embeddings.contrastive import ContrastiveConfig, ContrastiveEmbedder, ContrastiveEncoder
 from diverse_cfg.evaluation import report
 from diverse_cfg.evaluation.cache import Cache
-from diverse_cfg.evaluation.features import EmbeddingFeature
+from diverse_cfg.evaluation.features import EmbeddingFeature, reference_embeddings
 from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
-from diverse_cfg.evaluation.reference import reference_embeddings
 from diverse_cfg.evaluation.results import Results
 from diverse_cfg.settings import read_settings
 from tests import oracles
