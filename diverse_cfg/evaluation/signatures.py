@@ -5,8 +5,9 @@ difference ("reaches the quality of guidance") holds when the interval excludes 
 margin, named beforehand: a wide interval around zero is no evidence of equality.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -22,6 +23,16 @@ from diverse_cfg.untrusted import markdown
 
 HOLDS, FAILS, OPEN, MISSING = "holds", "fails", "not shown", "not measured"
 """Verdicts: shown; the opposite is shown; the interval allows both; a system or metric is missing."""
+
+
+_TITLES = (
+    "Distillation alone reaches the quality of guidance at half the cost, and loses its diversity",
+    "The diversity reward restores diversity at a small price in quality",
+    "Between the two students, diversity follows the straight line and quality lies above it",
+    "The merges have a larger hypervolume than guidance and temperature, above the guided base's diversity and the "
+    "base's quality",
+    "The uniform average of all students lies on or near that front",
+)
 
 
 @dataclass(frozen=True)
@@ -106,64 +117,75 @@ def signatures(
         margin: loss of quality that still counts as "the quality of".
         diversity_margin: distance from the straight line that still counts as "on the line".
     """
-    test = _Tests(results)
     base, guided, student, diverse = arms.base, arms.guided, arms.quality, arms.diverse
     merges = merges_of(results, arms)
-    front = [row.system.name for row in merges]
+    kept = f"(a loss of {margin:g} at most)"
 
-    def corner() -> tuple[float, float]:
-        return useful_corner(results, arms, diversity, quality)
+    def more(claim: str, system: str, other: str, metric: str, by: float = 0.0) -> Evidence:
+        return claimed(claim, lambda: results.difference(system, other, metric), above=by)
 
-    return [
-        Signature(
-            1,
-            "Distillation alone reaches the quality of guidance at half the cost, and loses its diversity",
-            (
-                test.less("its KL to the guided teacher is below the base's", student, base, "kl_teacher"),
-                test.no_less("it has the quality of the guided base", student, guided, quality, margin),
-                test.less(
-                    "it costs fewer decoder rows than the guided base", student, guided, "decoder_rows"
-                ),
-                test.less("it is less diverse than the base", student, base, diversity),
+    def less(claim: str, system: str, other: str, metric: str) -> Evidence:
+        return claimed(claim, lambda: results.difference(system, other, metric), below=0.0)
+
+    def larger_front(pool: Sequence[str]) -> Estimate:
+        front, corner = [row.system.name for row in merges], useful_corner(results, arms, diversity, quality)
+        return results.hypervolume_difference(front, members(results, pool), diversity, quality, corner)
+
+    evidence = (
+        (
+            less("its KL to the guided teacher is below the base's", student, base, "kl_teacher"),
+            more(f"it has the quality of the guided base {kept}", student, guided, quality, by=-margin),
+            less("it costs fewer decoder rows than the guided base", student, guided, "decoder_rows"),
+            less("it is less diverse than the base", student, base, diversity),
+        ),
+        (
+            more("it is more diverse than the guided base", diverse, guided, diversity),
+            more("it is more diverse than the base", diverse, base, diversity),
+            more("it keeps a better quality than the base", diverse, base, quality),
+        ),
+        (
+            claimed(
+                f"diversity is on the line (within ±{diversity_margin:g})",
+                lambda: _mean_above_line(merges, diversity),
+                above=-diversity_margin,
+                below=diversity_margin,
+            ),
+            claimed("quality is above the line", lambda: _mean_above_line(merges, quality), above=0.0),
+        ),
+        tuple(
+            claimed(f"larger hypervolume than {name}", partial(larger_front, pool), above=0.0)
+            for name, pool in arms.pools.items()
+        )
+        or (Evidence("larger hypervolume than guidance and temperature", None, MISSING),),
+        (
+            claimed(
+                f"quality of the front at its diversity {kept}",
+                lambda: _beside_front(results[arms.uniform or ""], merges, diversity, quality),
+                above=-margin,
             ),
         ),
-        Signature(
-            2,
-            "The diversity reward restores diversity at a small price in quality",
-            (
-                test.more("it is more diverse than the guided base", diverse, guided, diversity),
-                test.more("it is more diverse than the base", diverse, base, diversity),
-                test.more("it keeps a better quality than the base", diverse, base, quality),
-            ),
-        ),
-        Signature(
-            3,
-            "Between the two students, diversity follows the straight line and quality lies above it",
-            (
-                test.on_line("diversity is on the line", merges, diversity, diversity_margin),
-                test.above_line("quality is above the line", merges, quality),
-            ),
-        ),
-        Signature(
-            4,
-            "The merges have a larger hypervolume than guidance and temperature, above the guided base's diversity "
-            "and the base's quality",
-            tuple(
-                test.larger_front(f"larger hypervolume than {name}", front, pool, diversity, quality, corner)
-                for name, pool in arms.pools.items()
-            )
-            or (Evidence("larger hypervolume than guidance and temperature", None, MISSING),),
-        ),
-        Signature(
-            5,
-            "The uniform average of all students lies on or near that front",
-            (
-                test.near_front(
-                    "quality of the front at its diversity", arms.uniform, merges, diversity, quality, margin
-                ),
-            ),
-        ),
-    ]
+    )
+    titled = zip(_TITLES, evidence, strict=True)
+    return [Signature(number, title, claims) for number, (title, claims) in enumerate(titled, start=1)]
+
+
+def claimed(
+    claim: str, measure: Callable[[], Estimate], *, above: float | None = None, below: float | None = None
+) -> Evidence:
+    """One claim: that an interval lies above a bound, below one, or between two.
+
+    What was not measured (`measure` raises a ValueError: a system failed, is flagged or was not evaluated, or a
+    metric was not measured) is said so, and is neither shown nor refuted.
+    """
+    try:
+        found = measure()
+    except ValueError:
+        return Evidence(claim, None, MISSING)
+    if found.low is None or found.high is None:
+        return Evidence(claim, found, OPEN)
+    holds = (above is None or found.low > above) and (below is None or found.high < below)
+    fails = (above is not None and found.high < above) or (below is not None and found.low > below)
+    return Evidence(claim, found, HOLDS if holds else FAILS if fails else OPEN)
 
 
 def useful_corner(results: Results, arms: Arms, x: str, y: str) -> tuple[float, float]:
@@ -211,71 +233,6 @@ def to_markdown(found: Sequence[Signature]) -> str:
         table = markdown_table(["claim", "difference", "verdict"], claims)
         parts.append(f"### {signature.number}. {signature.title}: **{signature.verdict}**\n\n{table}\n")
     return "\n".join(parts)
-
-
-class _Tests:
-    """Claims as tests; what was not measured is said so, and is neither shown nor refuted."""
-
-    def __init__(self, results: Results):
-        self.results = results
-
-    def more(self, claim: str, system: str, other: str, metric: str) -> Evidence:
-        return self._judged(claim, lambda: self.results.difference(system, other, metric), above=0.0)
-
-    def less(self, claim: str, system: str, other: str, metric: str) -> Evidence:
-        return self._judged(claim, lambda: self.results.difference(system, other, metric), below=0.0)
-
-    def no_less(self, claim: str, system: str, other: str, metric: str, margin: float) -> Evidence:
-        claim = f"{claim} (a loss of {margin:g} at most)"
-        return self._judged(claim, lambda: self.results.difference(system, other, metric), above=-margin)
-
-    def on_line(self, claim: str, merges: Sequence[SystemResult], metric: str, margin: float) -> Evidence:
-        def found() -> Estimate:
-            return _mean_above_line(merges, metric)
-
-        return self._judged(f"{claim} (within ±{margin:g})", found, above=-margin, below=margin)
-
-    def above_line(self, claim: str, merges: Sequence[SystemResult], metric: str) -> Evidence:
-        return self._judged(claim, lambda: _mean_above_line(merges, metric), above=0.0)
-
-    def larger_front(
-        self,
-        claim: str,
-        front: Sequence[str],
-        pool: Sequence[str],
-        x: str,
-        y: str,
-        corner: Callable[[], tuple[float, float]],
-    ) -> Evidence:
-        def found() -> Estimate:
-            return self.results.hypervolume_difference(front, members(self.results, pool), x, y, corner())
-
-        return self._judged(claim, found, above=0.0)
-
-    def near_front(
-        self, claim: str, system: str | None, merges: Sequence[SystemResult], x: str, y: str, margin: float
-    ) -> Evidence:
-        claim = f"{claim} (a loss of {margin:g} at most)"
-        if system is None:
-            return Evidence(claim, None, MISSING)
-        return self._judged(claim, lambda: _beside_front(self.results[system], merges, x, y), above=-margin)
-
-    def _judged(
-        self,
-        claim: str,
-        measure: Callable[[], Estimate],
-        above: float | None = None,
-        below: float | None = None,
-    ) -> Evidence:
-        try:
-            found = measure()
-        except ValueError:  # a system failed, is flagged or was not evaluated; or a metric was not measured
-            return Evidence(claim, None, MISSING)
-        if found.low is None or found.high is None:
-            return Evidence(claim, found, OPEN)
-        holds = (above is None or found.low > above) and (below is None or found.high < below)
-        fails = (above is not None and found.high < above) or (below is not None and found.low > below)
-        return Evidence(claim, found, HOLDS if holds else FAILS if fails else OPEN)
 
 
 def merges_of(results: Results, arms: Arms) -> list[SystemResult]:
@@ -326,6 +283,6 @@ def _beside_front(row: SystemResult, merges: Sequence[SystemResult], x: str, y: 
 
 
 def _require(metric: str, *rows: SystemResult) -> None:
-    missing: Iterable[str] = (row.system.name for row in rows if metric not in row.cells)
-    for name in missing:
-        raise ValueError(f"system {name!r} has no {metric!r} per prompt")
+    for row in rows:
+        if metric not in row.cells:
+            raise ValueError(f"system {row.system.name!r} has no {metric!r} per prompt")
