@@ -41,12 +41,15 @@ _LOGIT_BYTES = 256 * 2**20
 
 @dataclass
 class Batch:
-    """Some clips of one replicate, decoded when a feature asks for audio."""
+    """Clips of one replicate, decoded when a feature asks for audio."""
 
     system: System
     player: Player
     prompts: list[str]  # one per clip
     codes: Tensor  # [B, K, T]
+
+    def __getitem__(self, rows: slice) -> "Batch":
+        return Batch(self.system, self.player, self.prompts[rows], self.codes[rows])
 
     @property
     def sampling_rate(self) -> int:
@@ -301,40 +304,28 @@ def _distribution(model: Any, codes: Tensor, condition: TextCondition, sampling:
 
 
 def compute_features(
-    system: System,
-    player: Player,
-    prompts: Sequence[str],
-    codes: np.ndarray,
+    clips: Batch,
     description: Mapping[str, Any],
     features: Sequence[Feature],
     cache: Cache,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """All features of the clips of one replicate and seed, from the cache or newly computed.
+    """All features of clips, from the cache or newly computed.
 
     Args:
-        system: that played the clips.
-        player: its replicate; loaded only if something is missing.
-        prompts: P.
-        codes: [N, K, T], N = P·G.
+        clips: of one replicate and seed; its model is loaded only if something is missing.
         description: of the clips, see `generations.describe`.
         features: what is wanted.
         cache: where it is kept.
-        progress: told the number of clips done, of N in all.
+        progress: told the number of clips done.
     """
     keys = {feature.name: {"clips": dict(description), **feature.fingerprint} for feature in features}
-    found = {feature.name: cache.load("features", keys[feature.name]) for feature in features}
+    found = {name: cache.load("features", key) for name, key in keys.items()}
     missing = [feature for feature in features if found[feature.name] is None]
-    if not missing:
-        if progress:
-            progress(len(codes))
-        return {name: rows for name, rows in found.items() if rows is not None}
-    per_clip = [prompt for prompt in prompts for _ in range(len(codes) // len(prompts))]
     parts: dict[str, list[dict[str, np.ndarray]]] = {feature.name: [] for feature in missing}
-    with EVALUATION.measured(torch.device(player.device).type) as done:
-        for start in range(0, len(codes), _CHUNK):
-            rows = slice(start, start + _CHUNK)
-            batch = Batch(system, player, per_clip[rows], torch.from_numpy(codes[rows].astype(np.int64)))
+    with EVALUATION.measured(torch.device(clips.player.device).type) as done:
+        for start in range(0, len(clips.codes) if missing else 0, _CHUNK):
+            batch = clips[start : start + _CHUNK]
             for feature in missing:
                 computed = feature.compute(batch)
                 wrong = [name for name, values in computed.items() if len(values) != len(batch.prompts)]
@@ -344,11 +335,10 @@ def compute_features(
             if progress:
                 progress(len(batch.prompts))
             done(len(batch.prompts))
-    for feature in missing:
-        of_feature = parts[feature.name]
-        rows_of = {name: np.concatenate([part[name] for part in of_feature]) for name in of_feature[0]}
-        cache.save("features", keys[feature.name], rows_of)
-        found[feature.name] = rows_of
+    for name, of_feature in parts.items():
+        rows = {column: np.concatenate([part[column] for part in of_feature]) for column in of_feature[0]}
+        cache.save("features", keys[name], rows)
+        found[name] = rows
     return {name: rows for name, rows in found.items() if rows is not None}
 
 

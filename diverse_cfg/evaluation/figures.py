@@ -20,7 +20,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox
 
-from diverse_cfg.evaluation.metrics import METRICS
+from diverse_cfg.evaluation.metrics import METRICS, require_known
 from diverse_cfg.evaluation.results import Estimate, Results, SystemResult, above_line, mean_estimate
 from diverse_cfg.plotting import LEGEND, STYLE, Look, new_figure, save
 
@@ -265,9 +265,7 @@ def trajectories(
 
 
 def _with_metrics(results: Results, names: Sequence[str]) -> list[SystemResult]:
-    for name in names:
-        if name not in METRICS:
-            raise ValueError(f"unknown metric {name!r}; known: {', '.join(METRICS)}")
+    require_known(names)
     rows = [row for row in results.usable if all(row.number(name).estimate is not None for name in names)]
     if not rows:
         raise ValueError(f"no system has {' and '.join(names)}: there is nothing to draw")

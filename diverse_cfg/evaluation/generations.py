@@ -9,7 +9,6 @@ import platform
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -129,21 +128,11 @@ class Player:
         steps = num_decoder_steps(num_frames, delays(self.model))
         return steps * (2 if system.sampling.guided else 1)
 
-    @contextmanager
-    def timed(self):
-        """A function that tells the seconds since, with the device's queue empty."""
-        self._wait()
-        started = time.perf_counter()
-
-        def seconds() -> float:
-            self._wait()
-            return time.perf_counter() - started
-
-        yield seconds
-
-    def _wait(self) -> None:
+    def clock(self) -> float:
+        """Seconds, with the device's queue empty."""
         if torch.device(self.device).type == "cuda":
             torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 def describe(system: System, mixture: Mixture, clips: ClipSet, seed: int) -> dict[str, Any]:
@@ -202,24 +191,24 @@ def generations(
         prompts = list(clips.prompts[start : start + per_batch])
         first = start * clips.num_generations
         count = len(prompts) * clips.num_generations
-        with player.timed() as elapsed:
-            rollout = fast_generate(
-                player.model,
-                prompts,
-                processor=player.processor,
-                num_frames=clips.num_frames,
-                guidance_scale=sampling.guidance_scale,
-                temperature=sampling.temperature,
-                top_k=sampling.top_k,
-                seed=seed,
-                num_generations=clips.num_generations,
-                batch_size=count,
-                rollout_backend=clips.rollout_backend,
-                sample_ids=range(first, first + count),
-                decode=False,
-                weights=weights,
-            )
-            spent = elapsed()
+        started = player.clock()
+        rollout = fast_generate(
+            player.model,
+            prompts,
+            processor=player.processor,
+            num_frames=clips.num_frames,
+            guidance_scale=sampling.guidance_scale,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            seed=seed,
+            num_generations=clips.num_generations,
+            batch_size=count,
+            rollout_backend=clips.rollout_backend,
+            sample_ids=range(first, first + count),
+            decode=False,
+            weights=weights,
+        )
+        spent = player.clock() - started
         codes.append(rollout.codes.to("cpu", torch.int32))
         seconds += [spent / count] * count
         batches += [start // per_batch] * count

@@ -6,8 +6,8 @@ not exist, and metrics whose ingredients are missing, before anything is generat
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,15 +22,14 @@ class Replicate:
     """Features of the clips of one training seed, and what they are compared with.
 
     Args:
-        features: feature → column → rows [P, S, G, ...], S sampling seeds.
+        features: feature → column → rows [P, S, G, ...], S sampling seeds; `timing` is what generating the clips took
+            (`seconds`, `batch`, `decoder_rows`).
         codes: [P, S, G, K, T].
-        timing: column → rows [P, S, G] of the generation (`seconds`, `batch`, `decoder_rows`).
         reference: embeddings of reference audio under the held-out encoder [C, D], or None.
     """
 
     features: Mapping[str, Mapping[str, np.ndarray]]
     codes: np.ndarray
-    timing: Mapping[str, np.ndarray] = field(default_factory=dict)
     reference: np.ndarray | None = None
 
     def clips(self, feature: str, column: str) -> np.ndarray:
@@ -64,11 +63,6 @@ def clip_mean(feature: str, column: str) -> ByPrompt:
         return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
     return cells
-
-
-def timing_mean(column: str) -> ByPrompt:
-    """Cells: mean over the clips of each prompt of what generating them took."""
-    return lambda replicate: replicate.timing[column].reshape(len(replicate.codes), -1).mean(axis=1)
 
 
 # ---- diversity -----------------------------------------------------------------------------------
@@ -233,6 +227,13 @@ def register(metric: Metric) -> None:
     METRICS[metric.name] = metric
 
 
+def require_known(names: Iterable[str]) -> None:
+    """Refuse names that are no metric, by a ValueError that lists what there is."""
+    unknown = [name for name in names if name not in METRICS]
+    if unknown:
+        raise ValueError(f"unknown metric {', '.join(map(repr, unknown))}; known: {', '.join(METRICS)}")
+
+
 def require(
     names: Sequence[str] | None, available: set[str], num_generations: int, num_prompts: int
 ) -> list[Metric]:
@@ -253,9 +254,7 @@ def require(
         raise ValueError(
             f"metrics must be a list of names, got {names!r}; leave it out for all that can be computed"
         )
-    unknown = [name for name in names if name not in METRICS]
-    if unknown:
-        raise ValueError(f"unknown metric {', '.join(map(repr, unknown))}; known: {', '.join(METRICS)}")
+    require_known(names)
     for name in names:
         obstacle = _obstacle(METRICS[name], available, num_generations, num_prompts)
         if obstacle:
@@ -369,10 +368,10 @@ for _name, _label, _column, _better, _unit, _text in (
     register(Metric(_name, _label, _text, _better, ("validity",), _mean, unit=_unit, is_share=not _unit))
 
 _text = "Rows that the decoder computes for one clip: its steps, twice with guidance."
-_rows = timing_mean("decoder_rows")
+_rows = clip_mean("timing", "decoder_rows")
 register(Metric("decoder_rows", "decoder rows", _text, -1, ("timing",), _rows, unit="per clip"))
 _text = "Seconds to sample the codes of one clip, in batches, on the machine that the results name."
-_seconds = timing_mean("seconds")
+_seconds = clip_mean("timing", "seconds")
 register(
     Metric("seconds", "sampling time", _text, -1, ("timing",), _seconds, unit="s per clip", cluster="batch")
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 from diverse_cfg.acoustics import TARGET_LUFS
 from diverse_cfg.atomic import alone, write_text
 from diverse_cfg.evaluation.figures import front, merge_curve, trajectories
-from diverse_cfg.evaluation.metrics import METRICS
+from diverse_cfg.evaluation.metrics import METRICS, require_known
 from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
 from diverse_cfg.evaluation.results import Results, SystemResult
 from diverse_cfg.evaluation.signatures import Arms, signatures, to_markdown
@@ -63,9 +63,7 @@ def evaluate(
         ValueError, FileNotFoundError: whatever is wrong with the configuration, before anything is
             generated; or every system failed.
     """
-    for name in (config.x, config.y):
-        if name is not None and name not in METRICS:
-            raise ValueError(f"unknown metric {name!r} for an axis; known: {', '.join(METRICS)}")
+    require_known(name for name in (config.x, config.y) if name is not None)
     sweep, systems = build_sweep(config)
     _check_axes(config, sweep, systems)
     with alone(config.output):
@@ -165,9 +163,7 @@ def write_gallery(
         ValueError: a metric that does not exist.
     """
     names = list(metrics or results.metrics)
-    unknown = [name for name in names if name not in METRICS]
-    if unknown:
-        raise ValueError(f"unknown metric {unknown[0]!r}; known: {', '.join(METRICS)}")
+    require_known(names)
     shown = sorted({prompt for _, prompt in files})
     beside = [name for name in names if METRICS[name].cells is not None and METRICS[name].better]
     page = {

@@ -386,7 +386,7 @@ def clusters_of(metric: Metric, replicates: Sequence[Replicate]) -> np.ndarray |
     """What is independent in a metric's cells, a label per prompt [P]; None if it is the prompts."""
     if metric.cluster == "prompt":
         return None
-    return replicates[0].timing[metric.cluster][:, 0, 0]
+    return replicates[0].features["timing"][metric.cluster][:, 0, 0]
 
 
 def mean_estimate(cells: np.ndarray, clusters: Sequence[int] | None = None) -> Estimate:

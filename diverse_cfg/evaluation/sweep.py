@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from diverse_cfg.acoustics import normalised
 from diverse_cfg.evaluation.cache import Cache, digest
-from diverse_cfg.evaluation.features import Feature, compute_features
+from diverse_cfg.evaluation.features import Batch, Feature, compute_features
 from diverse_cfg.evaluation.generations import ClipSet, Player, describe, generations
 from diverse_cfg.evaluation.metrics import METRICS, Metric, Replicate, require
 from diverse_cfg.evaluation.results import Results, SystemResult, clusters_of, estimate, mean_estimate
@@ -134,38 +134,26 @@ class Sweep:
     def _replicate(self, system: System, mixture: Mixture, bar: tqdm | None) -> Replicate:
         player = Player(mixture, self.device)
         update = None if bar is None else bar.update
+        prompts = [prompt for prompt in self.clips.prompts for _ in range(self.clips.num_generations)]
         by_seed = []
         for seed in self.clips.seeds:
-            played = generations(system, player, self.clips, seed, self.cache, update)
-            features = compute_features(
-                system,
-                player,
-                self.clips.prompts,
-                played["codes"],
-                describe(system, mixture, self.clips, seed),
-                self.features,
-                self.cache,
-                update,
-            )
-            by_seed.append((played, features))
-        timing = {
-            name: self._grouped([played[name] for played, _ in by_seed])
-            for name in ("seconds", "batch", "decoder_rows")
-        }
-        features = {
-            feature.name: {
-                column: self._grouped([found[feature.name][column] for _, found in by_seed])
-                for column in by_seed[0][1][feature.name]
-            }
-            for feature in self.features
-        }
-        codes = self._grouped([played["codes"] for played, _ in by_seed])
-        return Replicate(features, codes, timing, self.reference)
-
-    def _grouped(self, by_seed: list[np.ndarray]) -> np.ndarray:
-        """Rows [N, ...] of each seed as [P, S, G, ...]."""
+            timing = generations(system, player, self.clips, seed, self.cache, update)
+            codes = timing.pop("codes")
+            clips = Batch(system, player, prompts, torch.from_numpy(codes.astype(np.int64)))
+            description = describe(system, mixture, self.clips, seed)
+            features = compute_features(clips, description, self.features, self.cache, update)
+            by_seed.append({"codes": {"codes": codes}, "timing": timing, **features})
         shape = (len(self.clips.prompts), self.clips.num_generations)
-        return np.stack([rows.reshape(*shape, *rows.shape[1:]) for rows in by_seed], axis=1)
+        features = {
+            name: {
+                column: np.stack(
+                    [one[name][column].reshape(*shape, *rows.shape[1:]) for one in by_seed], axis=1
+                )
+                for column, rows in columns.items()
+            }
+            for name, columns in by_seed[0].items()
+        }
+        return Replicate(features, features["codes"]["codes"], self.reference)
 
     def _flags(self, replicates: list[Replicate]) -> list[str]:
         flags = []

@@ -12,7 +12,6 @@ from diverse_cfg.evaluation.metrics import (
     clip_mean,
     codebook_entropy,
     different_prompts,
-    timing_mean,
     to_reference,
     within_prompt_distance,
     within_prompt_vendi,
@@ -29,9 +28,8 @@ def replicate(values=None, **columns):
     if values is None:
         values = generator.normal(size=(P, S, G, D))
     features = {"reward": {"values": values}, "heldout": {"values": values}, "judge": columns}
-    shape = values.shape[:3]
-    codes = generator.integers(0, 16, size=(*shape, 2, 6))
-    return Replicate(features, codes, {"seconds": generator.uniform(size=shape)})
+    codes = generator.integers(0, 16, size=(*values.shape[:3], 2, 6))
+    return Replicate(features, codes)
 
 
 def test_diversity_is_the_mean_over_pairs_of_one_group():
@@ -124,11 +122,6 @@ def test_a_mean_leaves_out_what_a_prompt_does_not_name():
     cells = clip_mean("judge", "key")(replicate(np.zeros((2, 1, 3, D)), key=column))
     assert cells[0] == 0.5
     assert np.isnan(cells[1])
-
-
-def test_timing():
-    one = replicate()
-    np.testing.assert_allclose(timing_mean("seconds")(one), one.timing["seconds"].mean(axis=(1, 2)))
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def test_a_sweep_from_end_to_end(root, tmp_path, capsys):
         ({"rollout_backend": "vllm"}, "rollout_backend='vllm' must be one of fast, transformers"),
         ({"heldout_encoder": None, "reference": "x"}, "reference needs heldout_encoder"),
         ({"arms": {"base": "base"}}, "arms needs base, guided"),
-        ({"x": "beauty"}, "unknown metric 'beauty' for an axis"),
+        ({"x": "beauty"}, "unknown metric 'beauty'; known"),
         ({"x": "frechet"}, "x='frechet' is not measured here"),
         ({"y": "validity", "metrics": ["silence"]}, r"y='validity' is not measured here.*silence"),
         ({"x": "level", "arms": ARMS}, "x='level' is neither better"),

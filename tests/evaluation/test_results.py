@@ -98,7 +98,7 @@ def test_times_are_clustered_by_batch():
     """Catches a time per clip, equal within a batch, that passes for as many measurements as clips."""
     batch = np.repeat([0, 1, 2, 3], 10)[:, None, None]
     seconds = np.repeat([1.0, 2.0, 3.0, 4.0], 10)[:, None, None]
-    one = Replicate({}, np.zeros((40, 1, 1, 1, 1)), {"seconds": seconds, "batch": batch})
+    one = Replicate({"timing": {"seconds": seconds, "batch": batch}}, np.zeros((40, 1, 1, 1, 1)))
     found, _ = estimate(METRICS["seconds"], [one])
     assert found.estimate == 2.5
     assert found.high - found.low > 1.5  # four measurements, not forty

@@ -103,8 +103,8 @@ def test_batches_do_not_matter(folders, tmp_path, monkeypatch):
     np.testing.assert_array_equal(parts.codes, whole.codes)
     for encoder in ("reward", "heldout"):
         torch.testing.assert_close(parts.groups(encoder), whole.groups(encoder))
-    assert set(parts.timing["batch"].flatten()) == {0, 1, 2, 3}
-    assert set(whole.timing["batch"].flatten()) == {0}
+    assert set(parts.features["timing"]["batch"].flatten()) == {0, 1, 2, 3}
+    assert set(whole.features["timing"]["batch"].flatten()) == {0}
 
 
 def test_a_second_run_computes_nothing(folders, tmp_path, counted, monkeypatch):
@@ -159,10 +159,10 @@ def test_an_interrupted_sweep_goes_on(folders, tmp_path, counted, monkeypatch):
     systems = expand_systems([{"name": "a", "model": folders[0]}, {"name": "b", "model": folders[1]}])
     compute = features_module.compute_features
 
-    def interrupted(system, *args):
-        if system.name == "b":
+    def interrupted(clips, *args):
+        if clips.system.name == "b":
             raise KeyboardInterrupt
-        return compute(system, *args)
+        return compute(clips, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr("diverse_cfg.evaluation.sweep.compute_features", interrupted)
