@@ -114,12 +114,11 @@ def _check_axes(config: SweepConfig, sweep: Sweep, systems: Sequence[System]) ->
 def to_page(results: Results, pictures: Sequence[Picture], config: SweepConfig) -> str:
     """Everything as one Markdown page: findings, figures, table, glossary, how it was measured."""
     lines = ["# Results", ""]
-    if config.arms:
-        x, y = config.x or first_metric(results, DIVERSITIES), config.y or first_metric(results, QUALITIES)
-        if x and y:
-            arms = Arms(**{**config.arms, "sweeps": tuple(config.arms.get("sweeps") or ())})
-            found = signatures(results, arms, quality=y, diversity=x)
-            lines += ["## The paper's findings", "", to_markdown(found)]
+    x, y = config.x or first_metric(results, DIVERSITIES), config.y or first_metric(results, QUALITIES)
+    if config.arms and x and y:
+        arms = Arms(**{**config.arms, "sweeps": tuple(config.arms.get("sweeps") or ())})
+        found = signatures(results, arms, quality=y, diversity=x)
+        lines += ["## The paper's findings", "", to_markdown(found)]
     for picture in pictures:
         caption = markdown(picture.caption)
         lines += [f"![{caption}]({picture.file})", "", caption, ""]

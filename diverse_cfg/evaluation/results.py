@@ -101,6 +101,22 @@ class SystemResult:
         """Its number; an empty one for a metric that it does not have."""
         return self.metrics.get(metric, Estimate(None))
 
+    def by_prompt(self, metric: str) -> np.ndarray:
+        """Its cells [P, R].
+
+        Raises:
+            ValueError: it failed, or has no cells of this metric.
+        """
+        if not self.ok:
+            raise ValueError(f"system {self.system.name!r} failed: {self.error}")
+        if metric not in self.cells:
+            raise ValueError(f"system {self.system.name!r} has no {metric!r} per prompt")
+        return self.cells[metric]
+
+    def mean(self, metric: str) -> float:
+        """Mean of its cells; raises as `by_prompt`."""
+        return float(np.nanmean(self.by_prompt(metric)))
+
 
 @dataclass
 class Results:
@@ -150,7 +166,7 @@ class Results:
         Raises:
             ValueError: a system that is not there or failed, or a metric without cells.
         """
-        cells = [self._cells(name, metric) for name in (system, other)]
+        cells = [self[name].by_prompt(metric) for name in (system, other)]
         columns = shared_replicates([self[name].system for name in (system, other)])
         if columns is None:
             cells = [values.mean(axis=1, keepdims=True) for values in cells]
@@ -194,11 +210,8 @@ class Results:
         rows = [row for row in self.usable if not row.flags and {x, y} <= row.cells.keys()]
         if not rows:
             raise ValueError(f"no system has {x} and {y}, or all that have them are flagged")
-        lows = [
-            min(_sign(name) * float(np.nanmean(row.cells[name])) for row in rows) * _sign(name)
-            for name in (x, y)
-        ]
-        return lows[0], lows[1]
+        low_x, low_y = (min(_sign(n) * row.mean(n) for row in rows) * _sign(n) for n in (x, y))
+        return low_x, low_y
 
     def _volume(
         self, sets: Sequence[tuple[int, Iterable[str]]], x: str, y: str, corner: tuple[float, float]
@@ -215,7 +228,7 @@ class Results:
         columns = shared_replicates([row.system for _, row in kept])
         cells = []
         for index, (_, row) in enumerate(kept):
-            both = np.stack([self._cells(row.system.name, metric) for metric in (x, y)])
+            both = np.stack([row.by_prompt(metric) for metric in (x, y)])
             if columns is None or len(columns[0]) < 3:
                 both = both.mean(axis=2, keepdims=True)
             else:
@@ -230,14 +243,6 @@ class Results:
             return sum(sign * hypervolume(points[signs == sign], reference) for sign, _ in sets)
 
         return _jackknifed(area, *values.shape[2:])
-
-    def _cells(self, name: str, metric: str) -> np.ndarray:
-        row = self[name]
-        if not row.ok:
-            raise ValueError(f"system {name!r} failed: {row.error}")
-        if metric not in row.cells:
-            raise ValueError(f"system {name!r} has no {metric!r} per prompt")
-        return row.cells[metric]
 
     # ---- files -----------------------------------------------------------------------------------
 
@@ -442,7 +447,7 @@ def above_line(first: SystemResult, row: SystemResult, last: SystemResult, metri
     weight = row.system.merge_weight
     if weight is None:
         raise ValueError(f"system {row.system.name!r} has no merge weight, and so no place on the line")
-    return row.cells[metric] - (1 - weight) * first.cells[metric] - weight * last.cells[metric]
+    return row.by_prompt(metric) - (1 - weight) * first.by_prompt(metric) - weight * last.by_prompt(metric)
 
 
 def _set_estimate(metric: Metric, replicates: Sequence[Replicate]) -> Estimate:

@@ -197,9 +197,7 @@ def useful_corner(results: Results, arms: Arms, x: str, y: str) -> tuple[float, 
     Raises:
         ValueError: one of the two failed, or has not been evaluated by this metric.
     """
-    _require(x, results[arms.guided])
-    _require(y, results[arms.base])
-    return float(np.nanmean(results[arms.guided].cells[x])), float(np.nanmean(results[arms.base].cells[y]))
+    return results[arms.guided].mean(x), results[arms.base].mean(y)
 
 
 def members(results: Results, pool: Sequence[str]) -> list[str]:
@@ -258,7 +256,6 @@ def _ends(merges: Sequence[SystemResult]) -> tuple[SystemResult, list[SystemResu
 def _mean_above_line(merges: Sequence[SystemResult], metric: str) -> Estimate:
     """Mean over the inner merges of v(λ) − (1 − λ)·v(0) − λ·v(1), by prompt."""
     first, inner, last = _ends(merges)
-    _require(metric, first, *inner, last)
     return mean_estimate(np.mean([above_line(first, row, last, metric) for row in inner], axis=0))
 
 
@@ -270,19 +267,10 @@ def _beside_front(row: SystemResult, merges: Sequence[SystemResult], x: str, y: 
     """
     first, inner, last = _ends(merges)
     points = [first, *inner, last]
-    _require(x, row, *points)
-    _require(y, row, *points)
-    places = [float(np.nanmean(point.cells[x])) for point in points]
+    places, wanted = [point.mean(x) for point in points], row.mean(x)
     order = sorted(range(len(points)), key=places.__getitem__)
-    wanted = float(np.nanmean(row.cells[x]))
     shares = [
         np.interp(wanted, sorted(places), [float(index == k) for index in order]) for k in range(len(points))
     ]
-    front = sum(share * point.cells[y] for share, point in zip(shares, points, strict=True))
-    return mean_estimate(row.cells[y] - front)
-
-
-def _require(metric: str, *rows: SystemResult) -> None:
-    for row in rows:
-        if metric not in row.cells:
-            raise ValueError(f"system {row.system.name!r} has no {metric!r} per prompt")
+    front = sum(share * point.by_prompt(y) for share, point in zip(shares, points, strict=True))
+    return mean_estimate(row.by_prompt(y) - front)

@@ -241,7 +241,7 @@ def corners(results: Results, arms: Arms, x: str, y: str) -> str:
             results.usable,
             key=lambda row: row.metrics[x].estimate if x in row.metrics and not row.flags else 9,
         )
-        least = float(np.nanmean(last.cells[x]))
+        least = last.mean(x)
         named = {
             f"diversity of {arms.guided}, quality of {arms.base}: the claim's": near,
             f"diversity of {last.system.name}, the least; quality of {arms.base}": (least, near[1]),
@@ -277,7 +277,7 @@ def dominated(results: Results, arms: Arms, x: str, y: str) -> str:
 
     def mean(name: str) -> tuple[float, float]:
         row = results[name]  # rounded: the same clips must not beat themselves by an order of summation
-        return round(float(np.nanmean(row.cells[x])), 9), round(float(np.nanmean(row.cells[y])), 9)
+        return round(row.mean(x), 9), round(row.mean(y), 9)
 
     def beats(first: str, second: str) -> bool:
         (x1, y1), (x2, y2) = mean(first), mean(second)
@@ -332,7 +332,7 @@ def at_equal_diversity(
         return None
     order = np.argsort([np.nanmean(row.cells[x]) for row in rows])
     places = [float(np.nanmean(rows[i].cells[x])) for i in order]
-    wanted = float(np.nanmean(results[system].cells[x]))
+    wanted = results[system].mean(x)
     if not places[0] <= wanted <= places[-1]:
         return None
     shares = [np.interp(wanted, places, np.eye(len(rows))[k]) for k in range(len(rows))]
@@ -345,7 +345,7 @@ def at_equal_diversity(
 def measured_along(along: Results) -> dict[str, Log]:
     """Label of an arm → what was measured of the weights kept along it, as a log; step 0 is what it started from."""
     measured: dict[str, dict[str, Any]] = {
-        row.system.name: {name: float(np.nanmean(row.cells[name])) for name, _ in CURVES if name in row.cells}
+        row.system.name: {name: row.mean(name) for name, _ in CURVES if name in row.cells}
         | ({"flagged": True} if row.flags else {})
         | {"system": row.system.name}
         for row in along.usable
