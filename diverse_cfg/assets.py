@@ -42,3 +42,8 @@ def nano_path(part: str | None = None) -> Path:
             "reinstall the package, or rebuild it with recipes/nano"
         )
     return folder
+
+
+def source(name: str, part: str = "base") -> str:
+    """What a setting names: `nano` stands for this part of the shipped world, anything else for itself."""
+    return str(nano_path(part)) if name == "nano" else name

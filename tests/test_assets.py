@@ -52,3 +52,13 @@ def test_an_unknown_part_lists_the_known(shipped, part):
         ValueError, match="choose one of base, judge, reward-encoder, within-encoder, eval-encoder, prompts"
     ):
         assets.nano_path(part)
+
+
+def test_only_nano_stands_for_what_is_shipped(shipped):
+    """Catches a folder of the user's that is taken for a part of ours."""
+    (shipped / "judge").mkdir()
+    (shipped / "judge" / "judge.json").write_text("{}")
+    assert assets.source("nano") == str(shipped / "base") and assets.source("nano", "judge") == str(
+        shipped / "judge"
+    )
+    assert assets.source("me/nano", "judge") == "me/nano" and assets.source("judge") == "judge"

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from diverse_cfg.assets import NANO_PARTS, nano_path, source
+
 
 @dataclass(frozen=True)
 class Command:
@@ -33,22 +35,14 @@ def model_source(value: str) -> str:
     Raises:
         ValueError: neither a folder nor a Hub id.
     """
-    if value != "nano":
-        if "/" not in value and not Path(value).exists():
-            raise ValueError(f"there is no folder {value} (a Hub id is owner/name, the shipped base is nano)")
-        return value
-    from diverse_cfg.assets import nano_path
-
-    return str(nano_path())
+    if value != "nano" and "/" not in value and not Path(value).exists():
+        raise ValueError(f"there is no folder {value} (a Hub id is owner/name, the shipped base is nano)")
+    return source(value)
 
 
 def prompt_source(value: str) -> str:
     """A prompt dataset as `load_prompts` takes it: `nano` stands for the prompts that are shipped with us."""
-    if value != "nano":
-        return value
-    from diverse_cfg.assets import nano_path
-
-    return str(nano_path("prompts"))
+    return source(value, "prompts")
 
 
 def embedder_source(value: str) -> str:
@@ -56,6 +50,4 @@ def embedder_source(value: str) -> str:
     nano's."""
     if not value.endswith("-encoder") or Path(value).exists():
         return value
-    from diverse_cfg.assets import NANO_PARTS, nano_path
-
     return str(nano_path(value)) if value in NANO_PARTS else value

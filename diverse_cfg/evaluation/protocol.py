@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from diverse_cfg.assets import nano_path
+from diverse_cfg.assets import source
 from diverse_cfg.embeddings import load_embedder
 from diverse_cfg.evaluation.cache import Cache
 from diverse_cfg.evaluation.features import (
@@ -158,7 +158,7 @@ def build_sweep(config: SweepConfig) -> tuple[Sweep, list[System]]:
     device = torch_device(config.device)
     prompts = held_out_prompts(config)
     cache = Cache(Path(config.output) / "cache")
-    teacher = model_path(config.teacher or systems[0].replicates[0][0][0])
+    teacher = source(config.teacher or systems[0].replicates[0][0][0])
     player = Player(single(teacher)[0], device)
     num_frames, seconds = _length(player, config.clip_seconds)
     seeds = tuple(config.seeds)
@@ -167,9 +167,12 @@ def build_sweep(config: SweepConfig) -> tuple[Sweep, list[System]]:
     if config.teacher:
         features.append(DivergenceFeature(player, teacher, config.teacher_guidance_scale))
     features += _judges(config, prompts, device)
-    for name, encoder in (("reward", config.reward_encoder), ("heldout", config.heldout_encoder)):
+    for name, encoder, part in (
+        ("reward", config.reward_encoder, "reward-encoder"),
+        ("heldout", config.heldout_encoder, "eval-encoder"),
+    ):
         if encoder:
-            path = _encoder_path(name, encoder)
+            path = source(encoder, part)
             features.append(EmbeddingFeature(name, load_embedder(path, device=device), path))
     reference = None
     if config.reference:
@@ -196,12 +199,12 @@ def held_out_prompts(config: SweepConfig) -> list[str]:
     Raises:
         ValueError: fewer than were asked for.
     """
-    source = str(nano_path("prompts")) if config.prompts == "nano" else config.prompts
-    rows = load_prompts(source, split=config.prompts_split, column=config.prompt_column)
+    prompts_of = source(config.prompts, "prompts")
+    rows = load_prompts(prompts_of, split=config.prompts_split, column=config.prompt_column)
     prompts = list(dict.fromkeys(rows["prompt"]))
     if config.num_prompts is not None and len(prompts) < config.num_prompts:
         raise ValueError(
-            f"{source} has {len(prompts)} different prompts, num_prompts={config.num_prompts}: lower it"
+            f"{prompts_of} has {len(prompts)} different prompts, num_prompts={config.num_prompts}: lower it"
         )
     return prompts[: config.num_prompts]
 
@@ -212,7 +215,7 @@ def planned_systems(config: SweepConfig) -> list[System]:
     Raises:
         ValueError: wrong entries, or a name that is no system or series here.
     """
-    systems = [_with_nano(system) for system in expand_systems([_with_nano_role(e) for e in config.systems])]
+    systems = expand_systems(config.systems)
     names, series = [system.name for system in systems], list(dict.fromkeys(s.series for s in systems))
     known = {"system": names, "series": series, "system or series": list(dict.fromkeys(names + series))}
     wanted = [("compare_to", "system", name) for name in config.compare_to]
@@ -231,33 +234,13 @@ def planned_systems(config: SweepConfig) -> list[System]:
     return systems
 
 
-def model_path(model: str) -> str:
-    """`nano` as the path of the shipped base; anything else as it is."""
-    return str(nano_path()) if model == "nano" else model
-
-
-def _with_nano(system: System) -> System:
-    replicates = tuple(
-        tuple((model_path(checkpoint), weight) for checkpoint, weight in mixture)
-        for mixture in system.replicates
-    )
-    return System(**{**vars(system), "replicates": replicates})
-
-
-def _with_nano_role(entry: Any) -> Any:
-    """`nano` resolved before an entry's role is looked up in its folder."""
-    if isinstance(entry, Mapping) and entry.get("model") == "nano":
-        return {**entry, "model": model_path("nano")}
-    return entry
-
-
 def _judges(config: SweepConfig, prompts: list[str], device: str) -> list[Feature]:
     features: list[Feature] = []
     if config.judge:
         # Imported where it is used: prompts of another world need no judge, and no part of the nano world.
         from diverse_cfg.nano.judge import AttributeJudge
 
-        path = str(nano_path("judge")) if config.judge == "nano" else config.judge
+        path = source(config.judge, "judge")
         features.append(JudgeFeature(AttributeJudge.from_pretrained(path), path))
     if all(parse_prompt(prompt) for prompt in prompts):
         features.append(RulesFeature())
@@ -269,11 +252,6 @@ def _judges(config: SweepConfig, prompts: list[str], device: str) -> list[Featur
         first = AestheticsFeature("aesthetics_ce", device=device)
         features += [first, AestheticsFeature("aesthetics_pq", first.score.model, device)]
     return features
-
-
-def _encoder_path(name: str, encoder: str) -> str:
-    part = {"reward": "reward-encoder", "heldout": "eval-encoder"}[name]
-    return str(nano_path(part)) if encoder == "nano" else encoder
 
 
 def _length(player: Player, clip_seconds: float | None) -> tuple[int, float]:

@@ -2,7 +2,7 @@
 
 A system may have several replicates, one per training seed; their clips are pooled as crossed with the
 prompts. `expand_systems` turns the entries of a sweep's YAML into systems: lists of guidance scales,
-temperatures or merge weights are grids.
+temperatures or merge weights are grids, and `nano` is the shipped base.
 """
 
 import itertools
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from diverse_cfg.assets import source
 from diverse_cfg.merging.weights import parse_sweep, resolve_weights
 from diverse_cfg.musicgen.loading import is_distilled
 from diverse_cfg.musicgen.sampling import SamplingSettings
@@ -195,7 +196,7 @@ def _models(name: str, entry: Mapping[str, Any]) -> list[tuple[str, float | None
         if wrong:
             raise ValueError(f"system {name!r}: {wrong[0]} needs checkpoints to merge, not a model")
         models = _listed(entry["model"])
-        return [("", None, tuple(((str(model), 1.0),) for model in models))]
+        return [("", None, tuple(((source(model), 1.0),) for model in models))]
     seeds = _seeds(name, entry["checkpoints"])
     if "merge_weight" in entry:
         weights = entry["merge_weight"]
@@ -217,7 +218,7 @@ def _seeds(name: str, checkpoints: Any) -> list[tuple[str, ...]]:
             f"system {name!r}: {len(wrong[0])} training seeds of one checkpoint and {count} of another"
         )
     columns = [column if len(column) == count else column * count for column in columns]
-    return [tuple(str(part) for part in row) for row in zip(*columns, strict=True)]
+    return [tuple(source(part) for part in row) for row in zip(*columns, strict=True)]
 
 
 def _mixtures(name: str, seeds: list[tuple[str, ...]], weights: Any) -> tuple[Mixture, ...]:
