@@ -9,7 +9,6 @@ from diverse_cfg.cli.command import Command, model_source, prompt_source
 
 # AudioCraft's own setting; the released generation configs leave it out, and transformers would take 50.
 USUAL_TOP_K = 250
-LONGEST_DEFAULT_SECONDS = 10.0
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +97,7 @@ def run_generate(args: argparse.Namespace) -> None:
 
     from diverse_cfg.musicgen.files import generate_files
     from diverse_cfg.musicgen.loading import load_processor, torch_device
-    from diverse_cfg.musicgen.policy import frame_rate
+    from diverse_cfg.musicgen.policy import frame_rate, usual_seconds
 
     device = torch_device(args.device)
     source = model_source(args.model)
@@ -108,7 +107,7 @@ def run_generate(args: argparse.Namespace) -> None:
     name = " + ".join([args.model, *args.adapter])
     if args.merge_weight:
         name += f" at {' '.join(f'{weight:g}' for weight in args.merge_weight)}"
-    seconds = _first(args.seconds, min(own_seconds(model), LONGEST_DEFAULT_SECONDS))
+    seconds = _first(args.seconds, usual_seconds(model))
     clips = generate_files(
         model.to(device),
         list(prompts["prompt"]),
@@ -154,16 +153,6 @@ def _load(source: str, adapters: list[str], merge_weight: list[float] | None):
 
 def _first(*values):
     return next(value for value in values if value is not None)
-
-
-def own_seconds(model) -> float:
-    """Length of the clips that the model's own generation settings ask for."""
-    from diverse_cfg.musicgen.policy import delays, frame_rate
-
-    own = model.generation_config
-    # Read from a generation config, both count the steps after the start column.
-    steps = own.max_new_tokens or own.max_length
-    return (steps - max(delays(model))) / frame_rate(model) if steps else LONGEST_DEFAULT_SECONDS
 
 
 COMMAND = Command(

@@ -152,9 +152,8 @@ def _sampled(args: argparse.Namespace) -> "Recordings":
     """Clips that --model generates now."""
     from tqdm import tqdm
 
-    from diverse_cfg.cli.generate import LONGEST_DEFAULT_SECONDS, own_seconds
     from diverse_cfg.musicgen.loading import load_policy, load_processor
-    from diverse_cfg.musicgen.policy import frame_rate
+    from diverse_cfg.musicgen.policy import frame_rate, usual_seconds
     from diverse_cfg.musicgen.rollout import RolloutWeights, fast_generate
     from diverse_cfg.prompts import load_prompts
 
@@ -163,7 +162,7 @@ def _sampled(args: argparse.Namespace) -> "Recordings":
     model = load_policy(source)
     processor = load_processor(source)
     model.to(args.device)
-    seconds = args.seconds or min(own_seconds(model), LONGEST_DEFAULT_SECONDS)
+    seconds = args.seconds or usual_seconds(model)
     own = model.generation_config.guidance_scale or 1.0
     weights = RolloutWeights.from_model(model)
     per_call = max(1, _CLIPS_AT_ONCE // max(1, args.num_generations))

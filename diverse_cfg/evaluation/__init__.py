@@ -1,9 +1,9 @@
-"""From systems to evidence: sweep → metrics with intervals → front, tables, gallery, listening test.
+"""From systems to evidence: sweep → metrics with intervals → findings, figures, pages, listening test.
 
-`systems` says what is compared, `generations` plays the clips, `features` computes what is expensive once,
-`measures` and `metrics` turn it into numbers, `results` holds them with their intervals, `sweep` runs it
-all, and `protocol` reads the YAML of `diverse-cfg evaluate`. `figures` and `gallery` show it; `demo` is the
-whole method on the shipped base.
+`report.evaluate` tells the story: `protocol` builds a `Sweep` from the YAML of `diverse-cfg evaluate`, and `systems`
+says what is compared; `generations` samples the clips and `cache` keeps them; `features` computes what is expensive
+once, `metrics` turns it into numbers, `results` holds them with their intervals. `signatures` and `figures` show
+what they say, `report` writes the pages, and `listening` asks people.
 """
 
 import importlib

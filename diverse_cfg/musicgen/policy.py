@@ -43,6 +43,7 @@ __all__ = [
     "project_text",
     "require_prompts",
     "unwrap",
+    "usual_seconds",
     "zero_dropout",
 ]
 
@@ -51,6 +52,7 @@ LORA_TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 of these names; "all-linear" would also adapt the frozen text encoder and the heads."""
 
 _TEXT_BATCH = 256
+_LONGEST_USUAL = 10.0  # seconds
 
 _T5_TOKENS = 512
 """What T5 was trained on: the limit of a tokenizer that has none of its own, which says so by a huge number."""
@@ -85,6 +87,15 @@ def frame_rate(model: nn.Module) -> float:
     """Frames per second of audio (Hz)."""
     codec = unwrap(model).audio_encoder.config
     return codec.sampling_rate / codec.hop_length
+
+
+def usual_seconds(model: nn.Module) -> float:
+    """Length of a clip where nobody names one: what the model's own generation settings ask for, at most 10 s."""
+    own = unwrap(model).generation_config
+    # Read from a generation config, both count the steps after the start column.
+    steps = own.max_new_tokens or own.max_length or 0
+    seconds = (steps - max(delays(model))) / frame_rate(model)
+    return min(seconds, _LONGEST_USUAL) if seconds > 0 else _LONGEST_USUAL
 
 
 def freeze_encoders(model: nn.Module) -> None:

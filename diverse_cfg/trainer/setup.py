@@ -14,8 +14,7 @@ from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.effects import Run, idle_settings
 from diverse_cfg.embeddings.clap import ClapEmbedder
 from diverse_cfg.functional.codebooks import num_decoder_steps
-from diverse_cfg.musicgen.layout import num_frames_to_tokens
-from diverse_cfg.musicgen.policy import delays, frame_rate
+from diverse_cfg.musicgen.policy import delays, frame_rate, usual_seconds
 from diverse_cfg.provenance import read_provenance
 from diverse_cfg.rewards import DiversityReward, is_pairwise
 from diverse_cfg.trainer.start import same_model
@@ -23,7 +22,6 @@ from diverse_cfg.trainer.start import same_model
 logger = logging.getLogger(__name__)
 
 DEFAULT_CLAP = "laion/larger_clap_music"
-LONGEST_DEFAULT_CLIP = 10.0
 
 
 def clip_frames(policy: MusicgenForConditionalGeneration, clip_seconds: float | None) -> int:
@@ -39,10 +37,7 @@ def clip_frames(policy: MusicgenForConditionalGeneration, clip_seconds: float | 
     decoder = policy.config.decoder
     rate = frame_rate(policy)
     if clip_seconds is None:
-        settings = policy.generation_config
-        tokens = settings.max_new_tokens or settings.max_length or 0
-        own = (tokens - num_frames_to_tokens(0, policy.config)) / rate
-        clip_seconds = min(own, LONGEST_DEFAULT_CLIP) if own > 0 else LONGEST_DEFAULT_CLIP
+        clip_seconds = usual_seconds(policy)
     frames = round(clip_seconds * rate)
     if frames < 1:
         raise ValueError(f"clip_seconds={clip_seconds} is shorter than one frame ({1 / rate:g} s)")
