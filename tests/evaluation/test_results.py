@@ -379,7 +379,8 @@ def test_failures_and_flags_are_in_the_table():
 
 def test_the_csv_has_a_line_per_system_and_metric():
     lines = list(csv.DictReader(io.StringIO(full_results().csv())))
-    assert len(lines) == 3 * 2
+    frame = full_results().frame(["adherence"])
+    assert len(lines) == 3 * 2 and frame["estimate"].isna().tolist() == [False, False, True]
     assert {line["system"] for line in lines} == {"a", "b", "c | d"}
     assert float(lines[0]["low"]) < float(lines[0]["estimate"]) < float(lines[0]["high"])
 
