@@ -322,11 +322,20 @@ def compute_features(
     keys = {feature.name: {"clips": dict(description), **feature.fingerprint} for feature in features}
     found = {name: cache.load("features", key) for name, key in keys.items()}
     missing = [feature for feature in features if found[feature.name] is None]
-    parts: dict[str, list[dict[str, np.ndarray]]] = {feature.name: [] for feature in missing}
+    for name, rows in (_computed(clips, missing, progress) if missing else {}).items():
+        cache.save("features", keys[name], rows)
+        found[name] = rows
+    return {name: rows for name, rows in found.items() if rows is not None}
+
+
+def _computed(
+    clips: Batch, features: Sequence[Feature], progress: Progress | None
+) -> dict[str, dict[str, np.ndarray]]:
+    parts: dict[str, list[dict[str, np.ndarray]]] = {feature.name: [] for feature in features}
     with EVALUATION.measured(torch.device(clips.player.device).type) as done:
-        for start in range(0, len(clips.codes) if missing else 0, _CHUNK):
+        for start in range(0, len(clips.codes), _CHUNK):
             batch = clips[start : start + _CHUNK]
-            for feature in missing:
+            for feature in features:
                 computed = feature.compute(batch)
                 wrong = [name for name, values in computed.items() if len(values) != len(batch.prompts)]
                 if wrong:
@@ -335,11 +344,10 @@ def compute_features(
             if progress:
                 progress(len(batch.prompts))
             done(len(batch.prompts))
-    for name, of_feature in parts.items():
-        rows = {column: np.concatenate([part[column] for part in of_feature]) for column in of_feature[0]}
-        cache.save("features", keys[name], rows)
-        found[name] = rows
-    return {name: rows for name, rows in found.items() if rows is not None}
+    return {
+        name: {column: np.concatenate([part[column] for part in of_feature]) for column in of_feature[0]}
+        for name, of_feature in parts.items()
+    }
 
 
 def _floats(columns: Mapping[str, Any]) -> dict[str, np.ndarray]:
