@@ -21,7 +21,7 @@ import torch
 
 from diverse_cfg.atomic import replacing, write_text
 from diverse_cfg.evaluation.metrics import METRICS, Metric, Replicate
-from diverse_cfg.evaluation.systems import System
+from diverse_cfg.evaluation.systems import System, shared_replicates
 from diverse_cfg.functional.statistics import bootstrap_mean, hypervolume, jackknife_statistic
 from diverse_cfg.untrusted import frame_csv, markdown
 
@@ -414,31 +414,6 @@ def mean_estimate(cells: np.ndarray, clusters: Sequence[int] | None = None) -> E
     seeds = np.tile(np.arange(num_replicates), num_prompts).tolist() if num_replicates >= 3 else None
     interval = bootstrap_mean(torch.from_numpy(values.flatten()), prompts, seeds)
     return Estimate(*interval, num_prompts=num_prompts, num_replicates=num_replicates)
-
-
-def shared_replicates(systems: Sequence[System]) -> list[list[int]] | None:
-    """Which replicates of each system belong together.
-
-    Returns:
-        Columns of the cells, for each system a list of one length R: the replicates of the training seeds
-        that all systems share; a system that was not trained repeats its only one. None if they cannot be
-        paired.
-    """
-    trained = [system for system in systems if not system.untrained]
-    if not trained:
-        return [[0]] * len(systems)
-    labels = {id(system): system.training_seeds for system in trained}
-    if not all(labels.values()):  # seeds without names: by their order, if they are as many
-        labels = {id(system): tuple(range(len(system.replicates))) for system in trained}
-        if len(set(labels.values())) > 1:
-            return None
-    shared = sorted(set.intersection(*(set(seeds) for seeds in labels.values())))
-    if not shared:
-        return None
-    return [
-        [0] * len(shared) if system.untrained else [labels[id(system)].index(seed) for seed in shared]
-        for system in systems
-    ]
 
 
 def above_line(first: SystemResult, row: SystemResult, last: SystemResult, metric: str) -> np.ndarray:

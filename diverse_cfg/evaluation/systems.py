@@ -130,6 +130,31 @@ def single(model: str | os.PathLike) -> tuple[Mixture, ...]:
     return (((os.fspath(model), 1.0),),)
 
 
+def shared_replicates(systems: Sequence[System]) -> list[list[int]] | None:
+    """Which replicates of each system belong together.
+
+    Returns:
+        Columns of the cells, for each system a list of one length R: the replicates of the training seeds
+        that all systems share; a system that was not trained repeats its only one. None if they cannot be
+        paired.
+    """
+    trained = [system for system in systems if not system.untrained]
+    if not trained:
+        return [[0]] * len(systems)
+    labels = {id(system): system.training_seeds for system in trained}
+    if not all(labels.values()):  # seeds without names: by their order, if they are as many
+        labels = {id(system): tuple(range(len(system.replicates))) for system in trained}
+        if len(set(labels.values())) > 1:
+            return None
+    shared = sorted(set.intersection(*(set(seeds) for seeds in labels.values())))
+    if not shared:
+        return None
+    return [
+        [0] * len(shared) if system.untrained else [labels[id(system)].index(seed) for seed in shared]
+        for system in systems
+    ]
+
+
 def expand_systems(entries: Sequence[Mapping[str, Any]]) -> list[System]:
     """Systems of a sweep from its YAML entries.
 
