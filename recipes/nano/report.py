@@ -25,7 +25,7 @@ from pages import write_section
 from diverse_cfg.atomic import write_text
 from diverse_cfg.evaluation.figures import front, merge_curve, trajectories
 from diverse_cfg.evaluation.metrics import METRICS
-from diverse_cfg.evaluation.results import Estimate, Results, mean_estimate
+from diverse_cfg.evaluation.results import Estimate, Results, markdown_table, mean_estimate
 from diverse_cfg.evaluation.signatures import (
     Arms,
     Signature,
@@ -92,10 +92,7 @@ def only(results: Results, names: Iterable[str]) -> Results:
 def differences(results: Results, pairs: Iterable[tuple[str, str]], columns: Sequence[str]) -> str:
     """Paired differences with intervals, a row per pair; bold where zero is outside; single seeds are marked."""
     marks = {row.system.name: mark(row.system) for row in results.systems}
-    lines = [
-        "| first − second | " + " | ".join(METRICS[c].label for c in columns) + " |",
-        "|---" * (len(columns) + 1) + "|",
-    ]
+    lines = []
     for first, second in pairs:
         cells = []
         for column in columns:
@@ -106,10 +103,9 @@ def differences(results: Results, pairs: Iterable[tuple[str, str]], columns: Seq
                 continue
             cells.append(f"**{found.text()}**" if found.excludes_zero else found.text())
         marked = marks.get(first) or marks.get(second) or ""
-        lines.append(f"| {first} − {second}{marked} | " + " | ".join(cells) + " |")
-    if any(ONE_SEED in line for line in lines):
-        lines += ["", ONE_SEED_NOTE]
-    return "\n".join(lines)
+        lines.append([f"{first} − {second}{marked}", *cells])
+    text = markdown_table(["first − second", *(METRICS[c].label for c in columns)], lines)
+    return f"{text}\n\n{ONE_SEED_NOTE}" if ONE_SEED in text else text
 
 
 def training_logs(path: Path) -> dict[str, list[Log]]:
@@ -151,16 +147,13 @@ def training_table(arms: dict[str, list[Log]], forward: Sequence[str] = ()) -> s
         ("grad_norm/distillation", "gradient of the KL (norm)"), ("grad_norm/policy_gradient", "of the policy term"),
         ("step_time", "s per step"),
     )  # fmt: skip
-    lines = [
-        "| arm | seeds | KL at first | " + " | ".join(label for _, label in columns) + " |",
-        "|---" * (len(columns) + 3) + "|",
-    ]
+    lines = []
     for arm, logs in arms.items():
         cells = [tail(logs, "kl/clip", -0.01), *(tail(logs, name) for name, _ in columns)]
         if arm in forward:
             cells[:2] = [f"{cell} (forward)" for cell in cells[:2]]
-        lines.append(f"| {LABELS.get(arm, arm)} | {len(logs)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([LABELS.get(arm, arm), str(len(logs)), *cells])
+    return markdown_table(["arm", "seeds", "KL at first", *(label for _, label in columns)], lines)
 
 
 def alarms(runs: Sequence[dict[str, Any]], arms: dict[str, list[Log]]) -> str:
@@ -169,16 +162,14 @@ def alarms(runs: Sequence[dict[str, Any]], arms: dict[str, list[Log]]) -> str:
         ("eval_kl/clip", "KL, nats per clip"), ("eval_reward/diversity", "diversity (reward)"),
         ("eval_reward/monitor_diversity", "diversity (second encoder)"), ("eval_rewards/adherence/mean", "adherence"),
     )  # fmt: skip
-    lines = ["| run | step | " + " | ".join(label for _, label in columns) + " | alarms |"]
-    lines.append("|---" * (len(columns) + 3) + "|")
+    lines = []
     for run in runs:
         for entry in arms[run["arm"]][0]:
             if run["arm"] in JUDGED and columns[0][0] in entry:
                 rang = [message.partition(":")[0] for step, message in run["alarms"] if step == entry["step"]]
                 numbers = [f"{entry[name]:.3g}" for name, _ in columns]
-                cells = [JUDGED[run["arm"]], f"{entry['step']:.0f}", *numbers, ", ".join(rang) or "–"]
-                lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+                lines.append([JUDGED[run["arm"]], f"{entry['step']:.0f}", *numbers, ", ".join(rang) or "–"])
+    return markdown_table(["run", "step", *(label for _, label in columns), "alarms"], lines)
 
 
 def chosen_on(validation: Results, x: str = "diversity_heldout", y: str = "adherence") -> str | None:
@@ -196,29 +187,29 @@ Found = dict[str, dict[str, list[Signature]]]
 def verdicts(found: Found) -> str:
     """A Markdown table of the findings: a row per diversity student, a column of verdicts per way of measuring."""
     ways = next(iter(found.values()))
-    lines = ["| finding | diversity student | " + " | ".join(ways) + " |", "|---" * (len(ways) + 2) + "|"]
+    lines = []
     for index, titled in enumerate(next(iter(ways.values()))):
         rows = {student: [way[index] for way in by_way.values()] for student, by_way in found.items()}
         for student, row in _once(rows).items():
             cells = [f"**{signature.verdict}**" for signature in row]
-            lines.append(f"| {titled.number}. {titled.title} | {student} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            lines.append([f"{titled.number}. {titled.title}", student, *cells])
+    return markdown_table(["finding", "diversity student", *ways], lines)
 
 
 def evidence(found: Found) -> str:
     """Of every finding a Markdown table: its claims, with each diversity student and way of measuring."""
     ways = next(iter(found.values()))
-    lines = []
+    parts = []
     for index, titled in enumerate(next(iter(ways.values()))):
-        lines += [f"### {titled.number}. {titled.title}", ""]
-        lines += ["| claim | diversity student | " + " | ".join(ways) + " |", "|---" * (len(ways) + 2) + "|"]
+        lines: list[list[str]] = []
         for place, claim in enumerate(titled.evidence):
             rows = {s: [way[index].evidence[place] for way in by_way.values()] for s, by_way in found.items()}
             for student, row in _once(rows).items():
                 cells = [e.verdict if e.found is None else f"{e.found.text()}: {e.verdict}" for e in row]
-                lines.append(f"| {claim.claim} | {student} | " + " | ".join(cells) + " |")
-        lines.append("")
-    return "\n".join(lines)
+                lines.append([claim.claim, student, *cells])
+        table = markdown_table(["claim", "diversity student", *ways], lines)
+        parts.append(f"### {titled.number}. {titled.title}\n\n{table}\n")
+    return "\n".join(parts)
 
 
 def _once(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -252,8 +243,7 @@ def corners(results: Results, arms: Arms, x: str, y: str) -> str:
         }
     except (ValueError, KeyError):
         return "Not measured."
-    lines = ["| hypervolume above | at | " + " | ".join(f"merges − {name}" for name in pools) + " |"]
-    lines.append("|---" * (len(pools) + 2) + "|")
+    lines = []
     for name, corner in named.items():
         cells = []
         for pool in pools.values():
@@ -262,8 +252,8 @@ def corners(results: Results, arms: Arms, x: str, y: str) -> str:
                 cells.append(f"**{found.text()}**" if found.excludes_zero else found.text())
             except ValueError:
                 cells.append("not measured")
-        lines.append(f"| {name} | ({corner[0]:.3f}, {corner[1]:.3f}) | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([name, f"({corner[0]:.3f}, {corner[1]:.3f})", *cells])
+    return markdown_table(["hypervolume above", "at", *(f"merges − {name}" for name in pools)], lines)
 
 
 def pooled(results: Results, arms: Arms) -> list[str]:
@@ -307,14 +297,14 @@ def ratio(results: Results, first: str, second: str, metric: str) -> str:
 
 def measured_by(found: dict[str, Results], recorded: Path) -> str:
     """A Markdown table of the sweeps: how much was played, at which commit, on which machine."""
-    lines = ["| sweep | prompts × sampling seeds × clips | commit | machine |", "|---|---|---|---|"]
+    lines = []
     for name, results in found.items():
         settings, path = results.settings, recorded / name / "run.json"
         run = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         size = f"{len(results.prompts)} × {len(settings['seeds'])} × {settings['num_generations']}"
         machine = run.get("machine") or settings.get("machine", "not recorded")
-        lines.append(f"| {name} | {size} | {run.get('commit', 'not recorded')} | {machine} |")
-    return "\n".join(lines)
+        lines.append([name, size, run.get("commit", "not recorded"), machine])
+    return markdown_table(["sweep", "prompts × sampling seeds × clips", "commit", "machine"], lines)
 
 
 def names_of(results: Results, *series: str) -> list[str]:
