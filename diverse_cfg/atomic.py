@@ -21,6 +21,7 @@ _REMEDIES = {
     errno.EACCES: "there is no permission to write: change it, or choose another place",
     errno.EPERM: "there is no permission to write: change it, or choose another place",
     errno.EROFS: "the disk can only be read: choose another place",
+    errno.EFBIG: "it is too large for this disk or for `ulimit -f`: write to another disk, or raise the limit",
     errno.ENOTDIR: "a file is where a folder is needed: remove it, or choose another place",
     errno.EEXIST: "a file is where a folder is needed: remove it, or choose another place",
     errno.EISDIR: "a folder is where a file is needed: remove it, or choose another place",
@@ -46,7 +47,9 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
         where = Path(os.fsdecode(getattr(error, "filename", None) or path))
         if where not in (path, *path.parents) and path.parent not in where.parents:
             raise  # what it reads, not what it writes
-        if foreign and ("No space left" in str(error) or shutil.disk_usage(path.parent).free < 2**20):
+        if foreign and (told := re.search(r"\(os error (\d+)\)", str(error))):
+            number = int(told.group(1))
+        elif foreign and shutil.disk_usage(path.parent).free < 2**20:
             number = errno.ENOSPC
         remedy = _REMEDIES.get(number or 0) or f"{' '.join(str(error).split())}: choose another place"
         kind = type(error) if isinstance(error, OSError) else OSError
@@ -100,11 +103,7 @@ def alone(folder: str | os.PathLike) -> Iterator[Path]:
         )
     _held.add(name)
     try:
-        for path in [path for depth in (".*", "*/.*", "*/*/.*") for path in folder.glob(depth)]:
-            if _TEMPORARY.fullmatch(path.name) and path.is_file():
-                path.unlink(missing_ok=True)
-            elif _INCOMPLETE.fullmatch(path.name):
-                _remove_leftover(path)
+        _remove_leftovers(folder, depth=2)
         yield folder
     finally:
         _held.discard(name)
@@ -161,6 +160,36 @@ def new_folder(output: str | os.PathLike, num_bytes: int = 0) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def filling(folder: str | os.PathLike) -> Iterator[Path]:
+    """A temporary folder inside `folder`, made if need be; its files take their places there when the block ends
+    well. Until then, and when it fails, what was there stays."""
+    folder = Path(folder)
+    temporary = folder / f".files.{uuid.uuid4().hex[:8]}.incomplete"
+    try:
+        with writing(folder):
+            temporary.mkdir(parents=True)
+            yield temporary
+            for path in sorted(temporary.iterdir()):
+                os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_leftovers(folder: Path, depth: int) -> None:
+    """Remove what killed runs left half-written, but not below a folder that another process holds."""
+    for path in list(folder.iterdir()):
+        if _TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
+        elif _INCOMPLETE.fullmatch(path.name):
+            _remove_leftover(path)
+        elif not depth or path.is_symlink() or not path.is_dir() or not os.access(path, os.R_OK | os.W_OK):
+            continue
+        elif (descriptor := _lock(path, quiet=True)) is not None:
+            _remove_leftovers(path, depth - 1)
+            os.close(descriptor)
+
+
 def _remove_leftover(folder: Path) -> bool:
     """Remove a temporary of `new_folder`; False if somebody is writing it still."""
     descriptor = _lock(folder)
@@ -171,8 +200,8 @@ def _remove_leftover(folder: Path) -> bool:
     return True
 
 
-def _lock(folder: Path) -> int | None:
-    """A descriptor that holds the folder; None if another process does."""
+def _lock(folder: Path, quiet: bool = False) -> int | None:
+    """A descriptor that holds the folder; None if another process does, or quietly if it cannot be told."""
     import fcntl
 
     descriptor = os.open(folder, os.O_RDONLY)
@@ -182,6 +211,9 @@ def _lock(folder: Path) -> int | None:
         os.close(descriptor)
         return None
     except OSError as error:  # some network disks have no locks for folders
+        if quiet:
+            os.close(descriptor)
+            return None
         warnings.warn(
             f"{folder} cannot be locked ({error.strerror}): see that no other process writes there",
             stacklevel=4,

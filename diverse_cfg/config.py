@@ -121,7 +121,9 @@ class CFGDiversityConfig(RLOOConfig):
         prefix_baseline: subtract what the clip's first 13/27/40/60/80 % already tell about its reward. A
             variance reducer that is not in the paper.
         prefix_lambda: λ of its segment-wise generalised advantage estimate; 1 is unbiased, less is calmer.
-        ema_decay: decay of an average of the weights; evaluation and the final save use it. 0 is off.
+        ema_decay: decay d of an average of the weights, min(d, (1 + t)/(10 + t)) at step t. It is what is
+            evaluated and saved, and the model has it after training; checkpoints hold the raw weights too, to
+            resume from. 0 is off.
         adaptive_clip: clip the gradient at this multiple of its running mean norm. None: `max_grad_norm`
             alone.
         sequence_score: also differentiate through the sampling (the future divergence as a return, as in
@@ -214,7 +216,11 @@ class CFGDiversityConfig(RLOOConfig):
     )
     prefix_lambda: float = field(default=1.0, metadata={"help": "λ of the prefix baseline; 1 is unbiased."})
     ema_decay: float = field(
-        default=0.0, metadata={"help": "Decay of the averaged weights that are saved; 0 is off."}
+        default=0.0,
+        metadata={
+            "help": "Decay d of the averaged weights, which are evaluated and saved: min(d, (1 + t)/(10 + t)) at "
+            "step t; 0 is off."
+        },
     )
     adaptive_clip: float | None = field(
         default=None, metadata={"help": "Clip gradients at this multiple of their running mean norm."}

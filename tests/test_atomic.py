@@ -8,7 +8,7 @@ import pytest
 import soundfile
 from safetensors import SafetensorError
 
-from diverse_cfg.atomic import alone, new_folder, replacing, write_text
+from diverse_cfg.atomic import alone, filling, new_folder, replacing, write_text
 from tests.faults import held
 
 
@@ -47,6 +47,32 @@ def test_leftovers_of_killed_runs_go_and_nothing_else(tmp_path):
         assert all(path.exists() for path in (*stay, live / "model.safetensors"))
 
 
+def test_what_another_process_writes_below_the_folder_stays(tmp_path):
+    """Catches an evaluation into runs/ that removes what a training in runs/quality is just writing."""
+    running, dead = tmp_path / "quality", tmp_path / "diversity"
+    half = [run / ".checkpoint-4.00000004.incomplete" for run in (running, dead)]
+    for path in (*half, tmp_path / "elsewhere"):
+        path.mkdir(parents=True)
+    (running / ".clip.wav.0123abcd").touch()
+    (tmp_path / "link").symlink_to(running)
+    with held(running), alone(tmp_path):
+        assert half[0].is_dir() and (running / ".clip.wav.0123abcd").exists() and not half[1].exists()
+    with alone(running):
+        assert not list(running.iterdir())
+
+
+def test_files_of_a_folder_take_their_places_together(tmp_path):
+    """Catches a student that is half the old one and half the new one, and one that a failure takes away."""
+    folder = tmp_path / "new" / "student"
+    with filling(folder) as temporary:
+        (temporary / "model.safetensors").write_text("old")
+        assert temporary.parent == folder and [temporary] == list(folder.iterdir())
+    with pytest.raises(KeyboardInterrupt), filling(folder) as temporary:
+        (temporary / "model.safetensors").write_text("half")
+        raise KeyboardInterrupt
+    assert [path.read_text() for path in folder.iterdir()] == ["old"]
+
+
 def test_a_new_folder_takes_over_from_a_dead_process_only(tmp_path):
     """Catches a whole model that a killed merge left behind, and two merges into one folder, seen early."""
     dead = tmp_path / ".model.0123abcd.incomplete"
@@ -58,6 +84,13 @@ def test_a_new_folder_takes_over_from_a_dead_process_only(tmp_path):
         with new_folder(tmp_path / "model-2"):
             assert temporary.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model-2"]
+
+
+def test_a_limit_of_the_disk_is_named(tmp_path):
+    """Catches safetensors' "os error 27", as on a FAT disk or under `ulimit -f`."""
+    error = SafetensorError("Error while serializing: I/O error: File too large (os error 27)")
+    with pytest.raises(OSError, match="it is too large for this disk"), replacing(tmp_path / "model"):
+        raise error
 
 
 # As they come from a full disk (seen on one of 64 kB); those that do not say so need a look at the disk.

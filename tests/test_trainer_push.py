@@ -32,6 +32,7 @@ def hub(monkeypatch, tmp_path):
     def upload_folder(folder_path, **_):
         calls.folders.append(tmp_path / f"sent-{len(calls.folders)}")
         shutil.copytree(folder_path, calls.folders[-1])
+        return SimpleNamespace(done=lambda: True)
 
     api = SimpleNamespace(create_repo=create_repo, upload_folder=upload_folder)
     monkeypatch.setattr(transformers.trainer, "hf_api", lambda: api, raising=False)
@@ -52,20 +53,21 @@ def test_what_is_pushed(hub, tmp_path, tiny_folder):
     trainer = CFGDiversityTrainer(
         tiny_folder,
         DiversityReward(CodeEmbedder()),
-        tiny_args(tmp_path / "run", ema_decay=0.9, push_to_hub=True),
+        tiny_args(tmp_path / "run", ema_decay=0.9, push_to_hub=True, save_strategy="steps", save_steps=3),
         train_dataset=PROMPTS,
     )
     trainer.train()
-    weight = trainer.model.decoder.model.decoder.layers[0].fc1.weight
-    raw, averaged = weight.detach().clone(), trainer._average.averages[FC1].clone()
+    averaged = trainer.model.decoder.model.decoder.layers[0].fc1.weight
+    raw = load_file(tmp_path / "run" / "checkpoint-3" / "model.safetensors")[FC1]
     assert (raw - averaged).abs().max() > 1e-3
+    shutil.rmtree(tmp_path / "run" / "checkpoint-3")
     trainer.save_model()  # pushes, for so it was asked
     trainer.push_to_hub()
     assert hub.created == [("run", True)]
     assert len(hub.folders) == 2
     for folder in hub.folders:
         sent = load_file(folder / "model.safetensors")[FC1]
-        torch.testing.assert_close(sent, averaged)
+        assert torch.equal(sent, averaged)
         provenance = read_provenance(folder)
         assert provenance.base_model == provenance.training["initial_model"] == tiny_folder.split("/")[-1]
         for path in folder.rglob("*"):
@@ -73,9 +75,25 @@ def test_what_is_pushed(hub, tmp_path, tiny_folder):
                 assert str(tmp_path.parent) not in path.read_text(), path.name
         assert not list(folder.rglob("*.bin"))
         assert json.loads((folder / "generation_config.json").read_text())["guidance_scale"] == 1.0
-    assert torch.equal(weight, raw)
     # Here the base can still be found.
     assert read_provenance(tmp_path / "run").base_model == tiny_folder
+
+
+def test_weights_of_checkpoints_are_not_pushed_for_the_average(hub, tmp_path):
+    """Fault: with every_save the repository has the raw weights, which nobody evaluated."""
+    with pytest.raises(ValueError, match=r"hub_strategy='every_save' pushes the raw weights.*ema_decay=0.9"):
+        tiny_trainer(tmp_path, ema_decay=0.9, push_to_hub=True, hub_strategy="every_save")
+    trainer = tiny_trainer(
+        tmp_path,
+        push_to_hub=True,
+        hub_strategy="checkpoint",
+        save_strategy="steps",
+        save_steps=1,
+        max_steps=1,
+    )
+    trainer.train()
+    root, checkpoint = hub.folders  # sent when it has taken its place
+    assert (root / "model.safetensors").is_file() and (checkpoint / "trainer_state.json").is_file()
 
 
 def test_an_adapter_of_a_folder_is_not_pushed(hub, tmp_path):

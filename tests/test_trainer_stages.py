@@ -156,8 +156,7 @@ def test_averaged_weights_of_a_second_lora_stage(world, tmp_path):
     trainer = stage(tmp_path, str(world["lora1"]), LORA, teacher_model=str(world["base"]), ema_decay=0.9)
     trainer.train()
     trainer.save_model()
-    with trainer._average.applied():
-        close(load_policy(tmp_path), teacher_forced_logits(trainer.model.eval()))
+    close(load_policy(tmp_path), teacher_forced_logits(trainer.model.eval()))
 
 
 def test_a_checkpoint_of_another_start_is_refused(world, tmp_path):

@@ -1,9 +1,8 @@
-"""The loop's memory: averaged weights, what a checkpoint holds, and the folder that is saved at the end."""
+"""The loop's memory: averaged weights, and the folder that is saved at the end."""
 
 import contextlib
-import os
+import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,30 +11,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
-from trl import RLOOTrainer
 from trl.trainer.utils import RepeatSampler
 
+from diverse_cfg.atomic import filling
 from diverse_cfg.callbacks import AdaptiveClipCallback
 from diverse_cfg.cards import plot_training_curves, public_name, write_card
-from diverse_cfg.musicgen.policy import frame_rate, unwrap
+from diverse_cfg.musicgen.policy import encode_text, frame_rate, unwrap
 from diverse_cfg.provenance import Provenance, read_provenance, write_provenance
 from diverse_cfg.trainer import start
 from diverse_cfg.trainer.estimate import memory
-from diverse_cfg.trainer.state import (
-    STATE_FILE,
-    WeightAverage,
-    last_checkpoint,
-    load_buffer,
-    read_tensors,
-    save_buffer,
-    write_tensors,
-)
+from diverse_cfg.trainer.objective import LossSettings, student_terms
+from diverse_cfg.trainer.resuming import Resuming
+from diverse_cfg.trainer.state import WeightAverage, check_checkpoint, continuing_from, last_checkpoint
 from diverse_cfg.trainer.teacher import FrozenWeights
+from diverse_cfg.types import Clips
 
 if TYPE_CHECKING:
     from diverse_cfg.config import CFGDiversityConfig
     from diverse_cfg.trainer.continuing import AdapterStart
 
+# It has no place in a model folder; resuming does not read it.
+_PICKLE = "training_args.bin"
 _LEFT_ALONE = "a callback or a reward function changes them; give it a copy of the model"
 
 
@@ -55,25 +51,29 @@ class EpochSampler(RepeatSampler):
         return super().__iter__()
 
 
-class Checkpointing(RLOOTrainer):
-    """Base of the trainer: training loop, evaluation, saving and resuming around the objective."""
+class Checkpointing(Resuming):
+    """Base of the trainer: training loop, evaluation and saving around the objective."""
 
     args: "CFGDiversityConfig"
     _start: "AdapterStart | None"
     _frozen: FrozenWeights
-    _frozen_total: int | None
+    _loss_settings: LossSettings
+    _num_frames: int
+    _num_codebooks: int
 
     def _prepare_checkpointing(self) -> None:
         self._average: WeightAverage | None = None
         self._has_average = False
         self._pushing = False
         self._resume_from: str | None = None
+        self._beside: str | None = None  # where a checkpoint is being written
         self._adaptive_clip: AdaptiveClipCallback | None = None
         if self.args.adaptive_clip is not None:
             clip = AdaptiveClipCallback(self.args.adaptive_clip, self._clip_gradient)
             self._adaptive_clip = clip
             self.add_callback(clip)
-        self.add_callback(_Housekeeping(self))
+        # Before those of the trackers, which may send the model away.
+        self.callback_handler.callbacks.insert(0, _Housekeeping(self))
 
     def _clip_gradient(self, limit: float):
         return self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
@@ -83,9 +83,16 @@ class Checkpointing(RLOOTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As `Trainer.train`; a resumed run continues exactly, also between two updates on the same clips.
 
+        With `ema_decay` the model has the averaged weights afterwards: those of the best checkpoint with
+        `load_best_model_at_end`.
+
         Args:
             resume_from_checkpoint: folder, or True for the last one; None takes the settings'.
             kwargs: of `Trainer.train`.
+
+        Raises:
+            ValueError: there is no checkpoint to resume from, or one of its files is missing or damaged.
+            FloatingPointError: the weights, or what they compute, are no longer finite; nothing of it is saved.
         """
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
@@ -98,9 +105,16 @@ class Checkpointing(RLOOTrainer):
                     f"resume_from_checkpoint=True, but {self.args.output_dir} holds no complete checkpoint"
                 )
         self._resume_from = resume_from_checkpoint or None
+        if self._resume_from is not None:
+            check_checkpoint(self._resume_from, self._needed_to_resume(self._resume_from))
         # Out of transformers' sight, or it would write the tokenizer's ids over MusicGen's.
-        with self._without_tokenizer():
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            with self._without_tokenizer():
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except FloatingPointError as error:
+            last = last_checkpoint(self.args.output_dir) or self._resume_from
+            way_back = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
+            raise FloatingPointError(f"{error}; {way_back}") from error
 
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)
@@ -145,10 +159,58 @@ class Checkpointing(RLOOTrainer):
         finally:
             self._has_average = False
 
+    def _settle(self) -> None:
+        """Last thing of a training run: the model is what is evaluated and saved."""
+        if self._average is not None:
+            self._average.settle()
+            self._average = None
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self._average is not None:  # by it the best checkpoint was chosen
+            self._average.load(str(self.state.best_model_checkpoint))
+
+    def training_step(self, *args, **kwargs):
+        """As `Trainer.training_step`, before whose update the loss must be finite: it is left out of the log."""
+        loss = super().training_step(*args, **kwargs)
+        if not loss.isfinite():
+            raise FloatingPointError(f"the loss is {loss.item()} after step {self.state.global_step}")
+        return loss
+
+    def _check_finite(self, *, computes: bool = False) -> None:
+        """Whether the student is still one.
+
+        Args:
+            computes: also let it compute the log-probs of a few codes, which huge weights cannot.
+
+        Raises:
+            FloatingPointError: it is not.
+        """
+        named = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        # Of a sharded tensor each process sees its part.
+        sums = [getattr(p, "to_local", lambda p=p: p)().float().sum() for p in named.values()]
+        finite = torch.stack(sums).isfinite().tolist()
+        broken = [name for name, good in zip(named, finite, strict=True) if not good]
+        what = f"{len(broken)} of {len(finite)} weight tensors are inf or nan ({', '.join(broken[:1])})"
+        if not broken and computes and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            device = self.accelerator.device
+            codes = torch.zeros(1, self._num_codebooks, min(self._num_frames, 8), dtype=int, device=device)
+            condition = encode_text(unwrap(self.model), self._tokenizer, ["a song"])
+            with torch.no_grad(), self.accelerator.autocast():
+                clips = Clips(codes, 1, condition=condition)
+                terms, _ = student_terms(unwrap(self.model), clips, self._loss_settings)
+            if not terms.logps.isfinite().all():
+                broken, what = ["logits"], "the student's logits are inf or nan"
+        if broken:
+            raise FloatingPointError(
+                f"after step {self.state.global_step} {what}: check learning_rate={self.args.learning_rate} and "
+                f"weight_decay={self.args.weight_decay}, or clip the gradient with max_grad_norm or adaptive_clip"
+            )
+
     def _begin(self) -> None:
         """First thing of a training run, the model being where it will be trained."""
         start.restore_token_ids(unwrap(self.model), self._sampling)
-        if self.args.ema_decay > 0 and self._average is None:
+        if self.args.ema_decay > 0:
             self._average = WeightAverage(self.model, self.args.ema_decay)
         if self.is_world_process_zero():
             tqdm.write(f"estimate: {self._estimate()}", file=sys.stderr)
@@ -158,7 +220,8 @@ class Checkpointing(RLOOTrainer):
             others = [model for model in self._frozen.models if model is not unwrap(self.model)]
             self._frozen = FrozenWeights(*others, ignored=("audio_encoder.", "text_encoder."))
         if self._resume_from is not None:
-            self._load_state(self._resume_from)
+            with continuing_from(self._resume_from):
+                self._load_state(self._resume_from)
 
     def _estimate(self) -> str:
         args, policy = self.args, unwrap(self.model)
@@ -189,28 +252,31 @@ class Checkpointing(RLOOTrainer):
         """Write the student: the averaged weights, if any; checkpoints hold the raw ones beside them."""
         self._frozen.check(_LEFT_ALONE)
         with contextlib.nullcontext() if _internal_call else self._averaged_weights():
+            self._check_finite(computes=True)
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         output_dir = output_dir or self.args.output_dir
-        with self._without_tokenizer(), tempfile.TemporaryDirectory() as own, warnings.catch_warnings():
-            # PEFT looks for the base's vocabulary of text; an adapter or AudioCraft's folder has none.
-            warnings.filterwarnings("ignore", "Could not find a config file")
-            super()._save(own if self._start else output_dir, state_dict)
-            if not self.args.should_save:
-                return
-            if self._start is not None:
-                os.makedirs(output_dir, exist_ok=True)
-                self._start.write(Path(own), Path(output_dir))
-        # What playing the weights needs; an adapter's folder needs the generation settings most, since
-        # without them its base's guidance of 3 would come back.
-        self._processor.save_pretrained(output_dir)
-        unwrap(self.model).generation_config.save_pretrained(output_dir)
-        write_provenance(output_dir, self._provenance())
+        if not self.args.should_save:
+            return super()._save(output_dir, state_dict)
+        with filling(output_dir) as folder:
+            own = folder / "own" if self._start else folder
+            with self._without_tokenizer(), warnings.catch_warnings():
+                # PEFT looks for the base's vocabulary of text; an adapter or AudioCraft's folder has none.
+                warnings.filterwarnings("ignore", "Could not find a config file")
+                super()._save(str(own), state_dict)
+                if self._start is not None:
+                    self._start.write(own, folder)
+                    shutil.rmtree(own)
+            # What playing the weights needs; an adapter's folder needs the generation settings most, since
+            # without them its base's guidance of 3 would come back.
+            self._processor.save_pretrained(folder)
+            unwrap(self.model).generation_config.save_pretrained(folder)
+            write_provenance(folder, self._provenance())
+            (folder / _PICKLE).unlink(missing_ok=True)
+        (Path(output_dir) / _PICKLE).unlink(missing_ok=True)  # transformers writes it with a push
         if (Path(output_dir) / "adapter_config.json").is_file():
             write_card(output_dir)  # PEFT's does not say that other programs would guide it
-        # A pickle has no place in a model folder; resuming does not read it.
-        (Path(output_dir) / "training_args.bin").unlink(missing_ok=True)
 
     def push_to_hub(self, *args, blocking: bool = True, **kwargs):
         """As `Trainer.push_to_hub`: the averaged weights, if any, and no folders of this machine in what is
@@ -277,55 +343,6 @@ class Checkpointing(RLOOTrainer):
             tags=[tags] if isinstance(tags, str) else tags or (),
         )
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        # Called for every checkpoint that can be resumed from, on every process.
-        super()._save_optimizer_and_scheduler(output_dir)
-        self._save_state(output_dir)
-
-    def _save_state(self, folder: str) -> None:
-        os.makedirs(folder, exist_ok=True)
-        if self._step % self._block_length and self._buffered_inputs is not None:
-            save_buffer(folder, self.accelerator.process_index, self._buffered_inputs)
-        if not self.args.should_save:
-            return
-        state = {"step": torch.tensor(self._step)}
-        if self._frozen_total is not None:
-            state["frozen_weights"] = torch.tensor(self._frozen_total)
-        if self._advantages.prefix is not None:
-            state |= {
-                f"prefix/{name}": value.cpu() for name, value in self._advantages.prefix.state().items()
-            }
-        if self._adaptive_clip is not None and self._adaptive_clip.mean is not None:
-            state["gradient_norm"] = torch.tensor(self._adaptive_clip.mean, dtype=torch.float64)
-        write_tensors(Path(folder) / STATE_FILE, state, {})
-        if self._average is not None:
-            self._average.save(folder)
-
-    def _load_state(self, folder: str) -> None:
-        path = Path(folder) / STATE_FILE
-        if not path.is_file():
-            raise ValueError(
-                f"{folder} has no {STATE_FILE}: it was not written by this trainer, or with save_only_model"
-            )
-        state, _ = read_tensors(path)
-        frozen = int(state.get("frozen_weights", -1))
-        if self._frozen_total is not None and frozen not in (-1, self._frozen_total):
-            raise ValueError(
-                f"{folder} was written by a run with another teacher or base: resume with the model and "
-                "teacher_model that the run began with"
-            )
-        self._step = int(state["step"])
-        self._buffered_inputs = load_buffer(folder, self.accelerator.process_index, self.accelerator.device)
-        if self._advantages.prefix is not None:
-            prefix = {
-                name.removeprefix("prefix/"): v for name, v in state.items() if name.startswith("prefix/")
-            }
-            self._advantages.prefix.load_state(prefix)
-        if self._adaptive_clip is not None and "gradient_norm" in state:
-            self._adaptive_clip.mean = float(state["gradient_norm"])
-        if self._average is not None:
-            self._average.load(folder)
-
 
 class _Housekeeping(TrainerCallback):
     """The trainer's own events."""
@@ -336,6 +353,10 @@ class _Housekeeping(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._begin()
 
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer._settle()
+
     def on_step_end(self, args, state, control, **kwargs):
+        self.trainer._check_finite()
         if self.trainer._average is not None:
             self.trainer._average.update()

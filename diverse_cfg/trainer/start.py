@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
+from transformers.trainer_utils import HubStrategy
 
 from diverse_cfg.cards import is_hub_id
 from diverse_cfg.config import CFGDiversityConfig
@@ -254,11 +255,17 @@ def lora_config(peft_config: PeftConfig | None) -> PeftConfig | None:
 
 
 def check_pushing(args: CFGDiversityConfig, peft_config: PeftConfig | None, base_model: str | None) -> None:
-    """Refuse to push an adapter that nobody else could load.
+    """Refuse to push an adapter that nobody else could load, and weights that are not the student's.
 
     Raises:
-        ValueError: its base is a folder of this machine.
+        ValueError: the adapter's base is a folder of this machine, or checkpoints would be pushed that hold the raw
+            weights while the averaged ones are evaluated.
     """
+    if args.push_to_hub and args.ema_decay and args.hub_strategy != HubStrategy.END:
+        raise ValueError(
+            f"hub_strategy={HubStrategy(args.hub_strategy).value!r} pushes the raw weights of checkpoints, and with "
+            f"ema_decay={args.ema_decay} the student has the averaged ones: use hub_strategy='end'"
+        )
     if args.push_to_hub and peft_config is not None and not is_hub_id(base_model):
         raise ValueError(
             f"push_to_hub=True with a LoRA adapter of {base_model!r}, which others cannot load: train without "

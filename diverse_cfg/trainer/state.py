@@ -10,13 +10,15 @@ safetensors.
 With these a killed run continues exactly, also when it was saved between two updates on the same clips.
 """
 
+import json
 import os
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -27,14 +29,66 @@ STATE_FILE = "diversity_state.safetensors"
 BUFFER_FILE = "rollout_buffer_{rank}.safetensors"
 
 
-def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The newest complete checkpoint of a run; None without one.
+def last_checkpoint(output_dir: str | os.PathLike, before: int | None = None) -> str | None:
+    """The newest complete checkpoint of a run, or the newest before a step; None without one.
 
-    A run that is killed while it saves leaves a folder without `trainer_state.json`, which is written last.
+    It is written beside its place. Older versions of this package wrote it there, `trainer_state.json` last.
     """
     found = [path.parent for path in Path(output_dir).glob("checkpoint-*/trainer_state.json")]
     numbers = {int(path.name.removeprefix("checkpoint-")): path for path in found if path.name[11:].isdigit()}
+    numbers = {number: path for number, path in numbers.items() if before is None or number < before}
     return str(numbers[max(numbers)]) if numbers else None
+
+
+def check_checkpoint(folder: str | os.PathLike, needed: Sequence[str]) -> None:
+    """Look at every file of a checkpoint before a run continues from it.
+
+    Args:
+        folder: of the checkpoint.
+        needed: names of files without which a run would not continue as it was.
+
+    Raises:
+        ValueError: a file is missing or damaged; it is named, and so is the checkpoint before.
+    """
+    folder = Path(folder)
+    if not (folder / STATE_FILE).is_file():
+        raise ValueError(
+            f"{folder} has no {STATE_FILE}: it was not written by this trainer, or with save_only_model"
+        )
+    wrong = [f"{folder / name} is missing" for name in needed if not (folder / name).is_file()]
+    wrong += [f"{path} is damaged" for path in sorted(folder.iterdir()) if not _is_whole(path)]
+    if wrong:
+        number = folder.name.removeprefix("checkpoint-")
+        earlier = last_checkpoint(folder.parent, int(number)) if number.isdigit() else None
+        remedy = f"continue from the checkpoint before it, resume_from_checkpoint={earlier}"
+        raise ValueError(f"{wrong[0]}: {remedy if earlier else 'begin again, there is none before it'}")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file is what its name says, as far as can be told without reading all of it."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt"):
+                return True
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+    except (SafetensorError, ValueError, RecursionError):
+        return False
+    return path.suffix not in (".pt", ".pth") or zipfile.is_zipfile(path)
+
+
+@contextmanager
+def continuing_from(folder: str | os.PathLike) -> Iterator[None]:
+    """What libraries say about a checkpoint that does not fit the run becomes one line that names it."""
+    try:
+        yield
+    except Exception as error:  # pickle, zip files, optimisers and models each have their own
+        if isinstance(error, OSError | torch.OutOfMemoryError) or str(folder) in str(error):
+            raise
+        raise ValueError(
+            f"{folder} cannot be continued ({' '.join(str(error).split())[:200]}): resume with the model and the "
+            "settings that the run began with, or from another checkpoint"
+        ) from error
 
 
 class WeightAverage:
@@ -69,6 +123,12 @@ class WeightAverage:
             yield
         finally:
             self._swap()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Give the model the averaged weights for good."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.averages[name])
 
     @torch.no_grad()
     def _swap(self) -> None:

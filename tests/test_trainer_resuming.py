@@ -1,0 +1,354 @@
+"""Checkpoints: which weights are the student's, what is never saved, and what a run continues from."""
+
+import json
+import os
+import resource
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from diverse_cfg.rewards import DiversityReward
+from diverse_cfg.trainer import CFGDiversityTrainer
+from diverse_cfg.trainer.state import last_checkpoint
+from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
+from tests.training import CodeEmbedder, largest_difference, losses, tiny_args, tiny_trainer, trained
+
+LORA = LoraConfig(r=2, lora_alpha=4)
+BOTH = pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+EVERY_STEP = {"save_strategy": "steps", "save_steps": 1}
+
+
+class At(TrainerCallback):
+    """Does something with the trainer after a step."""
+
+    def __init__(self, step, act):
+        self.step, self.act = step, act
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.act(kwargs)
+
+
+def run(folder, resume=None, callbacks=(), **settings):
+    trainer = tiny_trainer(folder, **settings)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+# ---- the averaged weights ------------------------------------------------------------------------
+
+
+def weights_of(folder):
+    """A saved student's trained weights, by the names that they have in the model."""
+    adapter = folder / "adapter_model.safetensors"
+    if adapter.is_file():
+        return {key.replace(".weight", ".default.weight"): t for key, t in load_file(adapter).items()}
+    return load_file(folder / "model.safetensors")
+
+
+@BOTH
+def test_after_training_the_model_is_what_is_evaluated_and_saved(tmp_path, peft_config):
+    """Fault: the folder has the averaged weights and the model the raw ones, or the other way round."""
+    sent = []
+
+    class Tracker(TrainerCallback):  # as one that sends the model away at the end
+        def on_train_end(self, args, state, control, model=None, **kwargs):
+            sent.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
+
+    model = tiny_musicgen()
+    trainer = CFGDiversityTrainer(
+        model,
+        DiversityReward(CodeEmbedder()),
+        tiny_args(tmp_path, ema_decay=0.9, **EVERY_STEP),
+        PROMPTS,
+        processing_class=tiny_processor(),
+        callbacks=[Tracker()],
+        peft_config=peft_config,
+    )
+    trainer.train()
+    trainer.save_model()
+    now = trained(trainer)
+    assert largest_difference(now, sent[0]) == 0
+    assert largest_difference(now, load_file(tmp_path / "checkpoint-3" / "averaged_weights.safetensors")) == 0
+    saved, raw = weights_of(tmp_path), weights_of(tmp_path / "checkpoint-3")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in now.items())
+    assert max((raw[name] - tensor).abs().max().item() for name, tensor in now.items()) > 1e-4
+    trainer.args.max_steps = 4  # and a second training begins from it
+    trainer.train()
+    assert largest_difference(trained(trainer), now) > 0
+
+
+@pytest.mark.parametrize(
+    ("peft_config", "only"), [(None, False), (LORA, True)], ids=["full", "lora, save_only_model"]
+)
+def test_the_best_model_is_the_average_of_the_best_checkpoint(tmp_path, peft_config, only):
+    """Fault: the best checkpoint is chosen by its averaged weights, and its raw ones, or later ones, are saved."""
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "max_steps": 4}
+    settings |= {"metric_for_best_model": "eval_reward", "greater_is_better": True, "save_total_limit": 2}
+    trainer = CFGDiversityTrainer(
+        tiny_musicgen(),
+        DiversityReward(CodeEmbedder()),
+        tiny_args(
+            tmp_path,
+            ema_decay=0.9,
+            save_only_model=only,
+            per_device_eval_batch_size=8,
+            **EVERY_STEP,
+            **settings,
+        ),
+        PROMPTS,
+        PROMPTS[:2],
+        processing_class=tiny_processor(),
+        peft_config=peft_config,
+    )
+    trainer.train()
+    best = tmp_path / f"checkpoint-{trainer.state.best_global_step}"
+    assert trainer.state.best_model_checkpoint == str(best)
+    state = json.loads((best / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(best)
+    assert trainer.state.best_global_step < 4  # else the last weights would do
+    trainer.save_model()
+    averaged, saved = load_file(best / "averaged_weights.safetensors"), weights_of(tmp_path)
+    assert all(torch.equal(saved[name], tensor) for name, tensor in averaged.items())
+    assert trainer.evaluate()["eval_reward"] == trainer.state.best_metric
+
+
+# ---- nothing that is not finite ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({"learning_rate": float("inf")}, r"44 of 44 weight tensors are inf or nan .*learning_rate=inf"),
+        ({"weight_decay": float("nan")}, r"weight tensors are inf or nan .*weight_decay=nan"),
+        ({"learning_rate": 1e30}, r"logits are inf or nan.*learning_rate=1e\+30"),  # finite, but of no use
+        ({"peft_config": LORA, "learning_rate": float("inf")}, r"40 of 40 weight tensors"),
+    ],
+)
+def test_a_student_that_is_not_finite_is_never_saved(tmp_path, settings, what):
+    """Fault: rc 0, and a folder full of NaN."""
+    with pytest.raises(FloatingPointError, match=f"after step 1 .*{what}.*there is no checkpoint yet"):
+        run(tmp_path, max_steps=1, **EVERY_STEP, **settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_diverged_run_keeps_its_last_finite_checkpoint(tmp_path):
+    """Fault: with save_total_limit=1 the good checkpoint goes when the broken one is written."""
+
+    def diverge(kwargs):
+        kwargs["optimizer"].param_groups[0]["lr"] = torch.inf
+
+    constant = {"lr_scheduler_type": "constant", "save_total_limit": 1, "ema_decay": 0.9}
+    with pytest.raises(FloatingPointError, match=r"after step 3 .*the last checkpoint is .*checkpoint-2$"):
+        run(tmp_path, callbacks=[At(2, diverge)], max_steps=5, **EVERY_STEP, **constant)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    for file in (tmp_path / "checkpoint-2").glob("*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(file).values())
+
+
+def test_a_loss_that_is_not_finite_makes_no_update(tmp_path, monkeypatch):
+    """Fault: transformers leaves it out of the log and takes the step."""
+    trainer = tiny_trainer(tmp_path)
+    start = trained(trainer)
+    compute = CFGDiversityTrainer._compute_loss
+    monkeypatch.setattr(CFGDiversityTrainer, "_compute_loss", lambda *args: compute(*args) * torch.nan)
+    with pytest.raises(FloatingPointError, match="the loss is nan after step 0"):
+        trainer.train()
+    assert largest_difference(trained(trainer), start) == 0
+
+
+def test_the_user_cannot_save_it_either(tmp_path):
+    """Fault: a model that was broken elsewhere, by a callback at the end say, is saved as finished."""
+    trainer = tiny_trainer(tmp_path)
+    with torch.no_grad():
+        trainer.model.decoder.lm_heads[0].weight[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="1 of 44 weight tensors"):
+        trainer.save_model()
+
+
+# ---- kills and faults while a checkpoint is written ----------------------------------------------
+
+
+def test_a_run_killed_while_it_rewrites_a_checkpoint_continues_exactly(tmp_path, monkeypatch):
+    """Fault: a folder with files of two runs counts as complete, because the old one's last file is there."""
+    settings = {"max_steps": 3, "lr_scheduler_type": "constant", "ema_decay": 0.9, **EVERY_STEP}
+    run(tmp_path / "run", **settings)
+    killed = tmp_path / "killed"
+    save = CFGDiversityTrainer._save_rng_state
+
+    def copy_the_disk(self, folder):  # as it is when the process is killed here
+        save(self, folder)
+        if self.state.global_step == 3:
+            shutil.copytree(tmp_path / "run", killed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CFGDiversityTrainer, "_save_rng_state", copy_the_disk)
+        run(tmp_path / "run", str(tmp_path / "run" / "checkpoint-2"), diversity_coef=0.0, **settings)
+    leftover = killed / ".checkpoint-3.00000003.incomplete"
+    assert leftover.is_dir() and last_checkpoint(killed) == str(killed / "checkpoint-3")
+    new, old = (weights_of(path / "checkpoint-3") for path in (tmp_path / "run", killed))
+    assert largest_difference(new, old) > 1e-3  # of another run, and the old one is there as it was
+    settings["max_steps"] = 4
+    again, whole = run(killed, True, **settings), run(tmp_path / "whole", **settings)
+    assert not leftover.exists() and losses(again) == losses(whole)
+    assert largest_difference(trained(again), trained(whole)) == 0
+
+
+def test_what_older_versions_left_half_written_is_passed_over(tmp_path):
+    """Fault: a run killed while saving cannot be resumed, or resumes from rubble."""
+    run(tmp_path, max_steps=2, **EVERY_STEP)
+    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+    again = run(tmp_path, resume=True, max_steps=3, **EVERY_STEP)
+    assert again.state.global_step == 3 and len(losses(again)) == 3
+    assert last_checkpoint(tmp_path, before=3) == str(tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        run(tmp_path / "nothing", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("peft_config", "at_the_end"), [(None, False), (LORA, True)], ids=["checkpoint", "student"]
+)
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, at_the_end, peft_config):
+    """Fault: safetensors' traceback, half a checkpoint, and the student that was there is gone."""
+    trainer = run(tmp_path, max_steps=1, peft_config=peft_config, **EVERY_STEP)
+    trainer.save_model()
+
+    def disk():
+        return {
+            path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".md"
+        }
+
+    before = disk()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    weights = tmp_path / ("adapter_model.safetensors" if peft_config else "model.safetensors")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (weights.stat().st_size // 2, hard))
+    try:
+        with pytest.raises(
+            OSError, match=r"cannot be written: it is too large for this disk.*write to another"
+        ):
+            trainer.save_model() if at_the_end else trainer._save_checkpoint(trainer.model, None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert disk() == before and not list(tmp_path.glob(".*"))
+
+
+# ---- what a run continues from -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory):
+    """A run with averaged weights that was stopped after its second step, full and LoRA."""
+    root = tmp_path_factory.mktemp("runs")
+    for name, peft_config in (("full", None), ("lora", LORA)):
+        run(root / name, max_steps=2, ema_decay=0.9, peft_config=peft_config, **EVERY_STEP)
+    return root
+
+
+@pytest.fixture(scope="module")
+def another(two_checkpoints):
+    """Trainers of runs that shall continue from what they cannot continue from."""
+    return {
+        name: tiny_trainer(two_checkpoints / f"another-{name}", ema_decay=0.9, peft_config=peft_config)
+        for name, peft_config in (("full", None), ("lora", LORA))
+    }
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def zero(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "what"),
+    [
+        ("optimizer.pt", os.remove, "missing"),
+        ("scheduler.pt", os.remove, "missing"),
+        ("rng_state.pth", os.remove, "missing"),
+        ("optimizer.pt", truncate, "damaged"),
+        ("rng_state.pth", zero, "damaged"),
+        ("model.safetensors", truncate, "damaged"),
+        ("averaged_weights.safetensors", zero, "damaged"),
+        ("trainer_state.json", truncate, "damaged"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_offered(
+    tmp_path, two_checkpoints, another, name, harm, what
+):
+    """Fault: a traceback, or a run that goes on with a new optimiser and says nothing."""
+    run = shutil.copytree(two_checkpoints / "full", tmp_path / "run")
+    harm(run / "checkpoint-2" / name)
+    before = rf"checkpoint-2/{name} is {what}: continue .* resume_from_checkpoint=.*checkpoint-1$"
+    with pytest.raises(ValueError, match=before):
+        another["full"].train(resume_from_checkpoint=last_checkpoint(run))
+    shutil.rmtree(run / "checkpoint-1")
+    with pytest.raises(ValueError, match="begin again, there is none before it"):
+        another["full"].train(resume_from_checkpoint=last_checkpoint(run))
+
+
+def drop_a_tensor(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("decoder.lm_heads.0.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def foreign_keys(folder):
+    tensors = {
+        f"_orig_mod.{key}": value for key, value in load_file(folder / "adapter_model.safetensors").items()
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def another_shape(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["decoder.lm_heads.0.weight"] = torch.zeros(3, 3)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def refused_pickle(folder):
+    torch.save({"state": os.getcwd}, folder / "optimizer.pt")
+
+
+def another_optimizer(folder):
+    torch.save({"state": {}, "param_groups": []}, folder / "optimizer.pt")
+
+
+@pytest.mark.parametrize(
+    ("kind", "harm", "what"),
+    [
+        ("full", drop_a_tensor, r"it lacks weights such as decoder\.lm_heads\.0\.weight"),
+        ("lora", foreign_keys, r"it lacks weights such as base_model.*lora_A\.weight"),
+        ("full", another_shape, "size mismatch for decoder.lm_heads.0.weight"),
+        ("full", refused_pickle, "Weights only load failed"),
+        ("full", another_optimizer, "parameter group"),
+    ],
+)
+def test_a_foreign_checkpoint_is_one_line(tmp_path, two_checkpoints, another, kind, harm, what):
+    """Fault: weights of the start where the checkpoint has none, with a warning; or a traceback."""
+    checkpoint = shutil.copytree(two_checkpoints / kind / "checkpoint-2", tmp_path / "checkpoint-2")
+    harm(checkpoint)
+    message = rf"checkpoint-2 cannot be continued \(.*{what}.*resume with the model"
+    with pytest.raises(ValueError, match=message) as raised:
+        another[kind].train(resume_from_checkpoint=str(checkpoint))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_checkpoint_of_more_processes_goes_on_and_says_so(tmp_path, two_checkpoints):
+    """Fault: an information that nobody sees."""
+    checkpoint = shutil.copytree(two_checkpoints / "full" / "checkpoint-1", tmp_path / "checkpoint-1")
+    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+    trainer = tiny_trainer(tmp_path / "run", ema_decay=0.9)
+    with pytest.warns(
+        UserWarning, match=r"checkpoint-1 has no rng_state.pth: .* another number of processes"
+    ):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert trainer.state.global_step == 3
