@@ -29,9 +29,13 @@ _REMEDIES = {
 _held: set[str] = set()
 
 
+class UnwritableError(OSError):
+    """A full disk or the like; the text names the file and the remedy."""
+
+
 @contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """Whatever stops the block from writing `path` becomes an `OSError` that names it and a remedy.
+    """Whatever stops the block from writing `path` becomes an `UnwritableError` that names it and a remedy.
 
     safetensors, soundfile and torch report a full disk as errors of their own.
     """
@@ -39,7 +43,9 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
         yield
     except Exception as error:
         foreign = type(error).__name__ in ("SafetensorError", "LibsndfileError")
-        foreign |= "inline_container.cc" in str(error) or "PytorchStreamWriter" in str(error)
+        torchs = "inline_container.cc" in str(error) or "PytorchStreamWriter" in str(error)
+        foreign |= torchs and not isinstance(error, OSError)
+        vague = torchs or "System error" in str(error)  # libsndfile's
         number = error.errno if isinstance(error, OSError) else None
         if not foreign and number not in _REMEDIES:
             raise
@@ -51,9 +57,9 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
             number = int(told.group(1))
         elif foreign and shutil.disk_usage(path.parent).free < 2**20:
             number = errno.ENOSPC
-        remedy = _REMEDIES.get(number or 0) or f"{' '.join(str(error).split())}: choose another place"
-        kind = type(error) if isinstance(error, OSError) else OSError
-        raise kind(f"{where} cannot be written: {remedy}") from error
+        reason = "the disk took less than was written" if vague else " ".join(str(error).split())
+        remedy = _REMEDIES.get(number or 0) or f"{reason}: free some, or write to another disk"
+        raise UnwritableError(f"{where} cannot be written: {remedy}") from error
 
 
 @contextmanager
@@ -146,7 +152,7 @@ def new_folder(output: str | os.PathLike, num_bytes: int = 0) -> Iterator[Path]:
             )
     free = shutil.disk_usage(path.parent).free
     if num_bytes > free:
-        raise OSError(
+        raise UnwritableError(
             f"{path} cannot be written: {num_bytes / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free: "
             "free some space, or write to another disk"
         )

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import resource
 
 
 @contextlib.contextmanager
@@ -30,3 +31,14 @@ def without_privileges():
         yield
     finally:
         assert libc.capset(header, before) == 0
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """A disk on which no file can be larger than `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -8,7 +8,7 @@ import soundfile
 import torch
 
 from diverse_cfg.embeddings import load_embedder
-from diverse_cfg.embeddings.contrastive import ContrastiveConfig, semi_hard_triplet_loss
+from diverse_cfg.embeddings.contrastive import ContrastiveConfig, semi_hard_triplet_loss, train_contrastive
 from diverse_cfg.embeddings.recordings import AudioRecordings, CodeRecordings, disjoint_starts
 from diverse_cfg.embeddings.training import SIZES, _draw_groups, _split, encoder_config, train_embedder
 
@@ -186,6 +186,22 @@ def test_unusable_settings_are_refused(settings, message):
     recordings = CodeRecordings([torch.zeros(2, 40).long()] * 2, **CODEC)
     with pytest.raises(ValueError, match=message):
         train_embedder(recordings, encoder_config(recordings), device="cpu", **settings)
+
+
+def test_an_encoder_that_is_not_finite_is_no_result():
+    """Catches the last step, after which no loss is computed."""
+    config = ContrastiveConfig(reads="codes", num_codebooks=2, codebook_size=12, patch=2, **SMALL)
+    recordings = recordings_of_styles()
+    for steps, message in ((1, "the last step made weights inf or nan"), (2, "the loss is nan at step 1")):
+        with pytest.raises(FloatingPointError, match=f"{message}.*lower learning_rate=inf"):
+            train_contrastive(
+                config,
+                lambda batch, generator: recordings.pairs(range(batch), generator),
+                steps=steps,
+                batch=4,
+                learning_rate=float("inf"),
+                device="cpu",
+            )
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 
 import pytest
@@ -14,6 +13,7 @@ from transformers import TrainerCallback
 from diverse_cfg.rewards import DiversityReward
 from diverse_cfg.trainer import CFGDiversityTrainer
 from diverse_cfg.trainer.state import last_checkpoint
+from tests.faults import largest_file
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
 from tests.training import CodeEmbedder, largest_difference, losses, tiny_args, tiny_trainer, trained
 
@@ -226,16 +226,12 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, at_the_end, peft_co
         }
 
     before = disk()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     weights = tmp_path / ("adapter_model.safetensors" if peft_config else "model.safetensors")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (weights.stat().st_size // 2, hard))
-    try:
-        with pytest.raises(
-            OSError, match=r"cannot be written: it is too large for this disk.*write to another"
-        ):
-            trainer.save_model() if at_the_end else trainer._save_checkpoint(trainer.model, None)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with (
+        largest_file(weights.stat().st_size // 2),
+        pytest.raises(OSError, match=r"cannot be written: it is too large for this disk.*write to another"),
+    ):
+        trainer.save_model() if at_the_end else trainer._save_checkpoint(trainer.model, None)
     assert disk() == before and not list(tmp_path.glob(".*"))
 
 

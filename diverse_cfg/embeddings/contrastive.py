@@ -249,7 +249,7 @@ def train_contrastive(
         device: torch device; default: the GPU when there is one.
 
     Raises:
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: the loss, or what the last step made of the weights, is not finite.
     """
     from tqdm import tqdm
 
@@ -276,6 +276,10 @@ def train_contrastive(
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    if not all(p.isfinite().all() for p in encoder.parameters()):
+        raise FloatingPointError(
+            f"the last step made weights inf or nan: lower learning_rate={learning_rate}"
+        )
     return ContrastiveEmbedder(encoder, progress, device=device)
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from scipy.stats import beta
 
-from diverse_cfg.atomic import new_folder, write_text
+from diverse_cfg.atomic import new_folder, write_text, writing
 from diverse_cfg.evaluation.cache import digest
 from diverse_cfg.evaluation.generations import describe
 from diverse_cfg.evaluation.results import Estimate, Results
@@ -221,7 +221,7 @@ class Votes:
         unknown = [vote.trial for vote in votes if vote.trial not in self.trials]
         if unknown:
             raise ValueError(f"the study has no trial {unknown[0]!r}")
-        with open(self.path, "ab+") as file:
+        with writing(self.path), open(self.path, "ab+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed
             file.seek(0)
             content = file.read()

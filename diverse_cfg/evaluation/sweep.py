@@ -19,6 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from diverse_cfg.acoustics import normalised
+from diverse_cfg.atomic import UnwritableError
 from diverse_cfg.evaluation.cache import Cache, digest
 from diverse_cfg.evaluation.features import Batch, Feature, compute_features
 from diverse_cfg.evaluation.generations import ClipSet, Player, describe, generations
@@ -104,6 +105,8 @@ class Sweep:
                 before = bar.n
                 try:
                     rows.append(self.evaluate(system, bar))
+                except UnwritableError:
+                    raise  # which would cost the others as well
                 # Whatever breaks one system (a missing folder, NaN weights, no memory) must not cost the
                 # others.
                 except Exception as error:

@@ -9,7 +9,7 @@ votes of the study, so that both kinds of test are counted alike.
 
 import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import soundfile
 import torch
 import yaml
 
-from diverse_cfg.atomic import write_text
+from diverse_cfg.atomic import new_folder, write_text
 from diverse_cfg.evaluation.listening import QUESTIONS, Trial, Vote, Votes, load_trials
 from diverse_cfg.musicgen.files import write_wav
 from diverse_cfg.untrusted import checked_name
@@ -53,10 +53,13 @@ def export_study(folder: str | os.PathLike, output: str | os.PathLike, test_id: 
         ValueError: a `test_id` that is no plain name.
     """
     checked_name(test_id, "the test id (--test-id)")
-    output = Path(output)
     trials = load_trials(folder)
-    if output.exists():
-        raise FileExistsError(f"{output} exists already: choose another folder")
+    with new_folder(output) as incomplete:
+        _write_test(trials, Path(folder), incomplete, test_id)
+    return Path(output) / "configs" / f"{test_id}.yaml"
+
+
+def _write_test(trials: Sequence[Trial], folder: Path, output: Path, test_id: str) -> None:
     audio = Path("configs") / "resources" / test_id
     (output / audio).mkdir(parents=True)
     pages: list[Any] = [
@@ -66,7 +69,7 @@ def export_study(folder: str | os.PathLike, output: str | os.PathLike, test_id: 
             "name": "Welcome",
             "content": "<p>Please use headphones. " + " ".join(map(escape, QUESTIONS.values())) + "</p>",
         },
-        ["random", *(_page(trial, Path(folder), output, audio) for trial in trials)],
+        ["random", *(_page(trial, folder, output, audio) for trial in trials)],
         {
             "type": "finish",
             "name": "Thank you",
@@ -86,7 +89,7 @@ def export_study(folder: str | os.PathLike, output: str | os.PathLike, test_id: 
         "pages": pages,
     }
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-    return write_text(output / "configs" / f"{test_id}.yaml", text)
+    write_text(output / "configs" / f"{test_id}.yaml", text)
 
 
 def import_ratings(folder: str | os.PathLike, path: str | os.PathLike) -> int:

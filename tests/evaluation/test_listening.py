@@ -31,6 +31,7 @@ from diverse_cfg.evaluation.results import Results
 from diverse_cfg.evaluation.systems import System, single
 from diverse_cfg.evaluation.webmushra import export_study, import_ratings
 from tests.evaluation.worlds import save_sibling, small_sweep
+from tests.faults import largest_file
 from tests.tiny import PROMPTS, save_tiny
 
 
@@ -532,6 +533,19 @@ def test_the_webmushra_configuration_is_complete(study, tmp_path):
     assert "student" not in path.read_text()
     with pytest.raises(FileExistsError):
         export_study(study, tmp_path / "package", "pilot")
+
+
+def test_a_full_disk_leaves_nothing_that_is_taken_for_whole(study, tmp_path):
+    """Catches half a package, which the next export refuses, and a vote that is lost without a file's name."""
+    vote = Vote(load_trials(study)[0].id, "anna", "left")
+    with largest_file(16):
+        with pytest.raises(OSError, match=r"package.*wav cannot be written: the disk took less"):
+            export_study(study, tmp_path / "package", "pilot")
+        with pytest.raises(OSError, match=r"votes.* cannot be written: it is too large"):
+            Votes(study).add(vote)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["study"]
+    Votes(study).add(vote)  # what was cut off does not count
+    assert Votes(study).all() == [vote]
 
 
 def write_ratings(path, rows):

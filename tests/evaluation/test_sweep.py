@@ -4,6 +4,7 @@ breaking the rest."""
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from diverse_cfg.evaluation import features as features_module
 from diverse_cfg.evaluation import generations as generations_module
@@ -192,6 +193,18 @@ def test_a_system_that_fails_is_in_the_table_and_the_others_are_kept(folders, tm
     sampled = counted["sampled"]
     assert run(small_sweep(tmp_path), systems)["bad"].ok
     assert counted["sampled"] == sampled + 1
+
+
+def test_a_full_disk_ends_the_sweep(folders, tmp_path, monkeypatch, counted):
+    """Catches a night of sampling that nothing can be kept of."""
+
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("diverse_cfg.evaluation.cache.save_file", full)
+    with pytest.raises(OSError, match=r"safetensors cannot be written: there is no space left"):
+        run(small_sweep(tmp_path), [System(name, single(folders[0])) for name in "ab"])
+    assert counted["sampled"] == 1
 
 
 def test_broken_weights_are_a_failure_not_a_number(folders, tmp_path):
