@@ -1,7 +1,6 @@
 """`diverse-cfg train-embedder`: the space in which diversity is measured, learned from recordings or clips."""
 
 import argparse
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,19 +61,10 @@ def add_train_embedder_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", choices=["small", "paper"], default="small", help="of the encoder (default: small)"
     )
-    parser.add_argument("--steps", type=number(int, 1, math.inf), default=1500, help="default: 1500")
-    parser.add_argument(
-        "--batch-size", type=number(int, 2), default=64, help="recordings of a step (default: 64)"
-    )
-    parser.add_argument(
-        "--learning-rate", type=number(float, 0, 1, above=True), default=1e-3, help="default: 0.001"
-    )
-    parser.add_argument(
-        "--held-out",
-        type=number(float, 0, 1, above=True),
-        default=0.1,
-        help="share to measure on (default: 0.1)",
-    )
+    parser.add_argument("--steps", type=int, default=1500, help="default: 1500")
+    parser.add_argument("--batch-size", type=int, default=64, help="recordings of a step (default: 64)")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="default: 0.001")
+    parser.add_argument("--held-out", type=float, default=0.1, help="share to measure on (default: 0.1)")
     parser.add_argument("--seed", type=SEED, default=0, help="same seed, same encoder (default: 0)")
     parser.add_argument("--device", help="torch device (default: a GPU if there is one)")
 
