@@ -224,6 +224,7 @@ ACTING = {
 }
 
 
+@pytest.mark.slow
 def test_what_is_said_to_act_acts(tmp_path):
     """Fault: a setting in the list of those that act, which changes nothing of a training."""
 
