@@ -389,5 +389,5 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "at least 2: a clip is judged against the others of its prompt",
     ),
     "max_steps": (lambda value: value == -1 or value >= 1, "at least 1, or -1 (num_train_epochs decides)"),
-    "seed": (_not_negative, "0 or more"),
+    "seed": (lambda value: 0 <= value < 2**32, "from 0 to 2**32 - 1"),
 }

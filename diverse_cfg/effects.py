@@ -29,6 +29,7 @@ ACTS = """
     remove_unused_columns shuffle_dataset accelerator_config parallelism_config ddp_* fsdp fsdp_* deepspeed
     guidance_scale diversity_coef distillation_coef divergence rollout_source teacher_model clip_seconds
     ema_decay adaptive_clip loss_chunk_size rollout_batch_size rollout_backend
+    model_name_or_path use_peft reward_funcs dataset_* eval_dataset_name
     silence_dbfs max_silence max_clipping max_flatness distance_quantile gate quality_product
 """.split()  # noqa: SIM905 - one name a line would be a hundred lines
 
@@ -237,6 +238,8 @@ RULES = (
         lambda a: a.prefix_baseline and a.diversity_coef > 0,
     ),
     Idle("gate_quantile", "it needs guards.gate", lambda guards: guards.gate is not None),
+    # ---- of `diverse-cfg train`
+    Idle("lora_*", "set use_peft", lambda a: a.use_peft),
     # ---- by what the trainer is given
     Idle(
         "term_norm_steps",

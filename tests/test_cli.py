@@ -168,6 +168,30 @@ def test_every_command_explains_itself(name, capsys):
     assert f"usage: diverse-cfg {name}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("command", "flag", "values"),
+    [
+        ("generate", "--num-generations", "0 -1 2.5 nan 1e9 10000000"),
+        ("generate", "--batch-size", "0 -3 x"),
+        ("generate", "--seconds", "0 -1 nan inf"),
+        ("generate", "--seed", "-1 1.5 18446744073709551616"),
+        ("demo", "--seed", "-1 4294967296"),
+        ("train-embedder", "--chunk-seconds", "0 -1 nan inf"),
+        ("train-embedder", "--guidance-scale", "0.5 nan inf"),
+        ("listen run study", "--port", "0 -1 65536"),
+        ("listen make study", "--quality", "-1 nan 1e9"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_name(command, flag, values, capsys):
+    """Fault: a traceback, hours of work or a full memory for a number that makes no sense."""
+    for value in values.split():
+        with pytest.raises(SystemExit) as stop:
+            main([*command.split(), flag, value])
+        assert stop.value.code == 2
+        [error] = capsys.readouterr().err.splitlines()
+        assert error.startswith(f"diverse-cfg: error: argument {flag}: {value!r} must be ")
+
+
 def test_no_command_is_a_usage_error(capsys):
     with pytest.raises(SystemExit) as stop:
         main([])

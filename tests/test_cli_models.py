@@ -64,6 +64,9 @@ def test_a_sweep_writes_one_folder_per_weight_and_goes_on(pair, tmp_path, capsys
         (["--dtype", "int8"], "dtype must be one of"),
         (["--sweep", "0:1"], "a sweep is written start:stop:step"),
         (["--sweep", "0:1:0.5", "--unnormalized"], "leave it out"),
+        (["--weight", "0.5", "--unnormalized"], "--unnormalized has no effect without --weights"),
+        (["--uniform", "--extrapolate"], "--extrapolate has no effect on the plain average"),
+        (["--weight", "nan"], "merge weights must be finite"),
     ],
 )
 def test_wrong_merges_are_one_line(pair, tmp_path, capsys, extra, message):
@@ -73,6 +76,39 @@ def test_wrong_merges_are_one_line(pair, tmp_path, capsys, extra, message):
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("merge_weight: '0.5'", "merge_weight='0.5' must be a finite number"),
+        ("merge_weight: .nan", "merge_weight=nan must be a finite number"),
+        ("checkpoints: abc", "checkpoints='abc' must be a list (each entry text)"),
+        ("weights: [0.5, true]", "weights=[0.5, True] must be a list"),
+        ("format: halves", "format='halves' must be 'full' or 'adapter'"),
+        ("extrapolate: 1", "extrapolate=1 must be true or false"),
+        (
+            "merge_weight: 0.2\nsweep: 0:1:0.5",
+            "names several ways to weigh: merge_weight and sweep; keep one",
+        ),
+        ("merge_weight: 0.2\nmerge_weight: 0.3", "merge_weight is set twice"),
+        ("base: null", "base=None must be text"),
+    ],
+)
+def test_a_wrong_recipe_is_one_line(pair, tmp_path, capsys, recipe, message):
+    """Fault: a TypeError, or one of two ways that is dropped in silence."""
+    (tmp_path / "merge.yaml").write_text(recipe)
+    arguments = ["merge", *pair, "--config", str(tmp_path / "merge.yaml"), "-o", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_what_is_typed_wins_over_the_recipe(pair, tmp_path):
+    """Fault: a typed 0 taken for nothing typed, and `--format full` overruled by the recipe."""
+    (tmp_path / "merge.yaml").write_text("merge_weight: 0.5\nformat: adapter\n")
+    arguments = ["merge", *pair, "--config", str(tmp_path / "merge.yaml"), "-o", str(tmp_path / "out")]
+    assert main([*arguments, "--weight", "0", "--format", "full"]) == 0
+    assert (heads(tmp_path / "out") == heads(pair[0])).all()
 
 
 def test_nothing_is_overwritten(pair, tmp_path, capsys):

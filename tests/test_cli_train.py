@@ -46,6 +46,25 @@ def test_a_recipe_sets_and_a_flag_overrides(parsed, tmp_path):
         (RECIPE + "qqq: 5\n", "no setting --qqq; see diverse-cfg train --help"),
         (RECIPE + "guidance_scale: 0.5\n", "guidance_scale=0.5 must be"),
         (RECIPE.replace("-50}", "-50, cap: 1}"), "guards has no field cap"),
+        (RECIPE + "num_generations: 2.7\n", "num_generations=2.7 must be an integer"),
+        (RECIPE + "max_steps: null\n", "max_steps=None must be an integer"),
+        (RECIPE + "warmup_steps: [1]\n", "warmup_steps=[1] must be a finite number"),
+        (RECIPE + "weight_decay: true\n", "weight_decay=True must be a finite number"),
+        (RECIPE + 'max_steps: "8"\n', "max_steps='8' must be an integer"),
+        (RECIPE + "weight_decay: .nan\n", "weight_decay=nan must be a finite number"),
+        (
+            RECIPE + "eval_strategy: no\n",
+            "must be 'no' or 'steps' or 'epoch' or text (YAML reads no, off, yes",
+        ),
+        (RECIPE + "lora_target_modules: q_proj\n", "lora_target_modules='q_proj' must be a list"),
+        (RECIPE + "lora_r: 1.5\n", "lora_r=1.5 must be an integer"),
+        (RECIPE.replace("-50}", "loud}"), "guards.silence_dbfs='loud' must be a finite number"),
+        (RECIPE + "diversity_coef: 5\n", "diversity_coef is set twice: keep one"),
+        (RECIPE.replace("-50}", "-50, silence_dbfs: -40}"), "silence_dbfs is set twice"),
+        (RECIPE + "~: 5\n", "the name '~' is not text"),
+        (RECIPE + "on: 5\n", "the name 'on' is not text: name a setting, in quotes if need be"),
+        (RECIPE + "2: 5\n", "the name '2' is not text"),
+        ("[" * 5000, "is not valid YAML"),
         ("- a\n- b\n", "must hold settings by name (name: value), not a list"),
         ("guards: {silence_dbfs: -50\n", "is not valid YAML"),
     ],
@@ -59,6 +78,35 @@ def test_a_wrong_recipe_is_one_line(parsed, tmp_path, capsys, recipe, message):
     assert error.startswith("diverse-cfg: error: ")
     assert message in error
     assert parsed == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--learning_rate", "inf", "learning_rate=inf must be a finite number"),
+        ("--weight_decay", "nan", "weight_decay=nan must be a finite number"),
+        ("--num_generations", "0", "num_generations=0 must be at least 2"),
+        ("--num_iterations", "0", "num_iterations=0 must be at least 1"),
+        ("--gradient_accumulation_steps", "-1", "gradient_accumulation_steps=-1 must be at least 1"),
+        ("--max_steps", "0", "max_steps=0 must be at least 1, or -1"),
+        ("--torch_compile_backend", "inductor", "torch_compile_backend='inductor' is not supported"),
+        ("--label_smoothing_factor", "0.1", "label_smoothing_factor=0.1 is not supported"),
+    ],
+)
+def test_a_wrong_number_or_idle_flag_is_one_line(parsed, tmp_path, capsys, flag, value, said):
+    flags = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", str(tmp_path / "run")]
+    assert main(["train", *flags, flag, value]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"diverse-cfg: error: {said}")
+    assert parsed == []
+
+
+def test_config_may_be_joined_by_an_equals_sign(parsed, tmp_path, capsys):
+    """Fault: `--config=FILE` is read by nobody."""
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    flags = [f"--config={tmp_path}/recipe.yaml", "--output_dir", str(tmp_path / "run")]
+    assert main(["train", *flags]) == 0 and parsed[0][0].dataset_name == "prompts.txt"
+    assert main(["train", *flags, "--config", "other.yaml"]) == 2
+    assert "--config is given twice" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [["--config"], ["--config", "/no/such/recipe.yaml"]])

@@ -59,6 +59,12 @@ def test_clips_are_sampled_for_prompts(tiny_folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--audio", ".", "--model", "x"], "--model x has no effect with --audio"),
+        (["--audio", ".", "--seconds", "3"], "--seconds 3.0 has no effect without --prompts"),
+        (
+            ["--codes", ".", "--model", "x", "--num-generations", "4"],
+            "--num-generations 4 has no effect without",
+        ),
         (["--audio", "/no/such/folder"], "there is no folder /no/such/folder"),
         (["--codes", "."], "need --model"),
         (["--codes", "/no/such/folder", "--model", "x"], "holds no generations"),

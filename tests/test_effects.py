@@ -7,8 +7,9 @@ from fnmatch import fnmatchcase
 import pytest
 import torch
 
+from diverse_cfg.cli.train import TrainArguments
 from diverse_cfg.config import CFGDiversityConfig, GuardConfig
-from diverse_cfg.effects import ACTS, RULES, rule_of
+from diverse_cfg.effects import ACTS, RULES, idle_settings, rule_of
 from diverse_cfg.rewards import DiversityReward
 from diverse_cfg.settings import field_types
 from diverse_cfg.trainer import CFGDiversityTrainer
@@ -16,7 +17,9 @@ from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
 from tests.training import CodeEmbedder, WaveEmbedder, largest_difference, tiny_args, tiny_trainer, trained
 
 FIELDS = {
-    field.name: field for owner in (CFGDiversityConfig, GuardConfig) for field in dataclasses.fields(owner)
+    field.name: field
+    for owner in (CFGDiversityConfig, GuardConfig, TrainArguments)
+    for field in dataclasses.fields(owner)
 }
 REFUSED = [name for name in FIELDS if (rule := rule_of(name)) and rule.never]
 # Values with another meaning than "not the default", or that only these types take.
@@ -144,6 +147,9 @@ WAITING = {
     "prefix_lambda": (0.5, {}, {"prefix_baseline": True}),
     "fp16": (True, {"bf16": None}, None),  # acts on an accelerator alone
     "log_completions": (True, None, None),  # by what is installed
+    "lora_r": (4, {}, {"use_peft": True}),
+    "lora_alpha": (4, {}, {"use_peft": True}),
+    "lora_target_modules": (["q_proj"], {}, {"use_peft": True}),
     "gate_quantile": (0.2, {}, {"gate": "text_adherence"}),
 }
 
@@ -159,12 +165,13 @@ def test_what_waits_for_another_setting_is_warned_about(tmp_path, name):
     for changes, acts in ((without, False), (enough, True)):
         if changes is None:
             continue
-        if name in CFGDiversityConfig.__dataclass_fields__:
-            settings = {"report_to": "none", "bf16": False, "use_cpu": True} | changes | {name: value}
+        if name in TrainArguments.__dataclass_fields__:
+            said = " ".join(idle_settings(TrainArguments("m", "d", **changes, **{name: value})))
         else:
-            settings = {"guards": changes | {name: value}, "use_cpu": True}
-        settings["output_dir"] = str(tmp_path)
-        _, said = warned(lambda settings=settings: CFGDiversityConfig(**settings))
+            own = name in CFGDiversityConfig.__dataclass_fields__
+            settings = changes | {name: value} if own else {"guards": changes | {name: value}}
+            settings = {"report_to": "none", "bf16": False, "use_cpu": True} | settings
+            said = warned(lambda settings=settings: CFGDiversityConfig(str(tmp_path), **settings))[1]
         assert (f"{name}={value!r} has no effect: " in said) is not acts, said
 
 
@@ -217,6 +224,7 @@ ACTING = {
 }
 
 
+@pytest.mark.slow
 def test_what_is_said_to_act_acts(tmp_path):
     """Fault: a setting in the list of those that act, which changes nothing of a training."""
 

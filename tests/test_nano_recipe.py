@@ -177,6 +177,9 @@ def test_recipe_with_an_unknown_key_or_without_fluidsynth_stops_at_once(tmp_path
     recipe.write_text("sed: 1\n")
     assert build.main(["--config", str(recipe)]) == 2
     assert "unknown key(s) sed" in capsys.readouterr().err
+    recipe.write_text("seed: 1.5\n")
+    assert build.main(["--config", str(recipe)]) == 2
+    assert "seed=1.5 must be an integer" in capsys.readouterr().err
     recipe.write_text(f"work: {tmp_path / 'work'}\n")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert build.main(["--config", str(recipe), "--stages", "render"]) == 2

@@ -14,7 +14,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from diverse_cfg import __version__
 from diverse_cfg.cli import (
@@ -51,9 +51,17 @@ COMMANDS: tuple[Command, ...] = (
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other error, without twenty lines of usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        where = "" if "--help)" in message else f" (see {self.prog} --help)"
+        self.exit(2, f"diverse-cfg: error: {plain(message)}{where}\n")
+
+
 def build_parser(commands: Sequence[Command] = COMMANDS) -> argparse.ArgumentParser:
     """The parser of `diverse-cfg` with one subparser per command."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="diverse-cfg",
         description="Train, merge, evaluate and publish MusicGen models that need no guidance at inference.",
         allow_abbrev=False,

@@ -1,9 +1,11 @@
 """What a command of `diverse-cfg` is made of, and the few argument helpers that commands share."""
 
 import argparse
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from diverse_cfg.assets import NANO_PARTS, nano_path, source
 
@@ -51,3 +53,49 @@ def embedder_source(value: str) -> str:
     if not value.endswith("-encoder") or Path(value).exists():
         return value
     return str(nano_path(value)) if value in NANO_PARTS else value
+
+
+def number(kind: type, least: float, most: float = 10**6, *, above: bool = False) -> Callable[[str], Any]:
+    """A number within bounds, as `type=` of an option.
+
+    Args:
+        kind: int or float.
+        least: the smallest.
+        most: the largest; an infinite one is still finite.
+        above: `least` itself is too small.
+    """
+
+    def parse(text: str) -> Any:
+        words = "an integer" if kind is int else "a number"
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (least < value if above else least <= value) or value > most or math.isinf(value):
+            lower = f"{'above' if above else 'of at least'} {least:g}"
+            upper = "" if math.isinf(most) else f" and at most {most:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} must be {words} {lower}{upper}")
+        return value
+
+    return parse
+
+
+SEED = number(int, 0, 2**32 - 1)
+
+
+def refuse_idle(args: argparse.Namespace, names: str, where: str) -> None:
+    """Refuse options that were typed and would do nothing.
+
+    Args:
+        args: the parsed options; what was not typed is None, False or empty.
+        names: of options, with spaces between them.
+        where: in which case they do nothing, and what would make them act.
+
+    Raises:
+        ValueError: with the option and the case.
+    """
+    for name in names.split():
+        value = getattr(args, name)
+        if value is not None and value is not False and value != []:
+            shown = "" if value is True else f" {value}"
+            raise ValueError(f"--{name.replace('_', '-')}{shown} has no effect {where}: leave it out")

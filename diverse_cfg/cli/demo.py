@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diverse_cfg.atomic import alone, write_text
-from diverse_cfg.cli.command import Command, prompt_source
+from diverse_cfg.cli.command import SEED, Command, prompt_source
 from diverse_cfg.cli.quiet import quiet_libraries
 from diverse_cfg.settings import read_settings
 
@@ -55,7 +55,7 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="a smoke run of under two minutes: everything happens, little is learnt",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the trainings (default: 0)")
+    parser.add_argument("--seed", type=SEED, default=0, help="of the trainings (default: 0)")
 
 
 def run_demo(args: argparse.Namespace) -> None:

@@ -28,6 +28,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
         "gallery_prompts": 0 if args.no_gallery else None,
     }
     settings = read_settings(args.config) | {key: v for key, v in overrides.items() if v is not None}
+    if args.no_gallery:
+        settings.pop("gallery_generations", None)
 
     from diverse_cfg.evaluation.protocol import SweepConfig
     from diverse_cfg.evaluation.report import evaluate

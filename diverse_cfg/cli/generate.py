@@ -1,11 +1,10 @@
 """`diverse-cfg generate`: clips of any MusicGen as WAV files, sampled as the model's own settings say."""
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any
 
-from diverse_cfg.cli.command import Command, model_source, prompt_source
+from diverse_cfg.cli.command import Command, model_source, number, prompt_source, refuse_idle
 
 # AudioCraft's own setting; the released generation configs leave it out, and transformers would take 50.
 USUAL_TOP_K = 250
@@ -33,9 +32,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", help="a text (repeatable)")
     what.add_argument("--prompts", metavar="SOURCE", help="a file, folder or Hub dataset of texts, or `nano`")
-    parser.add_argument(
-        "--prompts-split", default="test", help="split of a folder or dataset (default: test)"
-    )
+    parser.add_argument("--prompts-split", help="split of a folder or dataset (default: test)")
     parser.add_argument("--prompt-column", help="column of --prompts that holds the texts (default: prompt)")
     parser.add_argument(
         "--output", required=True, help="folder for the WAV files; new, empty, or begun with --resume"
@@ -44,10 +41,12 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="go on with a folder that the same command has begun"
     )
     parser.add_argument(
-        "--num-generations", type=int, default=1, metavar="G", help="clips per prompt (default: 1)"
+        "--num-generations", type=number(int, 1), default=1, metavar="G", help="clips per prompt (default: 1)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same clips (default: 0)")
-    parser.add_argument("--seconds", type=float, help="length (default: the model's own, at most 10)")
+    parser.add_argument("--seed", type=number(int, 0, 2**64 - 1), help="same seed, same clips (default: 0)")
+    parser.add_argument(
+        "--seconds", type=number(float, 0, above=True), help="length (default: the model's own, at most 10)"
+    )
     parser.add_argument(
         "--guidance-scale", type=float, metavar="γ", help="default: the model's own; 1 is no guidance"
     )
@@ -56,15 +55,15 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top-k", type=int, help=f"default: the model's own, or {USUAL_TOP_K}; 0 keeps all codes"
     )
-    parser.add_argument("--top-p", type=float, default=1.0, help="default: 1, which keeps all codes")
-    parser.add_argument("--min-p", type=float, default=0.0, help="default: 0, which keeps all codes")
+    parser.add_argument("--top-p", type=float, help="default: 1, which keeps all codes")
+    parser.add_argument("--min-p", type=float, help="default: 0, which keeps all codes")
     parser.add_argument(
         "--sample-format",
         choices=["int16", "float32"],
         default="int16",
         help="of the WAV files (default: int16)",
     )
-    parser.add_argument("--batch-size", type=int, default=16, help="clips at once (default: 16)")
+    parser.add_argument("--batch-size", type=number(int, 1), default=16, help="clips at once (default: 16)")
     parser.add_argument("--device", help="torch device (default: a GPU if there is one)")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the decoder"
@@ -81,14 +80,28 @@ def run_generate(args: argparse.Namespace) -> None:
     from diverse_cfg.prompts import load_prompts
 
     if args.prompt:
+        refuse_idle(args, "prompts_split prompt_column", "with --prompt")
         prompts = load_prompts(args.prompt)
     else:
-        prompts = load_prompts(
-            prompt_source(args.prompts), split=args.prompts_split, column=args.prompt_column
-        )
-    if args.seconds is not None and not 0 < args.seconds < math.inf:
-        raise ValueError(f"--seconds {args.seconds} must be a positive, finite number")
-
+        source = prompt_source(args.prompts)
+        if Path(source).is_file():
+            refuse_idle(args, "prompts_split", "for a file, which has no splits")
+        prompts = load_prompts(source, split=args.prompts_split or "test", column=args.prompt_column)
+    if args.temperature == 0:
+        refuse_idle(args, "seed top_k top_p min_p", "at temperature 0, which takes the most likely codes")
+        if args.num_generations > 1:
+            raise ValueError(
+                f"--num-generations {args.num_generations} at temperature 0 is the same clip every time: leave it out"
+            )
+    if args.guidance_scale == 1:
+        refuse_idle(args, "negative_prompt", "with --guidance-scale 1, which guides away from nothing")
+    wanted = {
+        "guidance_scale": args.guidance_scale,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "min_p": args.min_p,
+    }
     output = Path(args.output)
     if not args.resume and output.is_dir() and any(output.iterdir()):  # before the model is loaded
         raise ValueError(f"{output} is not empty: choose another --output, or add --resume to go on with it")
@@ -98,8 +111,10 @@ def run_generate(args: argparse.Namespace) -> None:
     from diverse_cfg.musicgen.files import generate_files
     from diverse_cfg.musicgen.loading import load_processor, torch_device
     from diverse_cfg.musicgen.policy import frame_rate, usual_seconds
+    from diverse_cfg.musicgen.sampling import SamplingSettings
 
     device = torch_device(args.device)
+    SamplingSettings(**{name: value for name, value in wanted.items() if value is not None})  # in range
     source = model_source(args.model)
     model: Any = _load(source, args.adapter, args.merge_weight)
     own = model.generation_config
@@ -118,9 +133,9 @@ def run_generate(args: argparse.Namespace) -> None:
         guidance_scale=guidance_scale,
         temperature=_first(args.temperature, own.temperature, 1.0),
         top_k=_first(args.top_k, own.top_k, USUAL_TOP_K),
-        top_p=args.top_p,
-        min_p=args.min_p,
-        seed=args.seed,
+        top_p=_first(args.top_p, 1.0),
+        min_p=_first(args.min_p, 0.0),
+        seed=args.seed or 0,
         negative_prompt=args.negative_prompt,
         sample_format=args.sample_format,
         resume=args.resume,

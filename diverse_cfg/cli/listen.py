@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from diverse_cfg.cli.command import Command
+from diverse_cfg.cli.command import SEED, Command, number
 from diverse_cfg.cli.quiet import quiet_libraries
 
 
@@ -23,17 +23,21 @@ def add_listen_arguments(parser: argparse.ArgumentParser) -> None:
         help="systems to compare (repeatable)",
     )
     make.add_argument(
-        "--quality", type=int, default=20, metavar="N", help="single clips compared (default: 20)"
+        "--quality", type=number(int, 0), default=20, metavar="N", help="single clips compared (default: 20)"
     )
     make.add_argument(
-        "--diversity", type=int, default=10, metavar="N", help="pairs of clips compared (default: 10)"
+        "--diversity",
+        type=number(int, 0),
+        default=10,
+        metavar="N",
+        help="pairs of clips compared (default: 10)",
     )
-    make.add_argument("--seed", type=int, default=0, help="of sides and order (default: 0)")
+    make.add_argument("--seed", type=SEED, default=0, help="of sides and order (default: 0)")
 
     run = actions.add_parser("run", help="ask the questions on a local web page (needs gradio)")
     run.add_argument("study")
     run.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets others in your network listen")
-    run.add_argument("--port", type=int, default=7860)
+    run.add_argument("--port", type=number(int, 1, 65535), default=7860)
     run.add_argument(
         "--allow-host",
         action="append",

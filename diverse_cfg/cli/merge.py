@@ -2,8 +2,9 @@
 
 import argparse
 from pathlib import Path
+from typing import Any, Literal
 
-from diverse_cfg.cli.command import Command, model_source
+from diverse_cfg.cli.command import Command, model_source, refuse_idle
 
 
 def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +26,10 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
         help="weight of the second of two: (1 − λ)·first + λ·second",
     )
     how.add_argument(
-        "--uniform", action="store_true", help="the plain average (the default without any weights)"
+        "--uniform",
+        action="store_true",
+        default=None,
+        help="the plain average (the default without any weights)",
     )
     how.add_argument("--weights", type=float, nargs="+", metavar="w", help="one weight per checkpoint")
     how.add_argument(
@@ -40,35 +44,57 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         choices=["full", "adapter"],
-        default="full",
         help="what to write: a full model, or one adapter (default: full)",
     )
-    parser.add_argument("--extrapolate", action="store_true", help="allow weights outside [0, 1]")
-    parser.add_argument("--unnormalized", action="store_true", help="allow weights that do not sum to 1")
+    parser.add_argument(
+        "--extrapolate", action="store_true", default=None, help="allow weights outside [0, 1]"
+    )
+    parser.add_argument(
+        "--unnormalized", action="store_true", default=None, help="allow weights that do not sum to 1"
+    )
 
 
 _WAYS = ("merge_weight", "uniform", "weights", "sweep")
+_TYPES: dict[str, Any] = {
+    "checkpoints": list[str],
+    "merge_weight": float,
+    "uniform": bool,
+    "weights": list[float],
+    "sweep": str,
+    "output": str,
+    "base": str,
+    "dtype": str,
+    "format": Literal["full", "adapter"],
+    "extrapolate": bool,
+    "unnormalized": bool,
+}
 
 
 def apply_recipe(args: argparse.Namespace) -> None:
     """Fill in what was not typed from the recipe, in place.
 
     Raises:
-        ValueError: not a mapping, a name that does not exist, or no checkpoints or output in the end.
+        ValueError: not a mapping, a name that does not exist, a value of another type, or no checkpoints or
+            output in the end.
     """
     if args.config:
-        from diverse_cfg.settings import read_settings
+        from diverse_cfg.settings import read_settings, require_type
 
         recipe = read_settings(args.config)
-        known = set(vars(args)) - {"command", "config", "debug", "rest"}
-        unknown = sorted(set(recipe) - known)
+        unknown = sorted(set(recipe) - set(_TYPES))
         if unknown:
             raise ValueError(
-                f"{args.config} has no setting {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+                f"{args.config} has no setting {', '.join(unknown)}; known: {', '.join(sorted(_TYPES))}"
             )
-        way_is_typed = any(getattr(args, name) not in (None, False) for name in _WAYS)
         for name, value in recipe.items():
-            if getattr(args, name) in (None, False, [], "full") and not (way_is_typed and name in _WAYS):
+            require_type(f"{args.config}: {name}", value, _TYPES[name])
+        ways = [name for name in _WAYS if recipe.get(name, False) is not False]
+        if len(ways) > 1:
+            raise ValueError(f"{args.config} names several ways to weigh: {' and '.join(ways)}; keep one")
+        way_is_typed = any(getattr(args, name) is not None for name in _WAYS)
+        for name, value in recipe.items():
+            typed = getattr(args, name) is not None and getattr(args, name) != []
+            if not typed and not (way_is_typed and name in _WAYS):
                 setattr(args, name, value)
     if not args.checkpoints:
         raise ValueError("no checkpoints: name the folders or ids to merge, or a --config that does")
@@ -84,10 +110,10 @@ def run_merge(args: argparse.Namespace) -> None:
 
 def merge(args: argparse.Namespace) -> list[Path]:
     """Write what the options ask for; returns the folders."""
-    if args.sweep and args.unnormalized:
-        raise ValueError(
-            "--unnormalized has no meaning with --sweep, whose weights always sum to 1; leave it out"
-        )
+    if args.weights is None:
+        refuse_idle(args, "unnormalized", "without --weights, as all other weights sum to 1")
+        if args.merge_weight is None and args.sweep is None:
+            refuse_idle(args, "extrapolate", "on the plain average")
     if args.merge_weight is not None and len(args.checkpoints) != 2:
         raise ValueError(
             f"--merge-weight needs two checkpoints, got {len(args.checkpoints)}; give --weights, one for each"
@@ -98,13 +124,15 @@ def merge(args: argparse.Namespace) -> list[Path]:
     shared = {
         "base": args.base and model_source(args.base),
         "dtype": args.dtype,
-        "extrapolate": args.extrapolate,
-        "format": args.format,
+        "extrapolate": bool(args.extrapolate),
+        "format": args.format or "full",
     }
     if args.sweep:
         return merge_sweep(checkpoints, parse_sweep(args.sweep), args.output, **shared)
     weights = args.weights if args.merge_weight is None else args.merge_weight
-    return [merge_checkpoints(checkpoints, weights, args.output, unnormalized=args.unnormalized, **shared)]
+    return [
+        merge_checkpoints(checkpoints, weights, args.output, unnormalized=bool(args.unnormalized), **shared)
+    ]
 
 
 COMMAND = Command(

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import difflib
 import importlib.util
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,7 +74,8 @@ def run_train(args: argparse.Namespace) -> None:
     from trl import TrlParser
 
     from diverse_cfg.config import CFGDiversityConfig
-    from diverse_cfg.settings import read_settings
+    from diverse_cfg.effects import idle_settings
+    from diverse_cfg.settings import field_types, read_settings, require_type
 
     # TRL's annotation does not see that both are dataclasses.
     kinds: Any = (TrainArguments, CFGDiversityConfig)
@@ -81,18 +83,33 @@ def run_train(args: argparse.Namespace) -> None:
         kinds, prog="diverse-cfg train", usage=USAGE, allow_abbrev=False, formatter_class=_Help
     )
     _own_settings_first(parser, CFGDiversityConfig)
-    if args.rest and args.rest[-1] == "--config":
-        raise ValueError("--config needs the path of a YAML file")
-    names = [part.partition("=")[0] for part in args.rest if part.startswith("--")]
-    if "--config" in args.rest:
-        recipe = read_settings(args.rest[args.rest.index("--config") + 1])
-        names += [f"--{name}" for name in recipe if name != "env"]
-    _check_names(names, parser)
-    train_args, config = parser.parse_args_and_config(args.rest)
+    words, recipe = _words(args.rest), {}
+    if "--config" in words:
+        recipe = read_settings(words[words.index("--config") + 1])
+    typed = [word.partition("=")[0] for word in words if word.startswith("--")]
+    _check_names([*typed, *(f"--{name}" for name in recipe if name != "env")], parser)
+    annotations = field_types(TrainArguments) | field_types(CFGDiversityConfig)
+    for name in [name for name in recipe if name in annotations]:
+        require_type(name, recipe[name], annotations[name])
+    train_args, config = parser.parse_args_and_config(words)
     _check_trackers(config.report_to or [])
+    if config.process_index == 0 and (idle := idle_settings(train_args)):
+        warnings.warn("; ".join(idle), UserWarning, stacklevel=2)
     train(train_args, config)
     if config.process_index == 0:
         print(config.output_dir)
+
+
+def _words(rest: list[str]) -> list[str]:
+    """The command line as TRL's parser reads it, which does not know `--config=FILE`."""
+    words = []
+    for word in rest:
+        words += word.split("=", 1) if word.startswith("--config=") else [word]
+    if words and words[-1] == "--config":
+        raise ValueError("--config needs the path of a YAML file")
+    if words.count("--config") > 1:
+        raise ValueError("--config is given twice: put all settings into one file")
+    return words
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -218,6 +235,11 @@ def _held_out(args: TrainArguments):
     if args.eval_dataset_name is None and args.dataset_test_split is None:
         return None
     source = prompt_source(args.eval_dataset_name or args.dataset_name)
+    if args.eval_dataset_name is None and Path(source).is_file():
+        raise ValueError(
+            f"dataset_test_split={args.dataset_test_split}: the file {source} has no splits, so it would be "
+            "evaluated on what it trains on; name held-out prompts with eval_dataset_name"
+        )
     return load_prompts(source, split=args.dataset_test_split or "test", column=args.dataset_prompt_column)
 
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diverse_cfg.cli.command import Command, model_source, prompt_source
+from diverse_cfg.cli.command import SEED, Command, model_source, number, prompt_source, refuse_idle
 
 if TYPE_CHECKING:
     from diverse_cfg.embeddings.recordings import Recordings
@@ -25,17 +25,23 @@ def add_train_embedder_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", "-o", required=True, help="folder to create, for `diversity_embedder`")
     parser.add_argument("--model", help="folder or Hub id of the model whose codes are read, or `nano`")
-    parser.add_argument("--prompts-split", default="train", help="of --prompts (default: train)")
+    parser.add_argument("--prompts-split", help="of --prompts (default: train)")
     parser.add_argument(
         "--num-generations",
-        type=int,
-        default=4,
+        type=number(int, 1),
         metavar="G",
         help="clips per prompt of --prompts (default: 4)",
     )
-    parser.add_argument("--seconds", type=float, help="length of --prompts' clips (default: the model's own)")
     parser.add_argument(
-        "--guidance-scale", type=float, metavar="γ", help="of --prompts' clips (default: the model's own)"
+        "--seconds",
+        type=number(float, 0, above=True),
+        help="length of --prompts' clips (default: the model's own)",
+    )
+    parser.add_argument(
+        "--guidance-scale",
+        type=number(float, 1),
+        metavar="γ",
+        help="of --prompts' clips (default: the model's own)",
     )
     parser.add_argument(
         "--negatives",
@@ -46,10 +52,12 @@ def add_train_embedder_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--chunk-seconds",
-        type=float,
+        type=number(float, 0, above=True),
         help="half of a pair (default: half of the shortest recording, at most 5)",
     )
-    parser.add_argument("--sampling-rate", type=int, help="of audio, in Hz (default: that of most files)")
+    parser.add_argument(
+        "--sampling-rate", type=number(int, 1), help="of audio, in Hz (default: that of most files)"
+    )
     parser.add_argument(
         "--size", choices=["small", "paper"], default="small", help="of the encoder (default: small)"
     )
@@ -57,7 +65,7 @@ def add_train_embedder_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="recordings of a step (default: 64)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="default: 0.001")
     parser.add_argument("--held-out", type=float, default=0.1, help="share to measure on (default: 0.1)")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same encoder (default: 0)")
+    parser.add_argument("--seed", type=SEED, default=0, help="same seed, same encoder (default: 0)")
     parser.add_argument("--device", help="torch device (default: a GPU if there is one)")
 
 
@@ -68,6 +76,17 @@ def run_train_embedder(args: argparse.Namespace) -> None:
     from diverse_cfg.provenance import library_versions
 
     require_new(args.output)
+    if args.audio is not None:
+        refuse_idle(args, "model", "with --audio, of which no codes are read")
+    if args.prompts is None:
+        refuse_idle(
+            args,
+            "prompts_split num_generations seconds guidance_scale",
+            "without --prompts, which samples clips",
+        )
+    elif Path(prompt_source(args.prompts)).is_file():
+        refuse_idle(args, "prompts_split", "for a file, which has no splits")
+    args.num_generations = args.num_generations or 4
     if args.audio is None and args.model is None:
         raise ValueError("--codes and --prompts need --model: codes mean something to their own codec only")
 
@@ -157,7 +176,7 @@ def _sampled(args: argparse.Namespace) -> "Recordings":
     from diverse_cfg.musicgen.rollout import RolloutWeights, fast_generate
     from diverse_cfg.prompts import load_prompts
 
-    texts = list(load_prompts(prompt_source(args.prompts), split=args.prompts_split)["prompt"])
+    texts = list(load_prompts(prompt_source(args.prompts), split=args.prompts_split or "train")["prompt"])
     source = model_source(args.model)
     model = load_policy(source)
     processor = load_processor(source)

@@ -134,6 +134,17 @@ class SweepConfig:
         for name in ("gallery_prompts", "gallery_generations"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 (no page) or more")
+        idle = {
+            "teacher_guidance_scale": (self.teacher is None, "without a teacher"),
+            "gallery_generations": (self.gallery_prompts == 0, "with gallery_prompts=0, which makes no page"),
+            "prompts_split": (
+                Path(self.prompts).is_file(),
+                f"for the file {self.prompts}, which has no splits",
+            ),
+        }
+        for name, (does_nothing, where) in idle.items():
+            if does_nothing and getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise ValueError(f"{name}={getattr(self, name)!r} has no effect {where}: leave it out")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SweepConfig":

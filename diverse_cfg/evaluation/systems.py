@@ -193,6 +193,11 @@ def _expand(entry: Mapping[str, Any]) -> list[System]:
     if ("model" in entry) == ("checkpoints" in entry):
         raise ValueError(f"system {name!r} needs either a model or checkpoints to merge")
     grid = {key: _listed(entry[key]) for key in _GRID_KEYS if key in entry}
+    if 0 in grid.get("temperature", ()) and any(grid.get("top_k", ())):
+        raise ValueError(
+            f"system {name!r}: top_k has no effect at temperature 0, which takes the most likely codes; write an "
+            "entry of its own for one of the two"
+        )
     varied = [key for key, values in grid.items() if len(values) > 1]
     series = entry.get("series") or name
     systems = []
@@ -223,6 +228,8 @@ def _models(name: str, entry: Mapping[str, Any]) -> list[tuple[str, float | None
         models = _listed(entry["model"])
         return [("", None, tuple(((source(model), 1.0),) for model in models))]
     seeds = _seeds(name, entry["checkpoints"])
+    if "merge_weight" in entry and entry.get("weights") is not None:
+        raise ValueError(f"system {name!r}: merge_weight and weights both say how to merge; keep one")
     if "merge_weight" in entry:
         weights = entry["merge_weight"]
         points = parse_sweep(weights) if isinstance(weights, str) else [float(w) for w in _listed(weights)]

@@ -9,13 +9,12 @@ codec's vocoder and the language model only need the codes and may run side by s
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
+from diverse_cfg.settings import field_types, read_settings, require_type
 
 STAGES = ("render", "quantizer", "codes", "vocoder", "encoder", "language-model", "judges", "assemble")
 
@@ -44,11 +43,12 @@ class BuildConfig:
         """Read a YAML file; an unknown key is an error that lists the known ones."""
         if not path.is_file():
             raise FileNotFoundError(f"no recipe at {path}")
-        values = yaml.safe_load(path.read_text()) or {}
-        known = [f.name for f in dataclasses.fields(cls)]
-        unknown = sorted(set(values) - set(known))
+        values, types = read_settings(path), field_types(cls)
+        unknown = sorted(set(values) - set(types))
         if unknown:
-            raise ValueError(f"{path}: unknown key(s) {', '.join(unknown)}; known: {', '.join(known)}")
+            raise ValueError(f"{path}: unknown key(s) {', '.join(unknown)}; known: {', '.join(types)}")
+        for name, value in values.items():
+            require_type(f"{path}: {name}", value, types[name])
         return cls(**values)
 
 

@@ -135,6 +135,15 @@ def test_a_sweep_from_end_to_end(root, tmp_path, capsys):
         ({"seeds": [-1]}, "seed -1 must be an integer from 0"),
         ({"clip_seconds": "x"}, "clip_seconds='x' must be a finite number or nothing"),
         ({"min_validity": "x"}, "min_validity='x' must be a finite number"),
+        (
+            {"teacher": None, "teacher_guidance_scale": 2.0},
+            "teacher_guidance_scale=2.0 has no effect without",
+        ),
+        (
+            {"gallery_prompts": 0, "gallery_generations": 2},
+            "gallery_generations=2 has no effect with gallery_p",
+        ),
+        ({"prompts_split": "train"}, "prompts_split='train' has no effect for the file"),
         ({"teacher_guidance_scale": "abc"}, "teacher_guidance_scale='abc' must be a finite number"),
         ({"gallery_prompts": "a"}, "gallery_prompts='a' must be an integer"),
         ({"metrics": 3}, "metrics=3 must be a list"),

@@ -77,6 +77,14 @@ def test_a_system_survives_its_file():
         ({"name": "a", "model": "x", "series": ["s"]}, "series=.* must be text"),
         ({"name": "a", "model": "x", "step": "x"}, "step='x' must be an integer"),
         ({"name": "a", "checkpoints": ["x", 3]}, "checkpoints=.* must be a list"),
+        (
+            {"name": "a", "model": "x", "temperature": [0, 1], "top_k": 50},
+            "top_k has no effect at temperature 0",
+        ),
+        (
+            {"name": "a", "checkpoints": ["x", "y"], "merge_weight": 0.5, "weights": [0.2, 0.8]},
+            "merge_weight and weights both say how to merge",
+        ),
     ],
 )
 def test_wrong_entries_are_named(entry, message):
