@@ -57,7 +57,8 @@ def load_policy(
 
     Returns:
         A plain `MusicgenForConditionalGeneration`, adapters merged. Its `generation_config.guidance_scale` is
-        1.0 when the checkpoint is distilled, and what the checkpoint says otherwise.
+        1.0 when the checkpoint is distilled, and what the checkpoint says otherwise. A student without generation
+        settings, such as an adapter, is sampled as its `diverse_cfg.json` says.
 
     Raises:
         ValueError: not a MusicGen, MusicGen-Melody, weights that are incomplete or damaged, special tokens that do
@@ -65,12 +66,13 @@ def load_policy(
         FileNotFoundError: nothing there.
     """
     policy: Any
-    folder = None  # of the adapter
+    folder = provenance = None  # of an adapter
     if is_live_audiocraft(model) or isinstance(model, nn.Module):
         policy = from_audiocraft(model)[0] if is_live_audiocraft(model) else unwrap(model)
         distilled = isinstance(model, PeftModel)
         if adapter is not None:
             folder = _check_on_live(policy, adapter)
+            provenance = read_provenance(folder)
     else:
         checkpoint = open_checkpoint(model, plain=False)
         if adapter is not None:
@@ -81,8 +83,12 @@ def load_policy(
             checkpoint = open_checkpoint(adapter, base=checkpoint, plain=False)
             if not isinstance(checkpoint, AdapterCheckpoint):
                 raise ValueError(f"{adapter} has no adapter_config.json: it is not a PEFT adapter")
+        # How a student is sampled: an adapter has no generation settings of its own, a folder may lack them.
         if isinstance(checkpoint, AdapterCheckpoint):
-            folder, checkpoint = checkpoint.folder, checkpoint.base
+            folder, provenance = checkpoint.folder, checkpoint.provenance
+            checkpoint = checkpoint.base
+        elif not (checkpoint.folder / "generation_config.json").is_file():
+            provenance = checkpoint.provenance
         policy = _load_full(checkpoint)
         distilled = checkpoint.provenance is not None
     if folder is not None:
@@ -90,6 +96,10 @@ def load_policy(
             policy = PeftModel.from_pretrained(policy, str(folder)).merge_and_unload()
     if distilled or folder is not None:
         policy.generation_config.guidance_scale = 1.0
+        if provenance is not None:
+            policy.generation_config = layout.playing_config(
+                policy.config, provenance.sampling, like=policy.generation_config
+            )
         policy.is_distilled = True  # `fast_generate` warns when it is guided on top
     zero_dropout(policy)
     positions = policy.decoder.model.decoder.embed_positions

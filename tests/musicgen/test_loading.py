@@ -188,3 +188,17 @@ def test_processor_of_folder_and_of_adapter(adapter, tiny_folder, tmp_path):
         ValueError, match=r"has no tokenizer.*copy the tokenizer and processor files of its base"
     ):
         load_processor(tmp_path / "bare")
+
+
+def test_a_student_is_sampled_as_it_was_trained(adapter, tiny_folder, tmp_path):
+    """Fault: an adapter, or a folder that lost its generation settings, is sampled with the base's top-k."""
+    full = Path(shutil.copytree(tiny_folder, tmp_path / "full"))
+    (full / "generation_config.json").unlink()
+    base = load_policy(tiny_folder)
+    base.generation_config.top_k = 7
+    for folder, wrapped in ((adapter[0], None), (full, None), (base, adapter[0])):
+        student = Provenance("student", sampling={"temperature": 0.9, "top_k": 0, "num_frames": 20})
+        write_provenance(wrapped or folder, student)
+        settings = load_policy(folder, adapter=wrapped).generation_config
+        assert (settings.top_k, settings.temperature, settings.max_new_tokens) == (0, 0.9, 23)
+        assert settings.guidance_scale == 1.0
