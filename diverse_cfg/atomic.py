@@ -128,6 +128,16 @@ def require_new(output: str | os.PathLike) -> Path:
     return path
 
 
+def require_space(folder: Path, num_bytes: int, path: Path) -> None:
+    """Raise `UnwritableError` unless the disk of `folder` has room for what `path` needs."""
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise UnwritableError(
+            f"{path} cannot be written: {num_bytes / 1e9:.2g} GB are needed and {free / 1e9:.2g} GB are free: "
+            "free some space, or write to another disk"
+        )
+
+
 @contextmanager
 def new_folder(output: str | os.PathLike, num_bytes: int = 0) -> Iterator[Path]:
     """A temporary sibling to write into; it becomes `output` when the block ends well, and vanishes when it
@@ -150,12 +160,7 @@ def new_folder(output: str | os.PathLike, num_bytes: int = 0) -> Iterator[Path]:
             raise FileExistsError(
                 f"another process is writing {path}: wait until it has ended, or choose another output"
             )
-    free = shutil.disk_usage(path.parent).free
-    if num_bytes > free:
-        raise UnwritableError(
-            f"{path} cannot be written: {num_bytes / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free: "
-            "free some space, or write to another disk"
-        )
+    require_space(path.parent, num_bytes, path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.incomplete")
     try:
         with writing(path), alone(temporary):

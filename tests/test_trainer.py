@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -473,3 +474,13 @@ def test_two_runs_cannot_write_into_one_folder(tmp_path):
         trainer.train()
     assert trainer.state.global_step == 0
     trainer.train()
+
+
+def test_a_disk_that_cannot_hold_the_student_is_seen_before_the_first_step(tmp_path, monkeypatch):
+    """Fault: hours of training that cannot be saved."""
+    trainer = tiny_trainer(tmp_path, max_steps=1)
+    weights = sum(parameter.numel() * 4 for parameter in trainer.model.parameters())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=weights - 1))
+    with pytest.raises(OSError, match=r"cannot be written: .* GB are needed and .* free some space"):
+        trainer.train()
+    assert trainer.state.global_step == 0

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, set_seed
 from trl import RLOOTrainer
 
-from diverse_cfg.atomic import alone
+from diverse_cfg.atomic import alone, require_space
 from diverse_cfg.callbacks import AudioSamplesCallback, EvaluationClip, RewardHackingAlarm, peak_memory_gb
 from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.embeddings import load_embedder
@@ -220,9 +220,12 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
         Raises:
             ValueError: the prompts ended before the first step.
             FileExistsError: another run is writing to the folder.
+            UnwritableError: the disk has no room for the student.
         """
         first = self.is_world_process_zero() and self.args.output_dir is not None
-        with alone(self.args.output_dir) if first else contextlib.nullcontext():
+        with alone(self.args.output_dir) if first else contextlib.nullcontext() as folder:
+            if folder is not None:
+                require_space(folder, self._saved_bytes(), folder)
             output = super().train(*args, **kwargs)
         if self.state.global_step == 0 and self.state.max_steps > 0:
             raise ValueError(
@@ -230,6 +233,12 @@ class CFGDiversityTrainer(Rollouts, Checkpointing, RLOOTrainer):
                 "whenever it is read"
             )
         return output
+
+    def _saved_bytes(self) -> int:
+        """Size of the student as it is saved: all weights, or those of an adapter."""
+        adapter = isinstance(self.model, PeftModel)
+        weights = [p for p in self.model.parameters() if p.requires_grad or not adapter]
+        return sum(weight.numel() * weight.element_size() for weight in weights)
 
     # ---- rewards -----------------------------------------------------------------------------------------
 
