@@ -85,9 +85,11 @@ def test_after_training_the_model_is_what_is_evaluated_and_saved(tmp_path, peft_
 
 
 @pytest.mark.parametrize(
-    ("peft_config", "only"), [(None, False), (LORA, True)], ids=["full", "lora, save_only_model"]
+    ("peft_config", "only", "save_steps"),
+    [(None, False, 1), (LORA, True, 1), (None, False, 4)],
+    ids=["full", "lora, save_only_model", "best between what is saved"],
 )
-def test_the_best_model_is_the_average_of_the_best_checkpoint(tmp_path, peft_config, only):
+def test_the_best_model_is_the_average_of_the_best_checkpoint(tmp_path, peft_config, only, save_steps):
     """Fault: the best checkpoint is chosen by its averaged weights, and its raw ones, or later ones, are saved."""
     settings = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "max_steps": 4}
     settings |= {"metric_for_best_model": "eval_reward", "greater_is_better": True, "save_total_limit": 2}
@@ -99,7 +101,7 @@ def test_the_best_model_is_the_average_of_the_best_checkpoint(tmp_path, peft_con
             ema_decay=0.9,
             save_only_model=only,
             per_device_eval_batch_size=8,
-            **EVERY_STEP,
+            **EVERY_STEP | {"save_steps": save_steps},
             **settings,
         ),
         PROMPTS,
@@ -117,6 +119,47 @@ def test_the_best_model_is_the_average_of_the_best_checkpoint(tmp_path, peft_con
     averaged, saved = load_file(best / "averaged_weights.safetensors"), weights_of(tmp_path)
     assert all(torch.equal(saved[name], tensor) for name, tensor in averaged.items())
     assert trainer.evaluate()["eval_reward"] == trainer.state.best_metric
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_run_that_was_moved_still_ends_with_its_best_model(tmp_path, gone):
+    """Fault: the best checkpoint is looked for in its old place, and the last weights are saved in its stead."""
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 8, **EVERY_STEP}
+    settings |= {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_reward",
+        "greater_is_better": False,
+    }
+
+    def trainer(folder, **more):
+        return CFGDiversityTrainer(
+            tiny_musicgen(),
+            DiversityReward(CodeEmbedder()),
+            tiny_args(folder, **settings, **more),
+            PROMPTS,
+            PROMPTS[:2],
+            processing_class=tiny_processor(),
+        )
+
+    before = trainer(tmp_path / "run", max_steps=4)
+    before.train()
+    best = tmp_path / "moved" / f"checkpoint-{before.state.best_global_step}"
+    assert best.name != "checkpoint-4"
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    after = trainer(tmp_path / "moved", max_steps=4)
+    if gone:
+        best.rename(tmp_path / best.name)
+        last = last_checkpoint(tmp_path / "moved")
+        with pytest.warns(UserWarning, match="the best checkpoint, is gone"):
+            after.train(resume_from_checkpoint=last)
+        assert after.state.best_global_step > int(last.rpartition("-")[2])
+    else:
+        after.train(resume_from_checkpoint=True)
+        assert after.state.best_model_checkpoint == str(best)
+        assert all(
+            torch.equal(load_file(best / "model.safetensors")[k], t) for k, t in trained(after).items()
+        )
 
 
 # ---- nothing that is not finite ------------------------------------------------------------------
@@ -149,18 +192,35 @@ def test_a_student_that_is_not_finite_is_never_saved(tmp_path, settings, what, p
     assert not list(tmp_path.iterdir())
 
 
-def test_a_diverged_run_keeps_its_last_finite_checkpoint(tmp_path):
+def break_weights(kwargs):
+    kwargs["optimizer"].param_groups[0]["lr"] = torch.inf
+
+
+def break_optimizer(kwargs):  # as gradients of 1e20 do, whose square is infinite
+    next(iter(kwargs["optimizer"].state.values()))["exp_avg_sq"].fill_(torch.inf)
+
+
+@pytest.mark.parametrize(
+    ("step", "diverge", "what"),
+    [(2, break_weights, "weight tensors"), (3, break_optimizer, "optimizer's exp_avg_sq of tensor 0")],
+)
+def test_a_diverged_run_keeps_its_last_finite_checkpoint(tmp_path, step, diverge, what):
     """Fault: with save_total_limit=1 the good checkpoint goes when the broken one is written."""
-
-    def diverge(kwargs):
-        kwargs["optimizer"].param_groups[0]["lr"] = torch.inf
-
     constant = {"lr_scheduler_type": "constant", "save_total_limit": 1, "ema_decay": 0.9}
-    with pytest.raises(FloatingPointError, match=r"after step 3 .*the last checkpoint is .*checkpoint-2$"):
-        run(tmp_path, callbacks=[At(2, diverge)], max_steps=5, **EVERY_STEP, **constant)
+    message = rf"after step 3 .*{what}.*the last checkpoint is .*checkpoint-2$"
+    with pytest.raises(FloatingPointError, match=message):
+        run(tmp_path, callbacks=[At(step, diverge)], max_steps=5, **EVERY_STEP, **constant)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
     for file in (tmp_path / "checkpoint-2").glob("*.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_file(file).values())
+
+
+def test_only_a_checkpoint_of_this_run_is_named(tmp_path):
+    """Fault: what an earlier run wrote at a later step is called the last checkpoint."""
+    settings = {"lr_scheduler_type": "constant", "max_steps": 4, **EVERY_STEP}
+    run(tmp_path, **settings)
+    with pytest.raises(FloatingPointError, match=r"after step 3 .*the last checkpoint is .*checkpoint-2$"):
+        run(tmp_path, str(tmp_path / "checkpoint-1"), callbacks=[At(2, break_weights)], **settings)
 
 
 def test_a_loss_that_is_not_finite_makes_no_update(tmp_path, monkeypatch):
@@ -281,11 +341,14 @@ def zero(path):
         ("optimizer.pt", os.remove, "missing"),
         ("scheduler.pt", os.remove, "missing"),
         ("rng_state.pth", os.remove, "missing"),
+        ("model.safetensors", os.remove, "missing"),
+        ("averaged_weights.safetensors", os.remove, "missing"),
         ("optimizer.pt", truncate, "damaged"),
         ("rng_state.pth", zero, "damaged"),
         ("model.safetensors", truncate, "damaged"),
         ("averaged_weights.safetensors", zero, "damaged"),
         ("trainer_state.json", truncate, "damaged"),
+        ("trainer_state.json", lambda path: path.write_text("[]"), "damaged"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_offered(
@@ -299,6 +362,29 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_offered(
         another["full"].train(resume_from_checkpoint=last_checkpoint(run))
     shutil.rmtree(run / "checkpoint-1")
     with pytest.raises(ValueError, match="begin again, there is none before it"):
+        another["full"].train(resume_from_checkpoint=last_checkpoint(run))
+
+
+def test_clips_that_are_still_to_be_trained_on_must_be_there(tmp_path):
+    """Fault: others are sampled in their stead, and the run goes another way than it would have gone."""
+    settings = {"num_iterations": 2, "max_steps": 1, **EVERY_STEP}
+    run(tmp_path, **settings)
+    (tmp_path / "checkpoint-1" / "rollout_buffer_0.safetensors").unlink()
+    with pytest.raises(
+        ValueError, match=r"checkpoint-1/rollout_buffer_0.safetensors is missing: begin again"
+    ):
+        run(tmp_path, True, **settings | {"max_steps": 2})
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_continued(tmp_path, two_checkpoints, another):
+    """Fault: older versions saved what had diverged; the error of the first step names it as the way back."""
+    run = shutil.copytree(two_checkpoints / "full", tmp_path / "run")
+    path = run / "checkpoint-2" / "model.safetensors"
+    weights = load_file(path)
+    weights["decoder.lm_heads.0.weight"][0, 0] = torch.nan
+    save_file(weights, path, metadata={"format": "pt"})
+    message = r"checkpoint-2 \(after step 2 1 of 44 weight tensors .*continue from .*checkpoint-1$"
+    with pytest.raises(ValueError, match=message):
         another["full"].train(resume_from_checkpoint=last_checkpoint(run))
 
 

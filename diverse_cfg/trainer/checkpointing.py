@@ -22,7 +22,14 @@ from diverse_cfg.trainer import start
 from diverse_cfg.trainer.estimate import memory
 from diverse_cfg.trainer.objective import LossSettings, student_terms
 from diverse_cfg.trainer.resuming import Resuming
-from diverse_cfg.trainer.state import WeightAverage, check_checkpoint, continuing_from, last_checkpoint
+from diverse_cfg.trainer.state import (
+    WeightAverage,
+    check_checkpoint,
+    continuing_from,
+    instead_of,
+    last_checkpoint,
+    not_finite,
+)
 from diverse_cfg.trainer.teacher import FrozenWeights
 from diverse_cfg.types import Clips
 
@@ -65,7 +72,7 @@ class Checkpointing(Resuming):
         self._average: WeightAverage | None = None
         self._has_average = False
         self._pushing = False
-        self._resume_from: str | None = None
+        self._checkpoint: str | None = None  # that the run continues, or that it wrote last
         self._beside: str | None = None  # where a checkpoint is being written
         self._adaptive_clip: AdaptiveClipCallback | None = None
         if self.args.adaptive_clip is not None:
@@ -91,7 +98,7 @@ class Checkpointing(Resuming):
             kwargs: of `Trainer.train`.
 
         Raises:
-            ValueError: there is no checkpoint to resume from, or one of its files is missing or damaged.
+            ValueError: there is no checkpoint to resume from, or one of its files is missing, damaged or not finite.
             FloatingPointError: the weights, or what they compute, are no longer finite; nothing of it is saved.
         """
         if resume_from_checkpoint is None:
@@ -104,15 +111,15 @@ class Checkpointing(Resuming):
                 raise ValueError(
                     f"resume_from_checkpoint=True, but {self.args.output_dir} holds no complete checkpoint"
                 )
-        self._resume_from = resume_from_checkpoint or None
-        if self._resume_from is not None:
-            check_checkpoint(self._resume_from, self._needed_to_resume(self._resume_from))
+        self._checkpoint = resume_from_checkpoint or None
+        if self._checkpoint is not None:
+            check_checkpoint(self._checkpoint, self._needed_to_resume(self._checkpoint))
         # Out of transformers' sight, or it would write the tokenizer's ids over MusicGen's.
         try:
             with self._without_tokenizer():
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except FloatingPointError as error:
-            last = last_checkpoint(self.args.output_dir) or self._resume_from
+            last = self._checkpoint  # others in the folder are of an earlier run
             way_back = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
             raise FloatingPointError(f"{error}; {way_back}") from error
 
@@ -177,21 +184,28 @@ class Checkpointing(Resuming):
             raise FloatingPointError(f"the loss is {loss.item()} after step {self.state.global_step}")
         return loss
 
-    def _check_finite(self, *, computes: bool = False) -> None:
+    def _check_finite(self, *, computes: bool = False, resumable: bool = False) -> None:
         """Whether the student is still one.
 
         Args:
             computes: also let it compute the log-probs of a few codes, which huge weights cannot.
+            resumable: also look at what else a checkpoint holds, optimizer and averaged weights.
 
         Raises:
             FloatingPointError: it is not.
         """
-        named = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
-        # Of a sharded tensor each process sees its part.
-        sums = [getattr(p, "to_local", lambda p=p: p)().float().sum() for p in named.values()]
-        finite = torch.stack(sums).isfinite().tolist()
-        broken = [name for name, good in zip(named, finite, strict=True) if not good]
-        what = f"{len(broken)} of {len(finite)} weight tensors are inf or nan ({', '.join(broken[:1])})"
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        broken = not_finite(named)
+        what = f"{len(broken)} of {len(named)} weight tensors are inf or nan ({', '.join(broken[:1])})"
+        if resumable and not broken:
+            averages = {} if self._average is None else self._average.averages
+            memory = {f"the average of {name}": average for name, average in averages.items()}
+            if not self.is_deepspeed_enabled:
+                for index, moments in enumerate(self.optimizer.state.values()):
+                    memory |= {f"the optimizer's {key} of tensor {index}": m for key, m in moments.items()}
+            memory = {name: m for name, m in memory.items() if torch.is_tensor(m) and m.is_floating_point()}
+            broken = not_finite(memory)
+            what = f"{', '.join(broken[:1])} is inf or nan"
         if not broken and computes and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             device = self.accelerator.device
             codes = torch.zeros(1, self._num_codebooks, min(self._num_frames, 8), dtype=int, device=device)
@@ -210,6 +224,11 @@ class Checkpointing(Resuming):
     def _begin(self) -> None:
         """First thing of a training run, the model being where it will be trained."""
         start.restore_token_ids(unwrap(self.model), self._sampling)
+        if self._checkpoint is not None:  # older versions saved what had diverged
+            try:
+                self._check_finite(computes=True, resumable=True)
+            except FloatingPointError as error:
+                raise ValueError(f"{self._checkpoint} ({error}): {instead_of(self._checkpoint)}") from error
         if self.args.ema_decay > 0:
             self._average = WeightAverage(self.model, self.args.ema_decay)
         if self.is_world_process_zero():
@@ -219,9 +238,9 @@ class Checkpointing(Resuming):
             # The student, and the encoders that the teacher shares with it, are in parts or another precision.
             others = [model for model in self._frozen.models if model is not unwrap(self.model)]
             self._frozen = FrozenWeights(*others, ignored=("audio_encoder.", "text_encoder."))
-        if self._resume_from is not None:
-            with continuing_from(self._resume_from):
-                self._load_state(self._resume_from)
+        if self._checkpoint is not None:
+            with continuing_from(self._checkpoint):
+                self._load_state(self._checkpoint)
 
     def _estimate(self) -> str:
         args, policy = self.args, unwrap(self.model)
@@ -252,7 +271,7 @@ class Checkpointing(Resuming):
         """Write the student: the averaged weights, if any; checkpoints hold the raw ones beside them."""
         self._frozen.check(_LEFT_ALONE)
         with contextlib.nullcontext() if _internal_call else self._averaged_weights():
-            self._check_finite(computes=True)
+            self._check_finite(computes=True, resumable=self._beside is not None)
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

@@ -11,15 +11,19 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from trl import RLOOTrainer
 
 from diverse_cfg.atomic import writing
 from diverse_cfg.callbacks import AdaptiveClipCallback
 from diverse_cfg.trainer.advantages import Advantages
 from diverse_cfg.trainer.state import (
+    AVERAGE_FILE,
+    BUFFER_FILE,
     STATE_FILE,
     WeightAverage,
     continuing_from,
+    is_whole,
     load_buffer,
     read_tensors,
     save_buffer,
@@ -39,6 +43,7 @@ class Resuming(RLOOTrainer):
     _average: WeightAverage | None
     _beside: str | None
     _block_length: int
+    _checkpoint: str | None
     _frozen_total: int | None
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -70,12 +75,19 @@ class Resuming(RLOOTrainer):
             self._beside = None
             if self.args.should_save:
                 shutil.rmtree(beside, ignore_errors=True)
+        self._checkpoint = str(place)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(place))
         if self.args.should_save:
             rotate_checkpoints(
                 run, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
             )
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As `Trainer._determine_best_metric`; what is best is saved, also between the steps that are saved anyway."""
+        best = super()._determine_best_metric(metrics, trial)
+        self.control.should_save |= best and self.args.load_best_model_at_end
+        return best
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._beside is None:  # else it has not taken its place
@@ -88,6 +100,14 @@ class Resuming(RLOOTrainer):
         needed = [] if self.is_deepspeed_enabled else [SCHEDULER_NAME]
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             needed.append(OPTIMIZER_NAME)
+            weights = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME)
+            if not any((Path(folder) / name).is_file() for name in weights):
+                needed.append(weights[2 if isinstance(self.model, PeftModel) else 0])
+        state = Path(folder) / STATE_FILE
+        # Nothing of a state that is missing or damaged, which is told later, or of older versions.
+        has = read_tensors(state)[1] if is_whole(state) else {}
+        if self.args.ema_decay and "average" in has:
+            needed.append(AVERAGE_FILE)
         if getattr(self.accelerator, "scaler", None) is not None:
             needed.append(SCALER_NAME)
         others = [path for path in Path(folder).glob("rng_state*.pth") if path.name != noise]
@@ -98,6 +118,8 @@ class Resuming(RLOOTrainer):
                 stacklevel=3,
             )
             return needed
+        if "buffer" in has:
+            needed.append(BUFFER_FILE.format(rank=rank))
         return [*needed, noise]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -133,8 +155,10 @@ class Resuming(RLOOTrainer):
 
     def _save_state(self, folder: str) -> None:
         os.makedirs(folder, exist_ok=True)
+        has = {} if self._average is None else {"average": "1"}
         if self._step % self._block_length and self._buffered_inputs is not None:
             save_buffer(folder, self.accelerator.process_index, self._buffered_inputs)
+            has["buffer"] = "1"
         if not self.args.should_save:
             return
         state = {"step": torch.tensor(self._step)}
@@ -146,7 +170,7 @@ class Resuming(RLOOTrainer):
             }
         if self._adaptive_clip is not None and self._adaptive_clip.mean is not None:
             state["gradient_norm"] = torch.tensor(self._adaptive_clip.mean, dtype=torch.float64)
-        write_tensors(Path(folder) / STATE_FILE, state, {})
+        write_tensors(Path(folder) / STATE_FILE, state, has)
 
     def _load_state(self, folder: str) -> None:
         state, _ = read_tensors(Path(folder) / STATE_FILE)
@@ -156,6 +180,13 @@ class Resuming(RLOOTrainer):
                 f"{folder} was written by a run with another teacher or base: resume with the model and "
                 "teacher_model that the run began with"
             )
+        best_step = self.state.best_global_step
+        best = Path(folder).parent / f"{PREFIX_CHECKPOINT_DIR}-{best_step}"
+        if best.is_dir():  # also when the run was moved
+            self.state.best_model_checkpoint = str(best)
+        elif self.args.load_best_model_at_end and best_step and self.state.best_model_checkpoint is None:
+            warnings.warn(f"{best}, the best checkpoint, is gone: it is chosen from here on", stacklevel=2)
+            self.state.best_metric = self.state.best_global_step = None
         self._step = int(state["step"])
         self._buffered_inputs = load_buffer(folder, self.accelerator.process_index, self.accelerator.device)
         if self._advantages.prefix is not None:

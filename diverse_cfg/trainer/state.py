@@ -56,22 +56,36 @@ def check_checkpoint(folder: str | os.PathLike, needed: Sequence[str]) -> None:
             f"{folder} has no {STATE_FILE}: it was not written by this trainer, or with save_only_model"
         )
     wrong = [f"{folder / name} is missing" for name in needed if not (folder / name).is_file()]
-    wrong += [f"{path} is damaged" for path in sorted(folder.iterdir()) if not _is_whole(path)]
+    wrong += [f"{path} is damaged" for path in sorted(folder.iterdir()) if not is_whole(path)]
     if wrong:
-        number = folder.name.removeprefix("checkpoint-")
-        earlier = last_checkpoint(folder.parent, int(number)) if number.isdigit() else None
-        remedy = f"continue from the checkpoint before it, resume_from_checkpoint={earlier}"
-        raise ValueError(f"{wrong[0]}: {remedy if earlier else 'begin again, there is none before it'}")
+        raise ValueError(f"{wrong[0]}: {instead_of(folder)}")
 
 
-def _is_whole(path: Path) -> bool:
+def instead_of(folder: str | os.PathLike) -> str:
+    """What to do when a checkpoint is of no use."""
+    folder = Path(folder)
+    number = folder.name.removeprefix("checkpoint-")
+    earlier = last_checkpoint(folder.parent, int(number)) if number.isdigit() else None
+    if earlier is None:
+        return "begin again, there is none before it"
+    return f"continue from the checkpoint before it, resume_from_checkpoint={earlier}"
+
+
+def not_finite(tensors: dict[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold inf or nan; of a sharded one, each process sees its part."""
+    sums = [getattr(t, "to_local", lambda t=t: t)().detach().float().sum() for t in tensors.values()]
+    finite = torch.stack([s.to(sums[0].device) for s in sums]).isfinite().tolist() if sums else []
+    return [name for name, good in zip(tensors, finite, strict=True) if not good]
+
+
+def is_whole(path: Path) -> bool:
     """Whether a file is what its name says, as far as can be told without reading all of it."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt"):
                 return True
         if path.suffix == ".json":
-            json.loads(path.read_text(encoding="utf-8"))
+            return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
     except (SafetensorError, ValueError, RecursionError):
         return False
     return path.suffix not in (".pt", ".pth") or zipfile.is_zipfile(path)
