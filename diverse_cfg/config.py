@@ -16,7 +16,7 @@ from trl import RLOOConfig
 
 from diverse_cfg.effects import idle_settings, refused_settings
 from diverse_cfg.functional.divergence import DIVERGENCES
-from diverse_cfg.settings import field_types, require_type
+from diverse_cfg.settings import field_types, parse_settings, require_type
 from diverse_cfg.types import ROLLOUT_BACKENDS
 
 ROLLOUT_SOURCES = ("student", "teacher", "mix")
@@ -253,6 +253,8 @@ class CFGDiversityConfig(RLOOConfig):
     def __post_init__(self):
         if refused := refused_settings(self):
             raise ValueError("; ".join(refused))
+        if isinstance(self.guards, str):  # of a command line; TRL would ask for JSON
+            self.guards = parse_settings(self.guards, "guards")
         self._check_values()
         if self.eval_strategy != "no" or self.eval_on_start or self.do_eval:
             self.check_evaluation()

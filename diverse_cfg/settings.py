@@ -76,15 +76,25 @@ def read_settings(path: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        loader = _StrictLoader(path.read_text(encoding="utf-8"))
-        loader.name = path.name
-        values = loader.get_single_data()
+        return parse_settings(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def parse_settings(text: str, where: str) -> dict[str, Any]:
+    """Settings of a YAML text, as `read_settings`.
+
+    Raises:
+        ValueError: see there; the message begins with `where`.
+    """
+    try:
+        loader = _StrictLoader(text)
+        loader.name = os.path.basename(where)
+        values = loader.get_single_data()
     except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+        raise ValueError(f"{where} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold settings by name (name: value), not a {type(values).__name__}")
+        raise ValueError(f"{where} must hold settings by name (name: value), not a {type(values).__name__}")
     return values
 
 

@@ -89,6 +89,9 @@ def test_guards_are_a_nested_group(tmp_path):
     args = config(tmp_path, guards={"silence_dbfs": -50.0})
     assert args.guards == GuardConfig(silence_dbfs=-50.0) and args.guards.active
     assert args.to_dict()["guards"]["silence_dbfs"] == -50.0
+    assert config(tmp_path, guards="{max_silence: 0.1}").guards.max_silence == 0.1  # as on a command line
+    with pytest.raises(ValueError, match=r"guards is not valid YAML"):
+        config(tmp_path, guards="{max_silence: 0.1")
     with pytest.raises(ValueError, match="no field silence_db"):
         config(tmp_path, guards={"silence_db": -50.0})
 

@@ -125,6 +125,10 @@ def load_generation_config(folder: str | os.PathLike) -> GenerationConfig | None
     if not path.exists():
         return None
     content = read_json(path)
+    if foreign := {"model_type", "architectures", "peft_type"} & content.keys():
+        raise ValueError(
+            f"{path} holds {min(foreign)}, so it is another file's content: copy or download it again"
+        )
     for name, kind in _SAMPLING_NUMBERS.items():
         value = content.get(name)
         if value is None:

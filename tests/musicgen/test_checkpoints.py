@@ -187,6 +187,11 @@ FULL = {
         "generation_config.json",
         {"load_processor"},
     ),
+    "generation settings of another kind": (
+        write("generation_config.json", '{"model_type": "musicgen", "decoder": {}}'),
+        "generation_config.json holds model_type",
+        {"load_processor"},
+    ),
     "generation settings that are words": (
         settings("generation_config.json", temperature="hot"),
         "generation_config.json.*temperature='hot'",
