@@ -405,7 +405,7 @@ def _rows_for(loop: DecodeLoop, num_clips: int) -> list[int]:
 
 def _check_counts(**counts: int | None) -> None:
     for name, value in counts.items():
-        if value is not None and (not isinstance(value, Integral) or value < 1):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
             raise ValueError(f"{name}={value} must be an integer of at least 1")
 
 

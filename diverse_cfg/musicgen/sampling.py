@@ -14,7 +14,7 @@ is decided otherwise only if its first two are that close, which is V times as r
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -44,6 +44,9 @@ class SamplingSettings:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("guidance_scale", "temperature", "top_p", "min_p"):
+            if isinstance(value := getattr(self, name), bool) or not isinstance(value, Real):
+                raise ValueError(f"{name}={value!r} must be a number")
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 1):
             raise ValueError(
                 f"guidance_scale={self.guidance_scale} must be a finite number ≥ 1: 1 samples the prompt "
