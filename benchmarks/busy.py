@@ -4,8 +4,8 @@
     python benchmarks/busy.py --busy 0 1 --batch 32 --rounds 7
     python benchmarks/busy.py --write                 # also benchmarks/results/busy-nano
 
-Every round samples the same clips with all threads, with one, and with as many as are measured to be best, in
-turns, since the speed of a machine drifts. Wall time, in units of all threads' median on idle cores; the table is
+Every round samples the same clips with all threads, with one, and with as many as are measured to be best, each
+first in its turn, since the speed of a machine drifts and a variant leaves caches and threads to the next. Wall time, in units of all threads' median on idle cores; the table is
 of use only where nothing else runs. What was measured is kept from round to round, as in a training or an
 evaluation; `cold` starts anew each time, as a single command does.
 """
@@ -81,7 +81,8 @@ def measure(shape: str, batch: int, frames: int, counts: list[int], rounds: int)
     rows = []
     for count in counts:
         with busy(count):
-            times = [{name: seconds(name) for name in VARIANTS} for _ in range(rounds)]
+            turns = [VARIANTS[n % 4 :] + VARIANTS[: n % 4] for n in range(rounds)]
+            times = [{name: seconds(name) for name in turn} for turn in turns]
         rows.append({"shape": shape, "batch": batch, "busy": count, "times": times, "chosen": kept.chosen})
         print(as_table(rows[:1] + rows[-1:]).splitlines()[-1], flush=True)
     return rows

@@ -12,9 +12,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
-_SHARE = 0.01  # of the time, for trials that turn out slower
+_SHARE = 0.003  # of the time, for trials that turn out slower
 _FEWER, _MORE = 0.9, 0.98  # of the usual time: what fewer and more threads must stay below
 _SLOW = 2.0  # times the usual time of the last two steps: the machine has become busy
 _WAIT = 2e-3  # seconds of an operation of microseconds: one of its threads waited for a core
@@ -76,7 +77,7 @@ class Threads:
             callers = _callers = _callers if _blocks else torch.get_num_threads()
             _blocks += 1
         still = device != "cpu" or callers < 2 or torch.are_deterministic_algorithms_enabled()
-        most = 1 if still else min(callers, available_cores())
+        most = 1 if still else min(callers, _cores())
         try:
             yield (lambda work=1.0: None) if still else _Block(self, most, torch.set_num_threads)
         finally:
@@ -165,6 +166,9 @@ def available_cores(groups: str = "/sys/fs/cgroup", own: str = "/proc/self/cgrou
             levels = (root / place, *(root / place).parents)
             cores = min(cores, *(_quota(level) for level in levels if level.is_relative_to(root)))
     return max(1, int(cores))
+
+
+_cores = cache(available_cores)  # half a millisecond of files, which a short batch would notice
 
 
 def _quota(group: Path) -> float:

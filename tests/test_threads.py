@@ -147,7 +147,7 @@ def set_to(threads):
 
 @pytest.fixture
 def four_cores(monkeypatch):
-    monkeypatch.setattr(module, "available_cores", lambda: 4)
+    monkeypatch.setattr(module, "_cores", lambda: 4)
 
 
 def test_the_callers_number_is_the_most_and_is_set_again(four_cores):
