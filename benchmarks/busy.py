@@ -5,9 +5,10 @@
     python benchmarks/busy.py --write                 # also benchmarks/results/busy-nano
 
 Every round samples the same clips with all threads, with one, and with as many as are measured to be best, each
-first in its turn, since the speed of a machine drifts and a variant leaves caches and threads to the next. Wall time, in units of all threads' median on idle cores; the table is
-of use only where nothing else runs. What was measured is kept from round to round, as in a training or an
-evaluation; `cold` starts anew each time, as a single command does.
+first in its turn, since the speed of a machine drifts and a variant leaves caches and threads to the next. Wall
+time, in units of all threads' median on idle cores; the table is of use only where nothing else runs. What was
+measured is kept from round to round, as in a training or an evaluation; `cold` starts anew each time, as a single
+command does.
 """
 
 import argparse
@@ -27,8 +28,8 @@ from loss import RESULTS, environment
 from rollout import SHAPES, TEXT_TOKENS, make_model
 
 from diverse_cfg.atomic import write_text
-from diverse_cfg.musicgen import loop
-from diverse_cfg.musicgen.rollout import RolloutWeights, sample_codes
+from diverse_cfg.policies.sampler import loop
+from diverse_cfg.policies.sampler.rollout import RolloutWeights, sample_codes
 from diverse_cfg.threads import Threads, available_cores
 from diverse_cfg.types import TextCondition
 

@@ -64,8 +64,8 @@ def make_checkpoint(folder: Path, shape: str, seed: int) -> None:
     import torch
     from transformers import EncodecFeatureExtractor, GenerationConfig, MusicgenProcessor, T5Tokenizer
 
-    from diverse_cfg.musicgen import layout
-    from diverse_cfg.musicgen.tensors import TensorSpec, write_safetensors
+    from diverse_cfg.policies.musicgen import layout
+    from diverse_cfg.policies.tensors import TensorSpec, write_safetensors
 
     folder.mkdir(parents=True)
     config = make_config(shape)
@@ -93,8 +93,8 @@ def make_adapter(folder: Path, base: Path, seed: int) -> None:
     import torch
     from peft import LoraConfig
 
-    from diverse_cfg.musicgen import layout
-    from diverse_cfg.musicgen.tensors import TensorSpec, write_safetensors
+    from diverse_cfg.policies.musicgen import layout
+    from diverse_cfg.policies.tensors import TensorSpec, write_safetensors
 
     folder.mkdir(parents=True)
     targets = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")

@@ -38,7 +38,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from diverse_cfg.atomic import write_text
-from diverse_cfg.musicgen.rollout import RolloutWeights, sample_codes
+from diverse_cfg.policies.sampler.rollout import RolloutWeights, sample_codes
 from diverse_cfg.types import TextCondition
 
 # decoder layers, hidden size, heads, codes per codebook

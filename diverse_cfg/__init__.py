@@ -17,21 +17,21 @@ _PUBLIC = {
     "CFGDiversityConfig": "diverse_cfg.config",
     "CFGDiversityTrainer": "diverse_cfg.trainer",
     "DiversityReward": "diverse_cfg.rewards",
-    "RolloutWeights": "diverse_cfg.musicgen.weights",
-    "export_audiocraft": "diverse_cfg.musicgen.audiocraft",
-    "fast_generate": "diverse_cfg.musicgen.rollout",
-    "from_audiocraft": "diverse_cfg.musicgen.audiocraft",
-    "import_audiocraft": "diverse_cfg.musicgen.audiocraft",
+    "RolloutWeights": "diverse_cfg.policies.sampler.weights",
+    "export_audiocraft": "diverse_cfg.policies.audiocraft",
+    "fast_generate": "diverse_cfg.policies.sampler.rollout",
+    "from_audiocraft": "diverse_cfg.policies.audiocraft",
+    "import_audiocraft": "diverse_cfg.policies.audiocraft",
     "inspect_checkpoint": "diverse_cfg.merging",
-    "load_audiocraft": "diverse_cfg.musicgen.audiocraft",
+    "load_audiocraft": "diverse_cfg.policies.audiocraft",
     "load_embedder": "diverse_cfg.embeddings",
-    "load_policy": "diverse_cfg.musicgen.loading",
-    "load_processor": "diverse_cfg.musicgen.loading",
+    "load_policy": "diverse_cfg.policies.musicgen.loading",
+    "load_processor": "diverse_cfg.policies.musicgen.loading",
     "load_prompts": "diverse_cfg.prompts",
     "load_slider": "diverse_cfg.merging",
     "merge_checkpoints": "diverse_cfg.merging",
     "nano_path": "diverse_cfg.assets",
-    "to_audiocraft": "diverse_cfg.musicgen.audiocraft",
+    "to_audiocraft": "diverse_cfg.policies.audiocraft",
 }
 
 __all__ = [
@@ -61,16 +61,16 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from diverse_cfg.config import CFGDiversityConfig
     from diverse_cfg.embeddings import load_embedder
     from diverse_cfg.merging import inspect_checkpoint, load_slider, merge_checkpoints
-    from diverse_cfg.musicgen.audiocraft import (
+    from diverse_cfg.policies.audiocraft import (
         export_audiocraft,
         from_audiocraft,
         import_audiocraft,
         load_audiocraft,
         to_audiocraft,
     )
-    from diverse_cfg.musicgen.loading import load_policy, load_processor
-    from diverse_cfg.musicgen.rollout import fast_generate
-    from diverse_cfg.musicgen.weights import RolloutWeights
+    from diverse_cfg.policies.musicgen.loading import load_policy, load_processor
+    from diverse_cfg.policies.sampler.rollout import fast_generate
+    from diverse_cfg.policies.sampler.weights import RolloutWeights
     from diverse_cfg.prompts import load_prompts
     from diverse_cfg.rewards import DiversityReward
     from diverse_cfg.trainer import CFGDiversityTrainer

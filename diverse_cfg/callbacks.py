@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from diverse_cfg.musicgen.files import write_wav
+from diverse_cfg.policies.files import write_wav
 from diverse_cfg.untrusted import slug
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from diverse_cfg.atomic import write_text
-from diverse_cfg.musicgen import layout
+from diverse_cfg.policies.musicgen import layout
 from diverse_cfg.provenance import Provenance, read_provenance
 from diverse_cfg.reading import read_json, reading
 from diverse_cfg.untrusted import inside, render, slug

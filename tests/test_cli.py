@@ -99,7 +99,7 @@ def test_warnings_and_progress_speak_plainly(capsys):
 
     def action(args):
         warnings.warn("clips are\n quiet", UserWarning, stacklevel=1)
-        logging.getLogger("diverse_cfg.musicgen").info("sampling 3 clips")
+        logging.getLogger("diverse_cfg.policies").info("sampling 3 clips")
 
     shown, logger = warnings.showwarning, logging.getLogger("diverse_cfg")
     before = (logger.level, list(logger.handlers))

@@ -6,7 +6,7 @@ import pytest
 import soundfile
 from transformers import GenerationConfig
 
-import diverse_cfg.musicgen.files as files
+import diverse_cfg.policies.files as files
 from diverse_cfg.cli import generate as command
 from diverse_cfg.cli import main
 from diverse_cfg.provenance import Provenance, write_provenance

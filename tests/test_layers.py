@@ -17,7 +17,7 @@ LAYERS = [
     ["functional", "atomic", "reading", "threads", "untrusted"],
     ["types", "provenance", "settings", "effects", "acoustics", "plotting"],
     ["config"],
-    ["musicgen", "embeddings", "prompts", "assets"],
+    ["policies", "embeddings", "prompts", "assets"],
     ["rewards", "cards", "nano"],
     ["merging"],
     ["callbacks"],
@@ -40,7 +40,7 @@ def module_files(package: Path) -> list[Path]:
 
 
 def room(path: Path, package: Path) -> str:
-    """Its name on the top floor: `musicgen` for `musicgen/rollout.py`, `trainer` for `trainer.py`."""
+    """Its name on the top floor: `policies` for `policies/stored.py`, `trainer` for `trainer.py`."""
     return path.relative_to(package).parts[0].removesuffix(".py")
 
 
@@ -91,7 +91,7 @@ def test_imports_point_strictly_down():
 @pytest.mark.parametrize(
     ("path", "source", "fault"),
     [
-        ("musicgen/policy.py", "from diverse_cfg.trainer import X", "musicgen imports diverse_cfg.trainer"),
+        ("policies/stored.py", "from diverse_cfg.trainer import X", "policies imports diverse_cfg.trainer"),
         ("rewards.py", "from diverse_cfg.merging import X", "rewards imports diverse_cfg.merging"),
         ("types.py", "def f():\n    from diverse_cfg import cli", "types imports diverse_cfg.cli"),
         ("orphan.py", "import torch", "no layer"),

@@ -366,7 +366,7 @@ def test_tensors_are_streamed(world, tmp_path, monkeypatch):
     """Catches a merge that collects the checkpoint: at no time may more than a few tensors be alive."""
     import weakref
 
-    from diverse_cfg.musicgen import stored
+    from diverse_cfg.policies import stored
 
     alive, peak = {}, 0
     read = stored.read_tensor

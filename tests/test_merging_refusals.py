@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diverse_cfg.merging import load_slider, merge_checkpoints
-from diverse_cfg.musicgen.tensors import read_header
+from diverse_cfg.policies.tensors import read_header
 from tests import checkpoints as made
 from tests.tiny import save_tiny
 

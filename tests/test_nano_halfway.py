@@ -8,7 +8,7 @@ import torch
 
 from diverse_cfg.evaluation.generations import Player
 from diverse_cfg.evaluation.results import Results
-from diverse_cfg.musicgen.rollout import fast_generate
+from diverse_cfg.policies.sampler.rollout import fast_generate
 from tests.tiny import PROMPTS, save_tiny
 
 pytestmark = pytest.mark.usefixtures("nano_recipe")

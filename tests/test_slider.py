@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diverse_cfg.merging import load_slider, merge_checkpoints
-from diverse_cfg.musicgen.policy import load_policy
+from diverse_cfg.policies.musicgen.policy import load_policy
 from tests import checkpoints as made
 
 
@@ -60,7 +60,7 @@ def test_a_refused_weight_changes_nothing(world):
 
 def test_nothing_is_read_again(world, monkeypatch):
     """Catches a slider that reloads: after loading, the folders may even be gone."""
-    from diverse_cfg.musicgen import stored
+    from diverse_cfg.policies import stored
 
     slider = load_slider(world["base"], [world["lora1"], world["full2"]])
 

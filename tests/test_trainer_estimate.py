@@ -6,9 +6,9 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from diverse_cfg.musicgen import batches
-from diverse_cfg.musicgen.loop import DecodeLoop
-from diverse_cfg.musicgen.policy import unwrap
+from diverse_cfg.policies.musicgen.policy import unwrap
+from diverse_cfg.policies.sampler import batches
+from diverse_cfg.policies.sampler.loop import DecodeLoop
 from diverse_cfg.trainer import checkpointing
 from diverse_cfg.trainer.estimate import Sampling, fused_bytes, memory
 from tests.tiny import PROMPTS, tiny_musicgen
@@ -108,7 +108,7 @@ def evaluating(*arguments, **settings):
 @pytest.mark.parametrize("config", [{}, {"hidden_size": 12}, {"num_hidden_layers": 3}], ids=str)
 def test_the_fused_copys_bytes_are_counted(config, dtype):
     """Fault: a tensor that is left out, or one that keeps float32 counted in half precision."""
-    from diverse_cfg.musicgen.rollout import RolloutWeights
+    from diverse_cfg.policies.sampler.rollout import RolloutWeights
 
     policy = tiny_musicgen(**config)
     weights = RolloutWeights.from_model(policy, dtype)

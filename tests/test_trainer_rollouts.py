@@ -9,10 +9,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from diverse_cfg.musicgen.decoders import EagerDecoder
-from diverse_cfg.musicgen.loop import DecodeLoop
-from diverse_cfg.musicgen.policy import encode_text, unwrap
-from diverse_cfg.musicgen.rollout import RolloutWeights, sample_codes
+from diverse_cfg.policies.musicgen.policy import encode_text, unwrap
+from diverse_cfg.policies.sampler.decoders import EagerDecoder
+from diverse_cfg.policies.sampler.loop import DecodeLoop
+from diverse_cfg.policies.sampler.rollout import RolloutWeights, sample_codes
 from diverse_cfg.trainer import rollouts
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
 from tests.training import losses, tiny_args, tiny_trainer

@@ -26,7 +26,7 @@ from diverse_cfg.evaluation.results import Results
 from diverse_cfg.evaluation.signatures import HOLDS, Evidence, Signature, to_markdown
 from diverse_cfg.evaluation.systems import System, single
 from diverse_cfg.evaluation.webmushra import export_study
-from diverse_cfg.musicgen.files import _plan
+from diverse_cfg.policies.files import _plan
 from diverse_cfg.prompts import load_prompts
 from diverse_cfg.provenance import Provenance, write_provenance
 from diverse_cfg.untrusted import TOKEN, checked_name, frame_csv, inside, markdown, plain, slug

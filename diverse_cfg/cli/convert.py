@@ -29,7 +29,7 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_convert(args: argparse.Namespace) -> None:
     from diverse_cfg.atomic import new_folder, require_new
-    from diverse_cfg.musicgen.audiocraft.folders import is_audiocraft
+    from diverse_cfg.policies.audiocraft.folders import is_audiocraft
 
     source = model_source(args.model)
     require_new(args.output)
@@ -48,7 +48,7 @@ def run_convert(args: argparse.Namespace) -> None:
 
 
 def _to_transformers(source: str, output: str, text_encoder: str | None) -> None:
-    from diverse_cfg.musicgen.audiocraft.folders import checkpoint_files, read_audiocraft, write_transformers
+    from diverse_cfg.policies.audiocraft.folders import checkpoint_files, read_audiocraft, write_transformers
 
     stored = read_audiocraft(source, text_encoder=text_encoder)
     write_transformers(stored, output, like=checkpoint_files(source)[0].parent)
@@ -60,9 +60,9 @@ def _to_audiocraft(source: str, folder, text_encoder: str | None, dtype: str | N
 
     import torch
 
-    from diverse_cfg.musicgen.audiocraft import export_audiocraft
-    from diverse_cfg.musicgen.audiocraft.folders import find_file
-    from diverse_cfg.musicgen.loading import load_policy, load_processor
+    from diverse_cfg.policies.audiocraft import export_audiocraft
+    from diverse_cfg.policies.audiocraft.folders import find_file
+    from diverse_cfg.policies.musicgen.loading import load_policy, load_processor
     from diverse_cfg.provenance import PROVENANCE_FILE
 
     export_audiocraft(

@@ -108,10 +108,10 @@ def run_generate(args: argparse.Namespace) -> None:
 
     import torch
 
-    from diverse_cfg.musicgen.files import generate_files
-    from diverse_cfg.musicgen.loading import load_processor, torch_device
-    from diverse_cfg.musicgen.policy import frame_rate, usual_seconds
-    from diverse_cfg.musicgen.sampling import SamplingSettings
+    from diverse_cfg.policies.files import generate_files
+    from diverse_cfg.policies.musicgen.loading import load_processor, torch_device
+    from diverse_cfg.policies.musicgen.policy import frame_rate, usual_seconds
+    from diverse_cfg.policies.sampler.draws import SamplingSettings
 
     device = torch_device(args.device)
     SamplingSettings(**{name: value for name, value in wanted.items() if value is not None})  # in range
@@ -153,7 +153,7 @@ def _load(source: str, adapters: list[str], merge_weight: list[float] | None):
             raise ValueError(
                 f"{len(adapters)} times --adapter needs --merge-weight, which says how to mix them"
             )
-        from diverse_cfg.musicgen.loading import load_policy
+        from diverse_cfg.policies.musicgen.loading import load_policy
 
         return load_policy(source, adapter=adapters[0] if adapters else None)
     if len(adapters) < 2:

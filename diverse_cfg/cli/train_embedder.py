@@ -91,7 +91,7 @@ def run_train_embedder(args: argparse.Namespace) -> None:
         raise ValueError("--codes and --prompts need --model: codes mean something to their own codec only")
 
     from diverse_cfg.embeddings.training import check_settings, encoder_config, train_embedder
-    from diverse_cfg.musicgen.loading import torch_device
+    from diverse_cfg.policies.musicgen.loading import torch_device
 
     check_settings(args.negatives, args.steps, args.batch_size, args.learning_rate, args.held_out)
     args.device = torch_device(args.device)
@@ -148,8 +148,8 @@ def _stored(args: argparse.Namespace) -> "Recordings":
     import torch
     from safetensors import safe_open
 
-    from diverse_cfg.musicgen.layout import load_config
-    from diverse_cfg.musicgen.stored import locate
+    from diverse_cfg.policies.musicgen.layout import load_config
+    from diverse_cfg.policies.stored import locate
     from diverse_cfg.reading import reading
 
     folder = Path(args.codes)
@@ -171,9 +171,9 @@ def _sampled(args: argparse.Namespace) -> "Recordings":
     """Clips that --model generates now."""
     from tqdm import tqdm
 
-    from diverse_cfg.musicgen.loading import load_policy, load_processor
-    from diverse_cfg.musicgen.policy import frame_rate, usual_seconds
-    from diverse_cfg.musicgen.rollout import RolloutWeights, fast_generate
+    from diverse_cfg.policies.musicgen.loading import load_policy, load_processor
+    from diverse_cfg.policies.musicgen.policy import frame_rate, usual_seconds
+    from diverse_cfg.policies.sampler.rollout import RolloutWeights, fast_generate
     from diverse_cfg.prompts import load_prompts
 
     texts = list(load_prompts(prompt_source(args.prompts), split=args.prompts_split or "train")["prompt"])

@@ -25,10 +25,11 @@ from diverse_cfg.evaluation.generations import Player, Progress
 from diverse_cfg.evaluation.systems import System
 from diverse_cfg.functional import codebooks, guidance
 from diverse_cfg.functional.guidance import guided_logits
-from diverse_cfg.musicgen import policy, sampling
-from diverse_cfg.musicgen.policy import code_logits, encode_text
-from diverse_cfg.musicgen.sampling import SamplingSettings, sampling_logits
 from diverse_cfg.nano import attributes, rules
+from diverse_cfg.policies.musicgen import policy
+from diverse_cfg.policies.musicgen.policy import code_logits, encode_text
+from diverse_cfg.policies.sampler import draws as sampling
+from diverse_cfg.policies.sampler.draws import SamplingSettings, sampling_logits
 from diverse_cfg.rewards import AestheticsReward, TextAdherenceReward
 from diverse_cfg.threads import EVALUATION
 from diverse_cfg.types import TextCondition

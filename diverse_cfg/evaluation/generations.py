@@ -23,9 +23,9 @@ from diverse_cfg.evaluation.cache import Cache, mixture_digest
 from diverse_cfg.evaluation.systems import Mixture, System
 from diverse_cfg.functional.codebooks import num_decoder_steps
 from diverse_cfg.merging import merge_checkpoints
-from diverse_cfg.musicgen.loading import load_policy, load_processor
-from diverse_cfg.musicgen.policy import delays
-from diverse_cfg.musicgen.rollout import RolloutWeights, check_backend, decode_codes, fast_generate
+from diverse_cfg.policies.musicgen.loading import load_policy, load_processor
+from diverse_cfg.policies.musicgen.policy import delays
+from diverse_cfg.policies.sampler.rollout import RolloutWeights, check_backend, decode_codes, fast_generate
 
 _VERSION = 2  # of the description and of the sampler; raise it when either changes what is played
 _BATCH = 64

@@ -35,11 +35,11 @@ from diverse_cfg.evaluation.generations import ClipSet, Player
 from diverse_cfg.evaluation.signatures import Arms
 from diverse_cfg.evaluation.sweep import Sweep
 from diverse_cfg.evaluation.systems import System, expand_systems, single
-from diverse_cfg.musicgen.loading import torch_device
-from diverse_cfg.musicgen.policy import frame_rate
-from diverse_cfg.musicgen.rollout import check_backend
-from diverse_cfg.musicgen.sampling import require_64_bits
 from diverse_cfg.nano.attributes import parse_prompt
+from diverse_cfg.policies.musicgen.loading import torch_device
+from diverse_cfg.policies.musicgen.policy import frame_rate
+from diverse_cfg.policies.sampler.draws import require_64_bits
+from diverse_cfg.policies.sampler.rollout import check_backend
 from diverse_cfg.prompts import load_prompts
 from diverse_cfg.settings import field_types, require_type
 

@@ -26,7 +26,7 @@ from diverse_cfg.evaluation.generations import ClipSet, Player, describe, genera
 from diverse_cfg.evaluation.metrics import METRICS, Metric, Replicate, require
 from diverse_cfg.evaluation.results import Results, SystemResult, clusters_of, estimate, mean_estimate
 from diverse_cfg.evaluation.systems import Mixture, System
-from diverse_cfg.musicgen.files import write_wav
+from diverse_cfg.policies.files import write_wav
 from diverse_cfg.provenance import library_versions
 from diverse_cfg.untrusted import plain, slug
 

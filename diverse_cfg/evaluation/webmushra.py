@@ -21,7 +21,7 @@ import yaml
 
 from diverse_cfg.atomic import new_folder, write_text
 from diverse_cfg.evaluation.listening import QUESTIONS, Trial, Vote, Votes, load_trials
-from diverse_cfg.musicgen.files import write_wav
+from diverse_cfg.policies.files import write_wav
 from diverse_cfg.untrusted import checked_name
 
 SCALE = {

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from diverse_cfg.functional import interpolation
 from diverse_cfg.merging.experts import Experts
-from diverse_cfg.musicgen.checkpoints import AdapterCheckpoint
-from diverse_cfg.musicgen.tensors import TensorSpec, write_safetensors
+from diverse_cfg.policies.checkpoints import AdapterCheckpoint
+from diverse_cfg.policies.tensors import TensorSpec, write_safetensors
 
 
 def write_adapter(

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from diverse_cfg.functional import interpolation
-from diverse_cfg.musicgen import layout
-from diverse_cfg.musicgen.checkpoints import AdapterCheckpoint, base_name, open_base, open_checkpoint
-from diverse_cfg.musicgen.stored import Checkpoint, FullCheckpoint, is_adapter, locate, same_base, same_values
+from diverse_cfg.policies.checkpoints import AdapterCheckpoint, base_name, open_base, open_checkpoint
+from diverse_cfg.policies.musicgen import layout
+from diverse_cfg.policies.stored import Checkpoint, FullCheckpoint, is_adapter, locate, same_base, same_values
 
 DTYPES = {
     "float64": torch.float64,

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from transformers import MusicgenForConditionalGeneration
 
-from diverse_cfg.musicgen import layout
-from diverse_cfg.musicgen.checkpoints import AdapterCheckpoint, open_checkpoint
-from diverse_cfg.musicgen.loading import load_processor
-from diverse_cfg.musicgen.stored import Checkpoint, FullCheckpoint, locate
+from diverse_cfg.policies.checkpoints import AdapterCheckpoint, open_checkpoint
+from diverse_cfg.policies.musicgen import layout
+from diverse_cfg.policies.musicgen.loading import load_processor
+from diverse_cfg.policies.stored import Checkpoint, FullCheckpoint, locate
 
 
 def inspect_checkpoint(path: str | os.PathLike, *, base: str | os.PathLike | None = None) -> dict[str, Any]:

@@ -24,11 +24,11 @@ from diverse_cfg.cards import write_card
 from diverse_cfg.merging.adapter import write_adapter
 from diverse_cfg.merging.experts import DTYPES, Experts, open_experts
 from diverse_cfg.merging.weights import resolve_weights
-from diverse_cfg.musicgen import layout
-from diverse_cfg.musicgen.checkpoints import AdapterCheckpoint
-from diverse_cfg.musicgen.loading import load_processor
-from diverse_cfg.musicgen.stored import Checkpoint
-from diverse_cfg.musicgen.tensors import TensorSpec, write_safetensors
+from diverse_cfg.policies.checkpoints import AdapterCheckpoint
+from diverse_cfg.policies.musicgen import layout
+from diverse_cfg.policies.musicgen.loading import load_processor
+from diverse_cfg.policies.stored import Checkpoint
+from diverse_cfg.policies.tensors import TensorSpec, write_safetensors
 from diverse_cfg.provenance import Provenance, write_provenance
 
 RECIPE_FILE = "merge.yaml"

@@ -13,8 +13,8 @@ from transformers import MusicgenForConditionalGeneration
 
 from diverse_cfg.merging.experts import Experts, open_experts
 from diverse_cfg.merging.weights import resolve_weights
-from diverse_cfg.musicgen import layout
-from diverse_cfg.musicgen.loading import load_policy
+from diverse_cfg.policies.musicgen import layout
+from diverse_cfg.policies.musicgen.loading import load_policy
 
 
 class MergeSlider:

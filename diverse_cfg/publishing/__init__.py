@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from diverse_cfg.cards import CURVES_FILE, METRICS_FILE, SAMPLES_FILE
 from diverse_cfg.merging import merge_checkpoints
-from diverse_cfg.musicgen.audiocraft.folders import is_audiocraft, read_audiocraft, write_transformers
+from diverse_cfg.policies.audiocraft.folders import is_audiocraft, read_audiocraft, write_transformers
 from diverse_cfg.publishing.plan import PlannedFile, UploadPlan, check_loads, plan_upload
 from diverse_cfg.publishing.results import add_results
 from diverse_cfg.publishing.samples import add_samples

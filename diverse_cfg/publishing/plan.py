@@ -17,10 +17,10 @@ from huggingface_hub.utils import validate_repo_id
 from diverse_cfg import cards
 from diverse_cfg.merging import inspect_checkpoint
 from diverse_cfg.merging.merge import RECIPE_FILE
-from diverse_cfg.musicgen import layout
-from diverse_cfg.musicgen.checkpoints import base_name, require_named_base
-from diverse_cfg.musicgen.loading import load_policy, load_processor
-from diverse_cfg.musicgen.stored import FullCheckpoint, locate
+from diverse_cfg.policies.checkpoints import base_name, require_named_base
+from diverse_cfg.policies.musicgen import layout
+from diverse_cfg.policies.musicgen.loading import load_policy, load_processor
+from diverse_cfg.policies.stored import FullCheckpoint, locate
 from diverse_cfg.provenance import PROVENANCE_FILE, read_provenance
 from diverse_cfg.reading import read_json, reading
 from diverse_cfg.untrusted import TOKEN

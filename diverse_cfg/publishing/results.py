@@ -10,7 +10,7 @@ from diverse_cfg.cards import CardMetric, write_metrics
 from diverse_cfg.evaluation.metrics import METRICS
 from diverse_cfg.evaluation.results import Results
 from diverse_cfg.evaluation.systems import Mixture, System
-from diverse_cfg.musicgen import layout
+from diverse_cfg.policies.musicgen import layout
 from diverse_cfg.provenance import read_provenance
 
 _BETTER = {1: "higher", -1: "lower"}

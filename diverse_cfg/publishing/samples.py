@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diverse_cfg.cards import SAMPLES_FILE, TRANSFORMERS_TOP_K, Sample, write_samples
-from diverse_cfg.musicgen import layout
-from diverse_cfg.musicgen.files import generate_files
-from diverse_cfg.musicgen.loading import load_policy, load_processor
+from diverse_cfg.policies.files import generate_files
+from diverse_cfg.policies.musicgen import layout
+from diverse_cfg.policies.musicgen.loading import load_policy, load_processor
 
 
 def add_samples(folder: str | os.PathLike, prompts: Sequence[str], *, seed: int = 0) -> list[Sample]:

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from diverse_cfg.atomic import replacing
 from diverse_cfg.merging.adapter import write_adapter
 from diverse_cfg.merging.experts import Experts
-from diverse_cfg.musicgen.audiocraft.folders import find_file
-from diverse_cfg.musicgen.checkpoints import AdapterCheckpoint, open_checkpoint
+from diverse_cfg.policies.audiocraft.folders import find_file
+from diverse_cfg.policies.checkpoints import AdapterCheckpoint, open_checkpoint
 
 _FILES = ("adapter_model.safetensors", "adapter_config.json")
 

@@ -25,9 +25,9 @@ from transformers.trainer_utils import HubStrategy
 
 from diverse_cfg.cards import is_hub_id
 from diverse_cfg.config import CFGDiversityConfig
-from diverse_cfg.musicgen.checkpoints import inexact_options
-from diverse_cfg.musicgen.layout import playing_config, repair_token_ids
-from diverse_cfg.musicgen.policy import (
+from diverse_cfg.policies.checkpoints import inexact_options
+from diverse_cfg.policies.musicgen.layout import playing_config, repair_token_ids
+from diverse_cfg.policies.musicgen.policy import (
     LORA_TARGET_MODULES,
     freeze_encoders,
     is_distilled,

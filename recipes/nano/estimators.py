@@ -36,8 +36,8 @@ from diverse_cfg.functional.prefix_baseline import (
     segment_advantages,
     update_ridge,
 )
-from diverse_cfg.musicgen.policy import encode_text, freeze_encoders, load_policy, load_processor
-from diverse_cfg.musicgen.rollout import RolloutWeights, sample_codes
+from diverse_cfg.policies.musicgen.policy import encode_text, freeze_encoders, load_policy, load_processor
+from diverse_cfg.policies.sampler.rollout import RolloutWeights, sample_codes
 from diverse_cfg.prompts import load_prompts
 from diverse_cfg.trainer.objective import LossSettings, student_terms
 

@@ -24,12 +24,12 @@ from diverse_cfg.evaluation.generations import Player
 from diverse_cfg.evaluation.results import Results, SystemResult, mean_estimate
 from diverse_cfg.evaluation.systems import System, single
 from diverse_cfg.functional.diversity import diversity_reward, unit_embeddings
-from diverse_cfg.musicgen.decoders import EagerDecoder
-from diverse_cfg.musicgen.loop import DecodeLoop
-from diverse_cfg.musicgen.policy import encode_text
-from diverse_cfg.musicgen.rollout import decode_codes
-from diverse_cfg.musicgen.sampling import SamplingSettings, keyed_noise
 from diverse_cfg.nano.judge import AttributeJudge
+from diverse_cfg.policies.musicgen.policy import encode_text
+from diverse_cfg.policies.sampler.decoders import EagerDecoder
+from diverse_cfg.policies.sampler.draws import SamplingSettings, keyed_noise
+from diverse_cfg.policies.sampler.loop import DecodeLoop
+from diverse_cfg.policies.sampler.rollout import decode_codes
 
 RECORDED = Path(__file__).parent / "results" / "experiment"
 FRAMES, GENERATIONS, PROMPTS_AT_ONCE = 75, 8, 8

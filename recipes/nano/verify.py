@@ -31,9 +31,9 @@ import matplotlib.pyplot as plt
 from diverse_cfg.acoustics import validity
 from diverse_cfg.assets import nano_path
 from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
-from diverse_cfg.musicgen.policy import load_policy
 from diverse_cfg.nano.judge import AttributeJudge
 from diverse_cfg.nano.rules import classify, pitches
+from diverse_cfg.policies.musicgen.policy import load_policy
 
 
 @torch.inference_mode()

@@ -19,7 +19,7 @@ from diverse_cfg.evaluation.features import (
 )
 from diverse_cfg.evaluation.generations import Player
 from diverse_cfg.evaluation.systems import System, single
-from diverse_cfg.musicgen.policy import code_logits, encode_text
+from diverse_cfg.policies.musicgen.policy import code_logits, encode_text
 from tests import oracles
 from tests.evaluation.worlds import CodesEncoder, WaveEncoder, broken_audio, encoder_folder
 from tests.tiny import PROMPTS, save_tiny, tiny_musicgen, tiny_processor

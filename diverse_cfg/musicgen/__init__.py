@@ -1,1 +1,0 @@
-"""The only folder that knows MusicGen: `policy` (text in, logits over codes out), `rollout` (clips out)."""

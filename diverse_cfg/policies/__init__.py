@@ -1,0 +1,1 @@
+"""A folder for each family of models, and what reads their checkpoints."""

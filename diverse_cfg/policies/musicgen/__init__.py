@@ -1,0 +1,1 @@
+"""MusicGen: text in, logits over codes out."""

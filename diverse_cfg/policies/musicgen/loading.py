@@ -1,0 +1,225 @@
+"""Load a MusicGen policy from whatever holds one: float32, no dropout, no double guidance.
+
+A checkpoint that this package distilled has the guidance inside its weights, while the generation config that
+an adapter inherits from its base still asks for guidance 3: applied twice, it costs twice and overshoots. So
+adapters, and folders whose `diverse_cfg.json` says student or merge, come back with
+`generation_config.guidance_scale = 1.0`.
+"""
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoProcessor, MusicgenForConditionalGeneration, MusicgenProcessor
+
+from diverse_cfg.policies.audiocraft.folders import find_file
+from diverse_cfg.policies.audiocraft.live import from_audiocraft, is_live_audiocraft
+from diverse_cfg.policies.checkpoints import (
+    AdapterCheckpoint,
+    locate_base,
+    open_checkpoint,
+    read_adapter,
+    require_named_base,
+)
+from diverse_cfg.policies.musicgen import layout
+from diverse_cfg.policies.stored import FullCheckpoint, is_adapter, locate
+from diverse_cfg.provenance import PROVENANCE_FILE, read_provenance
+from diverse_cfg.reading import load_complete, reading
+
+ModelSource = Any
+"""Id or folder, a transformers or PEFT model, or a live AudioCraft model."""
+
+# Attributes that transformers hands to functional dropout; `nn.Dropout` modules alone are not all of it.
+_DROPOUT_ATTRIBUTES = ("dropout", "attention_dropout", "activation_dropout", "layerdrop")
+
+
+def load_policy(
+    model: ModelSource,
+    *,
+    adapter: str | os.PathLike | None = None,
+    torch_dtype: torch.dtype = torch.float32,
+) -> MusicgenForConditionalGeneration:
+    """Load a MusicGen policy, in eval mode and without any dropout.
+
+    Args:
+        model: Hub id or folder of a full checkpoint, also one of AudioCraft's; id or folder of a PEFT
+            adapter, whose base is read from its own configuration; or a live model (also one that PEFT
+            wrapped), which is prepared in place and returned. A live AudioCraft MusicGen, or a pair
+            (LMModel, compression_model), is copied into transformers' class.
+        adapter: id or folder of a PEFT adapter to merge into `model`.
+        torch_dtype: of the text encoder and the decoder; the codec always stays in float32. Adapters are
+            merged in float32 before the cast. Half precision on disk is upcast: a step of 1e-4 vanishes in
+            bfloat16.
+
+    Returns:
+        A plain `MusicgenForConditionalGeneration`, adapters merged. Its `generation_config.guidance_scale` is
+        1.0 when the checkpoint is distilled, and what the checkpoint says otherwise. A student without generation
+        settings, such as an adapter, is sampled as its `diverse_cfg.json` says.
+
+    Raises:
+        ValueError: not a MusicGen, MusicGen-Melody, weights that are incomplete or damaged, special tokens that do
+            not fit, or an adapter whose base is unknown or another model.
+        FileNotFoundError: nothing there.
+    """
+    policy: Any
+    folder = provenance = None  # of an adapter
+    if is_live_audiocraft(model) or isinstance(model, nn.Module):
+        policy = from_audiocraft(model)[0] if is_live_audiocraft(model) else unwrap(model)
+        distilled = isinstance(model, PeftModel)
+        if adapter is not None:
+            folder = _check_on_live(policy, adapter)
+            provenance = read_provenance(folder)
+    else:
+        checkpoint = open_checkpoint(model, plain=False)
+        if adapter is not None:
+            if isinstance(checkpoint, AdapterCheckpoint):
+                raise ValueError(
+                    f"{model} is an adapter itself: pass its base as the model, or leave out adapter="
+                )
+            checkpoint = open_checkpoint(adapter, base=checkpoint, plain=False)
+            if not isinstance(checkpoint, AdapterCheckpoint):
+                raise ValueError(f"{adapter} has no adapter_config.json: it is not a PEFT adapter")
+        # How a student is sampled: an adapter has no generation settings of its own, a folder may lack them.
+        if isinstance(checkpoint, AdapterCheckpoint):
+            folder, provenance = checkpoint.folder, checkpoint.provenance
+            checkpoint = checkpoint.base
+        elif not (checkpoint.folder / "generation_config.json").is_file():
+            provenance = checkpoint.provenance
+        policy = _load_full(checkpoint)
+        distilled = checkpoint.provenance is not None
+    if folder is not None:
+        with reading(folder):
+            policy = PeftModel.from_pretrained(policy, str(folder)).merge_and_unload()
+    if distilled or folder is not None:
+        policy.generation_config.guidance_scale = 1.0
+        if provenance is not None:
+            policy.generation_config = layout.playing_config(
+                policy.config, provenance.sampling, like=policy.generation_config
+            )
+        policy.is_distilled = True  # `fast_generate` warns when it is guided on top
+    zero_dropout(policy)
+    positions = policy.decoder.model.decoder.embed_positions
+    rounded = positions.weights.dtype != torch.float32
+    policy.to(torch_dtype)
+    if rounded:  # the table is computed, not stored: widened, it would stay rounded
+        positions.make_weights(*positions.weights.shape)
+    policy.audio_encoder.float()
+    return policy.eval()
+
+
+def load_processor(path: str | os.PathLike) -> MusicgenProcessor:
+    """Load the processor (tokenizer, feature extractor) of a checkpoint; an adapter without one has its base's.
+
+    Raises:
+        ValueError: a part of it is missing or damaged, or it is not MusicGen's.
+        FileNotFoundError: nothing there.
+    """
+    folder = locate(path)
+    if is_adapter(folder) and not layout.has_processor_files(folder):
+        folder = locate_base(path, folder)
+    config = layout.load_config(folder) if (folder / "config.json").exists() else None
+    layout.require_processor(folder)
+    with reading(folder, layout.PROCESSOR_REMEDY):
+        processor = AutoProcessor.from_pretrained(str(folder))
+    if not isinstance(processor, MusicgenProcessor):
+        raise ValueError(
+            f"{path} has a {type(processor).__name__}, not a MusicgenProcessor: is it a MusicGen?"
+        )
+    pieces = max(processor.tokenizer.get_vocab().values()) + 1
+    if config and pieces > config.text_encoder.vocab_size:
+        raise ValueError(
+            f"{folder} has a tokenizer with {pieces} pieces, but its text encoder knows "
+            f"{config.text_encoder.vocab_size}: {layout.PROCESSOR_REMEDY}"
+        )
+    return processor
+
+
+def torch_device(name: str | None) -> str:
+    """A device that this machine has; without a name, a GPU if there is one.
+
+    Raises:
+        ValueError: it cannot be used.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device={name!r} cannot be used ({reason}): leave it out, or take cpu or cuda"
+        ) from error
+    return name
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The MusicGen inside a `PeftModel` (its LoRA layers stay active) or a DDP-like wrapper.
+
+    Returns:
+        A `MusicgenForConditionalGeneration`; typed as anything, since transformers declares its three parts
+        optional.
+
+    Raises:
+        ValueError: it is another model.
+    """
+    inner = model.module if hasattr(model, "module") else model
+    if isinstance(inner, PeftModel):
+        inner = inner.get_base_model()
+    if not isinstance(inner, MusicgenForConditionalGeneration):
+        raise ValueError(
+            f"expected a MusicgenForConditionalGeneration, got a {type(inner).__name__}: MusicGen-Melody "
+            "and other models are not supported"
+        )
+    return inner
+
+
+def is_distilled(source: str | os.PathLike) -> bool:
+    """Whether a teacher's guidance is in the weights: a student, a merge of students, an adapter."""
+    source = os.fspath(source)
+    if find_file(source, "adapter_config.json") is not None:
+        return True
+    provenance = find_file(source, PROVENANCE_FILE)
+    return provenance is not None and read_provenance(Path(provenance).parent) is not None
+
+
+def zero_dropout(model: nn.Module) -> None:
+    """Set every dropout and layerdrop of the model to zero, in place.
+
+    The policy that is sampled must be the policy that is trained, also in `train()` mode, which gradient
+    checkpointing needs. `disable_dropout` of other libraries misses the rates that are plain float
+    attributes.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in _DROPOUT_ATTRIBUTES:
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def _load_full(checkpoint: FullCheckpoint) -> MusicgenForConditionalGeneration:
+    policy = load_complete(MusicgenForConditionalGeneration, str(checkpoint.folder), dtype=torch.float32)
+    policy.name_or_path = policy.config._name_or_path = checkpoint.source  # adapters name their base by it
+    decoder: Any = policy.config.decoder
+    if decoder.pad_token_id != decoder.vocab_size:
+        raise ValueError(
+            f"{checkpoint.source} has config.decoder.pad_token_id={decoder.pad_token_id}, but MusicGen's only special "
+            f"token is {decoder.vocab_size} (vocab_size): another program overwrote it; set pad, bos and "
+            f"decoder_start to {decoder.vocab_size} in config.json and generation_config.json"
+        )
+    return policy
+
+
+def _check_on_live(policy: Any, adapter: str | os.PathLike) -> Path:
+    """Folder of an adapter that fits a model in memory."""
+    folder = locate(adapter)
+    if not is_adapter(folder):
+        raise ValueError(f"{adapter} has no adapter_config.json: it is not a PEFT adapter")
+    name = policy.config._name_or_path or "the given model"
+    require_named_base(adapter, folder, name, policy.state_dict().__getitem__)
+    read_adapter(adapter, folder, copy.deepcopy(policy.config), name)
+    return folder

@@ -1,0 +1,1 @@
+"""Sampling: the decoder loop, its fused weights, batches that fit, and clips out (`rollout`)."""

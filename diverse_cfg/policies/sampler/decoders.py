@@ -1,0 +1,246 @@
+"""MusicGen's decoder one step at a time, on buffers of fixed size: nothing is concatenated, keys and values
+of the text are computed once.
+
+    rows of x    0 … N−1     the clips under their prompt, with cross-attention
+                 N … 2N−1    when guided, the same clips under the null prompt: no cross-attention, which
+                             would add exactly 0 (a negative prompt has it, of course)
+
+`EagerDecoder` is for CPUs: few calls, products written straight into buffers whose views were made
+beforehand, and attention over just the steps that exist. `StaticDecoder` is for GPUs: the step's index is a
+tensor and the context is masked, so that a CUDA graph can replay it. Both give the logits of stock MusicGen.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.activations import ACT2FN
+
+from diverse_cfg.functional.guidance import guided_logits
+from diverse_cfg.policies.sampler.weights import LayerWeights, RolloutWeights, activated_product, product
+from diverse_cfg.types import TextCondition
+
+# The softmax of a CPU is ten times as slow for rows that do not fill a vector register.
+_LEAST_TOKENS = 16
+
+
+class _Decoder:
+    """What both decoders have in common.
+
+    Args:
+        weights: the snapshot to run.
+        num_clips: N.
+        num_steps: S, the length of the caches.
+        condition: cross-attended rows: N (prompts), or 2·N when the second half has text too (a negative
+            prompt).
+        guidance_scale: γ; when it is not 1, N further rows are decoded beside the prompts'.
+    """
+
+    cache_dtype: torch.dtype
+
+    def __init__(
+        self,
+        weights: RolloutWeights,
+        num_clips: int,
+        num_steps: int,
+        condition: TextCondition,
+        guidance_scale: float,
+    ) -> None:
+        shape = weights.shape
+        self.weights = weights
+        self.num_clips = num_clips
+        self.guidance_scale = guidance_scale
+        self.num_rows = num_clips if guidance_scale == 1 else 2 * num_clips
+        self.num_texts = len(condition)
+        self.activation = ACT2FN[shape.activation]
+        self.offsets = torch.arange(shape.num_codebooks, device=weights.device) * (shape.vocab_size + 1)
+        size = (2, self.num_rows, shape.num_heads, num_steps, shape.head_dim)
+        self.cache = [
+            torch.empty(size, dtype=self.cache_dtype, device=weights.device) for _ in weights.layers
+        ]
+
+    def _norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(x, (x.shape[-1],), weight, bias, self.weights.shape.layer_norm_eps)
+
+    def _add(self, x: Tensor, update: Tensor, matrix: Tensor) -> Tensor:
+        """x += update @ matrix, in place; in one call where that can be."""
+        if x.dtype == matrix.dtype and not matrix.is_mkldnn:
+            return x.addmm_(update, matrix)
+        return x.add_(product(update, matrix))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """Logits [N, K, V] from the last layer. The heads are linear, so guidance comes before them: half the work."""
+        tensors, shape = self.weights.tensors, self.weights.shape
+        h = self._norm(x, tensors["norm"], tensors["norm_bias"])
+        if self.num_rows > self.num_clips:
+            h = guided_logits(*h.chunk(2), self.guidance_scale)
+        return product(h, tensors["heads"]).view(self.num_clips, shape.num_codebooks, shape.vocab_size)
+
+    def _text(self, condition: TextCondition) -> tuple[Tensor, list[Tensor]]:
+        """Bias over the text [B, 1, 1, Lt], and for each layer its keys and values [2, B, H, Lt, D / H]."""
+        shape = self.weights.shape
+        text = self.weights.project_text(condition)
+        mask = condition.attention_mask.to(self.weights.device)
+        # Finite, not −inf: a row masked throughout must give 0 (as its values are), not NaN. And with room to
+        # spare, since kernels multiply it (by log2 e).
+        bias = torch.zeros(mask.shape, dtype=self.cache_dtype, device=self.weights.device)
+        bias.masked_fill_(mask == 0, torch.finfo(self.cache_dtype).min / 4)
+        flat = text.flatten(0, 1)
+        keys_values = []
+        for layer in self.weights.layers:
+            both = product(flat, layer.cross_key_value).to(self.cache_dtype)
+            both = both.view(*text.shape[:2], 2, shape.num_heads, shape.head_dim)
+            keys_values.append(both.permute(2, 0, 3, 1, 4).contiguous())
+        return bias[:, None, None], keys_values
+
+
+class EagerDecoder(_Decoder):
+    """The decoder on a CPU. One batch, then a new object; see `_Decoder`."""
+
+    def __init__(
+        self,
+        weights: RolloutWeights,
+        num_clips: int,
+        num_steps: int,
+        condition: TextCondition,
+        guidance_scale: float,
+    ) -> None:
+        # A CPU has no fast half-precision attention; its matrix products are what bfloat16 speeds up.
+        wide = self.cache_dtype = weights.tensors["norm"].dtype
+        super().__init__(weights, num_clips, num_steps, condition, guidance_scale)
+        rows, texts, shape = self.num_rows, self.num_texts, weights.shape
+        heads, width, size = shape.num_heads, shape.head_dim, shape.hidden_size
+
+        def empty(*sizes: int) -> Tensor:
+            return torch.empty(sizes, dtype=wide, device=weights.device)
+
+        # Per layer: where each step's keys and values go, all keys transposed, all values.
+        self.slots = [cache.flatten(1, 2).unbind(2) for cache in self.cache]
+        self.keys = [cache[0].flatten(0, 1).transpose(1, 2) for cache in self.cache]
+        self.values = [cache[1].flatten(0, 1) for cache in self.cache]
+        self.positions = weights.tensors["positions"].unbind(0)
+        self.by_head = (rows * heads, 3, width)
+        self.attended = empty(rows * heads, 1, width)
+        self.update = self.attended.view(rows, size)
+        self.text_query = empty(texts, size)
+        self.text_queries = self.text_query.view(texts * heads, 1, width)
+        self.text_attended = empty(texts * heads, 1, width)
+        self.text_update = self.text_attended.view(texts, size)
+        bias, keys_values = self._text(condition.pad(_LEAST_TOKENS))
+        self.text_bias = bias.expand(texts, heads, 1, -1).flatten(0, 1).contiguous()
+        self.text_keys = [both[0].flatten(0, 1).transpose(1, 2) for both in keys_values]
+        self.text_values = [both[1].flatten(0, 1) for both in keys_values]
+
+    def step(self, ids: Tensor, step: int) -> Tensor:
+        """Logits of one step; steps come in order.
+
+        Args:
+            ids: input ids [N, K].
+            step: index of this step.
+
+        Returns:
+            Guided logits [N, K, V] in the matrices' dtype.
+        """
+        tensors = self.weights.tensors
+        x = F.embedding_bag(ids + self.offsets, tensors["embedding"], mode="sum").add_(self.positions[step])
+        if self.num_rows > self.num_clips:
+            x = x.repeat(2, 1)
+        texted = x[: self.num_texts]  # the rows with cross-attention; the same memory
+        for index, layer in enumerate(self.weights.layers):
+            h = self._norm(x, layer.self_norm, layer.self_norm_bias)
+            qkv = product(h, layer.qkv).view(self.by_head)
+            self.slots[index][step].copy_(qkv[:, 1:].transpose(0, 1))
+            queries = qkv[:, :1].to(self.cache_dtype)
+            scores = torch.bmm(queries, self.keys[index][:, :, : step + 1]).softmax(-1)
+            torch.bmm(scores, self.values[index][:, : step + 1], out=self.attended)
+            self._add(x, self.update, layer.self_out)
+
+            h = self._norm(texted, layer.cross_norm, layer.cross_norm_bias)
+            self.text_query.copy_(product(h, layer.cross_query))
+            scores = torch.baddbmm(self.text_bias, self.text_queries, self.text_keys[index]).softmax(-1)
+            torch.bmm(scores, self.text_values[index], out=self.text_attended)
+            self._add(texted, self.text_update, layer.cross_out)
+
+            h = self._norm(x, layer.final_norm, layer.final_norm_bias)
+            self._add(x, activated_product(h, layer.fc1, self.activation), layer.fc2)
+        return self._logits(x)
+
+
+class StaticDecoder(_Decoder):
+    """The decoder on a GPU; see `_Decoder`. May be reset for another batch of the same shape."""
+
+    def __init__(
+        self,
+        weights: RolloutWeights,
+        num_clips: int,
+        num_steps: int,
+        condition: TextCondition,
+        guidance_scale: float,
+    ) -> None:
+        # Attention kernels want the matrices' half precision, where there is one.
+        self.cache_dtype = weights.dtype
+        super().__init__(weights, num_clips, num_steps, condition, guidance_scale)
+        self._clear()
+        self.text_bias, self.text_keys_values = self._text(condition)
+
+    def reset(self, condition: TextCondition) -> None:
+        """Start another batch of the same shape on the same buffers."""
+        bias, keys_values = self._text(condition)
+        self.text_bias.copy_(bias)
+        for buffer, values in zip(self.text_keys_values, keys_values, strict=True):
+            buffer.copy_(values)
+        self._clear()
+
+    def _clear(self) -> None:
+        for cache in self.cache:  # masked cells still multiply by 0, and 0 · NaN of a failed run would spread
+            cache.zero_()
+
+    def step(self, ids: Tensor, position: Tensor, length: int, bias: Tensor) -> Tensor:
+        """Logits of one step.
+
+        Args:
+            ids: input ids [N, K].
+            position: index of this step [1].
+            length: cached positions to attend to, this step's included.
+            bias: added to the attention scores [length]: 0, and −inf for positions still to come.
+
+        Returns:
+            Guided logits [N, K, V] in the matrices' dtype.
+        """
+        tensors = self.weights.tensors
+        x = F.embedding(ids + self.offsets, tensors["embedding"]).sum(1)
+        x = x + tensors["positions"].index_select(0, position)
+        if self.num_rows > self.num_clips:
+            x = x.repeat(2, 1)
+        layers = zip(self.weights.layers, self.cache, self.text_keys_values, strict=True)
+        for layer, cache, text in layers:
+            x = self._decoder_layer(x, layer, cache, text, position, length, bias)
+        return self._logits(x)
+
+    def _decoder_layer(
+        self,
+        x: Tensor,
+        layer: LayerWeights,
+        cache: Tensor,
+        text: Tensor,
+        position: Tensor,
+        length: int,
+        bias: Tensor,
+    ) -> Tensor:
+        heads, width = self.weights.shape.num_heads, self.weights.shape.head_dim
+        h = self._norm(x, layer.self_norm, layer.self_norm_bias)
+        qkv = product(h, layer.qkv).view(self.num_rows, heads, 3, 1, width)
+        cache.index_copy_(3, position, qkv[:, :, 1:].permute(2, 0, 1, 3, 4))
+        keys, values = cache[:, :, :, :length].unbind(0)
+        mask = bias.expand(self.num_rows, heads, 1, length)
+        attended = F.scaled_dot_product_attention(qkv[:, :, 0], keys, values, attn_mask=mask, scale=1.0)
+        x = self._add(x, attended.reshape(self.num_rows, -1), layer.self_out)
+
+        texted = x[: self.num_texts]  # the rows with cross-attention; the same memory
+        h = self._norm(texted, layer.cross_norm, layer.cross_norm_bias)
+        query = product(h, layer.cross_query).view(self.num_texts, heads, 1, width)
+        mask = self.text_bias.expand(-1, heads, -1, -1)
+        attended = F.scaled_dot_product_attention(query, text[0], text[1], attn_mask=mask, scale=1.0)
+        self._add(texted, attended.reshape(self.num_texts, -1), layer.cross_out)
+
+        h = self._norm(x, layer.final_norm, layer.final_norm_bias)
+        return self._add(x, activated_product(h, layer.fc1, self.activation), layer.fc2)

@@ -1,0 +1,356 @@
+"""Bad folders and the readers of models: each reader refuses each of them in one line that names it."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from diverse_cfg.cli import main
+from diverse_cfg.merging import inspect_checkpoint, load_slider, merge_checkpoints
+from diverse_cfg.policies.musicgen.loading import load_policy, load_processor, torch_device
+from diverse_cfg.publishing.plan import check_loads
+from tests import checkpoints as made
+from tests.faults import without_privileges
+from tests.training import tiny_trainer
+
+ADAPTER = "adapter_model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return made.make_world(tmp_path_factory.mktemp("bad"))
+
+
+def run(*arguments):
+    """A command as a function: what it would print after `diverse-cfg: error:` is raised."""
+
+    def call(folder, world, output):
+        parser_error = main(
+            ["--debug", *(a.format(folder=folder, base=world["base"], output=output) for a in arguments)]
+        )
+        assert parser_error == 0
+
+    return call
+
+
+READERS = {
+    "load_policy": lambda folder, world, output: load_policy(folder),
+    "load_processor": lambda folder, world, output: load_processor(folder),
+    "load_slider": lambda folder, world, output: load_slider(world["base"], [folder, world["full2"]]),
+    "merge": lambda folder, world, output: merge_checkpoints([folder, world["full2"]], None, output),
+    "inspect": lambda folder, world, output: inspect_checkpoint(folder),
+    "publish": lambda folder, world, output: check_loads(folder),
+    "train": lambda folder, world, output: tiny_trainer(output, str(folder), guidance_scale=1.0),
+    "convert": run("convert", "{folder}", "--to", "audiocraft", "--output", "{output}"),
+    "generate": run(
+        "generate", "--model", "{folder}", "--prompt", "a", "--seconds", "0.1", "--output", "{output}"
+    ),
+}
+ON_A_BASE = {
+    "load_policy(adapter=)": lambda folder, world, output: load_policy(world["base"], adapter=folder),
+    "load_policy(live, adapter=)": lambda folder, world, output: load_policy(
+        load_policy(world["base"]), adapter=folder
+    ),
+    "generate --adapter": run(
+        *("generate", "--model", "{base}", "--adapter", "{folder}", "--prompt", "a"),
+        *("--seconds", "0.1", "--output", "{output}"),
+    ),
+}
+
+
+def write(name, content):
+    def edit(folder):
+        path = folder / name
+        path.unlink(missing_ok=True)
+        path.write_bytes(content) if isinstance(content, bytes) else path.write_text(content)
+
+    return edit
+
+
+def lose(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def truncate(name):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-100])
+
+
+def directory(name):
+    def edit(folder):
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return edit
+
+
+def settings(name, part=None, **changes):
+    def edit(folder):
+        content = json.loads((folder / name).read_text())
+        (content[part] if part else content).update(changes)
+        (folder / name).write_text(json.dumps(content))
+
+    return edit
+
+
+def tensors(name, change):
+    def edit(folder):
+        save_file(change(load_file(folder / name)), folder / name, metadata={"format": "pt"})
+
+    return edit
+
+
+def without(text):
+    return lambda weights: {name: tensor for name, tensor in weights.items() if text not in name}
+
+
+def renamed(old, new):
+    return lambda weights: {name.replace(old, new, 1): tensor for name, tensor in weights.items()}
+
+
+def cut(text):
+    return lambda w: {k: v[..., :-1].contiguous() if text in k else v for k, v in w.items()}
+
+
+def pickled(name, pickle):
+    def edit(folder):
+        (folder / name).unlink()
+        torch.save({}, folder / pickle)
+
+    return edit
+
+
+def outside(folder):
+    shutil.move(folder / made.MODEL, folder.parent / "elsewhere.safetensors")
+    names = load_file(folder.parent / "elsewhere.safetensors").keys()
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, "../elsewhere.safetensors")}))
+
+
+def nonsense_index(folder):
+    (folder / made.MODEL).unlink()
+    (folder / INDEX).write_text('{"weight_map": [1]}')
+
+
+_TEXT = {"load_policy", "load_slider"}  # they do without a tokenizer; a merge takes it from any parent
+# name: (what is done to a folder, what the message must name, who does not read that)
+FULL = {
+    "truncated weights": (truncate(made.MODEL), made.MODEL, {"load_processor"}),
+    "weights of another format": (write(made.MODEL, b"PK\3\4" * 99), made.MODEL, {"load_processor"}),
+    "no weights": (lose(made.MODEL), made.MODEL, {"load_processor"}),
+    "weights are a folder": (directory(made.MODEL), made.MODEL, {"load_processor"}),
+    "a pickle": (
+        pickled(made.MODEL, "pytorch_model.bin"),
+        r"pytorch_model\.bin.*never read",
+        {"load_processor"},
+    ),
+    "a tensor is missing": (
+        tensors(made.MODEL, without("decoder.lm_heads.1.")),
+        r"decoder\.lm_heads\.1\.weight",
+        {"load_processor"},
+    ),
+    "a tensor of the codec is missing": (
+        tensors(made.MODEL, without("quantizer.layers.0")),
+        r"audio_encoder\.quantizer\.layers\.0",
+        {"load_processor"},
+    ),
+    "a tensor too many": (
+        tensors(made.MODEL, lambda w: w | {"decoder.extra": torch.ones(1)}),
+        r"decoder\.extra",
+        {"load_processor"},
+    ),
+    "another shape": (tensors(made.MODEL, cut("layers.0.fc1.weight")), r"fc1\.weight", {"load_processor"}),
+    "fewer layers": (
+        settings("config.json", "decoder", num_hidden_layers=3),
+        r"layers\.2",
+        {"load_processor"},
+    ),
+    "fewer codebooks": (
+        settings("config.json", "decoder", num_codebooks=5),
+        r"embed_tokens\.4",
+        {"load_processor"},
+    ),
+    "no layers": (settings("config.json", "decoder", num_hidden_layers=-1), "num_hidden_layers=-1", set()),
+    "a count that is a word": (
+        settings("config.json", "decoder", num_hidden_layers="two"),
+        "config.json",
+        set(),
+    ),
+    "a half-written configuration": (write("config.json", '{"model_type": "mus'), "config.json", set()),
+    "a configuration that is a list": (write("config.json", "[]"), "config.json", set()),
+    "a configuration of bytes": (write("config.json", b"\xff\xfe\0"), "config.json", set()),
+    "the configuration is a folder": (directory("config.json"), "config.json", set()),
+    "half-written generation settings": (
+        write("generation_config.json", '{"do_sample": tr'),
+        "generation_config.json",
+        {"load_processor"},
+    ),
+    "generation settings of another kind": (
+        write("generation_config.json", '{"model_type": "musicgen", "decoder": {}}'),
+        "generation_config.json holds model_type",
+        {"load_processor"},
+    ),
+    "generation settings that are words": (
+        settings("generation_config.json", temperature="hot"),
+        "generation_config.json.*temperature='hot'",
+        {"load_processor"},
+    ),
+    "generation settings are a folder": (
+        directory("generation_config.json"),
+        "generation_config.json",
+        {"load_processor"},
+    ),
+    "a half-written processor": (write("processor_config.json", '{"feature'), "broken", _TEXT),
+    "provenance is a folder": (directory("diverse_cfg.json"), "diverse_cfg.json", {"load_processor"}),
+    "an index that leads elsewhere": (outside, r"index\.json.*\.\./elsewhere", {"load_processor"}),
+    "an index without names": (nonsense_index, "index.json", {"load_processor"}),
+    "no tokenizer": (lose("tokenizer.json"), "tokenizer.json", _TEXT | {"merge"}),
+    "a tokenizer of something else": (write("tokenizer.json", "{}"), "broken", _TEXT),
+    "no processor": (lose("processor_config.json"), "processor_config.json", _TEXT | {"merge"}),
+    "broken provenance": (write("diverse_cfg.json", "{"), "diverse_cfg.json", {"load_processor"}),
+}
+LORA = {
+    "truncated adapter": (truncate(ADAPTER), ADAPTER, set()),
+    "adapter of another format": (write(ADAPTER, b"<html>" * 99), ADAPTER, set()),
+    "no adapter weights": (lose(ADAPTER), ADAPTER, set()),
+    "adapter weights are a folder": (directory(ADAPTER), ADAPTER, set()),
+    "a pickled adapter": (pickled(ADAPTER, "adapter_model.bin"), r"adapter_model\.bin.*never read", set()),
+    "the prefix of torch.compile": (
+        tensors(ADAPTER, renamed("base_model.", "_orig_mod.base_model.")),
+        "prefix of a wrapper",
+        set(),
+    ),
+    "the prefix of an adapter": (
+        tensors(ADAPTER, renamed("lora_A.weight", "lora_A.default.weight")),
+        "prefix of a wrapper",
+        set(),
+    ),
+    "some of the keys": (tensors(ADAPTER, without("layers.1.fc1.lora")), r"layers\.1\.fc1\.lora", set()),
+    "factors of another rank": (settings("adapter_config.json", r=5), "has shape", set()),
+    "a rank that is a word": (settings("adapter_config.json", r="two"), "adapter_config.json", set()),
+    "half-written settings": (write("adapter_config.json", '{"r": 4, '), "adapter_config.json", set()),
+    "settings that are a list": (write("adapter_config.json", "[1]"), "adapter_config.json", set()),
+    "an unknown kind": (settings("adapter_config.json", peft_type="NEW"), "adapter_config.json", set()),
+    "a base that is a number": (
+        settings("adapter_config.json", base_model_name_or_path=3),
+        "base_model_name_or_path=3",
+        set(),
+    ),
+}
+
+
+def cases():
+    """`load_policy` reads every kind, the others every third in turn: all of them take a minute."""
+    for kinds, source, readers in ((FULL, "full1", READERS), (LORA, "lora1", READERS | ON_A_BASE)):
+        for number, (kind, (edit, message, spared)) in enumerate(kinds.items()):
+            able = [name for name in readers if name not in spared]
+            if kinds is LORA:
+                able.remove("load_processor")
+            for position, reader in enumerate(able):
+                if reader == "load_policy" or (number + position) % 3 == 0:
+                    yield pytest.param(source, edit, message, readers[reader], id=f"{reader}-{kind}")
+
+
+@pytest.mark.parametrize(("source", "edit", "message", "read"), cases())
+def test_bad_folders_are_refused_in_one_line(world, tmp_path, source, edit, message, read):
+    folder = made.copy(world[source], tmp_path / "broken")
+    edit(folder)
+    with pytest.raises((ValueError, OSError), match=message) as caught:
+        read(folder, world, tmp_path / "output")
+    text = str(caught.value)
+    assert "broken" in text and "\n" not in text and len(text) < 700
+    assert not isinstance(caught.value, json.JSONDecodeError | UnicodeDecodeError)
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="privileges are Linux's")
+def test_what_may_not_be_read_is_named_with_its_remedy(world, tmp_path):
+    """Weights, a configuration, a folder; each by a reader of its own."""
+    for number, (name, source) in enumerate(
+        [(made.MODEL, "full1"), ("config.json", "full1"), (ADAPTER, "lora1"), (".", "full1")]
+    ):
+        folder = made.copy(world[source], tmp_path / f"broken{number}")
+        (folder / name).chmod(0)
+        for read in (load_policy, inspect_checkpoint):
+            with (
+                without_privileges(),
+                pytest.raises(PermissionError, match="change its permissions") as caught,
+            ):
+                read(folder)
+            assert str(folder / name) in str(caught.value) and "\n" not in str(caught.value)
+        (folder / name).chmod(0o700)
+
+
+ON_ANOTHER_BASE = {
+    **ON_A_BASE,
+    "load_slider": lambda folder, world, output: load_slider(world["base"], [folder, world["full2"]]),
+    "merge": lambda folder, world, output: merge_checkpoints(
+        [folder, world["full2"]], None, output, base=world["base"]
+    ),
+    "inspect": lambda folder, world, output: inspect_checkpoint(folder, base=world["base"]),
+}
+
+
+@pytest.mark.parametrize("reader", ON_ANOTHER_BASE)
+def test_an_adapter_belongs_to_the_base_that_it_names(world, tmp_path, reader):
+    """One weight of the named base differs: refused. The same weights elsewhere, in half precision too: welcome."""
+    folder = made.copy(world["lora1"], tmp_path / "broken")
+    named = made.copy(world["base"], tmp_path / "named")
+    made.edit_json(folder / "adapter_config.json", base_model_name_or_path=str(named))
+    read = ON_ANOTHER_BASE[reader]
+    read(folder, world, tmp_path / "first")
+
+    tensors(made.MODEL, lambda w: {k: v.bfloat16() if v.is_floating_point() else v for k, v in w.items()})(
+        named
+    )
+    read(folder, world, tmp_path / "second")
+
+    name = "decoder.lm_heads.2.weight"
+    tensors(made.MODEL, lambda w: w | {name: w[name] + 1})(named)
+    with pytest.raises(ValueError, match=rf"broken.*named.*another model \({name} differs\).*its own base"):
+        read(folder, world, tmp_path / "third")
+    assert not (tmp_path / "third").exists()
+
+
+def test_an_adapter_whose_base_is_gone_is_used_with_a_warning(world, tmp_path):
+    folder = made.copy(world["lora1"], tmp_path / "adapter")
+    made.edit_json(folder / "adapter_config.json", base_model_name_or_path="/gone/base")
+    with pytest.warns(UserWarning, match="/gone/base.*cannot be checked"):
+        load_policy(world["base"], adapter=folder)
+
+
+def test_a_device_that_is_not_here(world, tmp_path):
+    for name in ("xyz", "cuda:77", "cpu:cpu"):
+        with pytest.raises(ValueError, match=f"device='{name}' cannot be used.*leave it out"):
+            torch_device(name)
+    with pytest.raises(ValueError, match="device='xyz' cannot be used"):
+        run(
+            *("generate", "--model", "{folder}", "--prompt", "a", "--output", "{output}", "--device", "xyz"),
+        )(world["base"], world, tmp_path / "output")
+    with pytest.raises(ValueError, match="device='xyz' cannot be used"):
+        run(
+            *("train-embedder", "--model", "{folder}", "--prompts", "nano", "--output", "{output}"),
+            *("--device", "xyz"),
+        )(world["base"], world, tmp_path / "output")
+
+
+def test_configurations_of_older_transformers_are_no_other_architecture(world, tmp_path):
+    """Up to 4.31 they held every setting of text generation; what shapes the computation still counts."""
+    legacy = {
+        "max_length": 20,
+        "num_beams": 1,
+        "prefix": None,
+        "torchscript": False,
+        "top_k": 50,
+        "pruned_heads": {},
+    }
+    base = made.copy(world["base"], tmp_path / "base")
+    for part in ("text_encoder", "audio_encoder", "decoder"):
+        settings("config.json", part, **legacy, return_dict_in_generate=True, temperature=0.7)(base)
+    merge_checkpoints([base, world["full2"]], 0.5, tmp_path / "merged")
+    assert inspect_checkpoint(world["full2"], base=base)["active"]
+    settings("config.json", "text_encoder", relative_attention_max_distance=64)(base)
+    with pytest.raises(ValueError, match="relative_attention_max_distance"):
+        merge_checkpoints([base, world["full2"]], 0.5, tmp_path / "other")
