@@ -262,8 +262,8 @@ def family_of(source: Any) -> Family:
         kind = getattr(getattr(source, "config", source), "model_type", None)
         if kind not in _FAMILIES:
             raise ValueError(
-                f"expected a MusicgenForConditionalGeneration, got a {type(source).__name__}: MusicGen-Melody and other "
-                "models are not supported"
+                f"expected a MusicgenForConditionalGeneration, got a {type(source).__name__}: MusicGen-Melody "
+                "and other models are not supported"
             )
         return _FAMILIES[kind]
     path = Path(source) / "config.json"
