@@ -74,6 +74,7 @@ class Idle:
         return self.acts is None and self.acts_in is None
 
 
+_TEXT = "it serves text models; leave it unset, the package has its own rollout of codes"
 _SHARPER = "the loss assumes the distribution that was sampled; train without, set it at inference"
 _NO_PREDICTIONS = "an evaluation keeps metrics, and no predictions or labels; leave it unset"
 _TABLES = ("wandb", "trackio")
@@ -82,7 +83,7 @@ _TABLES = ("wandb", "trackio")
 _NEVER = {
     "use_vllm": "vLLM does not run MusicGen; leave it off, the package has its own fast rollout",
     "vllm_*": "vLLM does not run MusicGen; leave it unset",
-    "use_transformers_* transformers_continuous_batching_config cache_implementation": "it serves text models; leave it unset, the package has its own rollout of codes",
+    "use_transformers_* transformers_continuous_batching_config cache_implementation": _TEXT,
     "use_liger_kernel liger_kernel_config": "Liger has no MusicGen kernels; the loss is already chunked",
     "beta": "it would load a second reference model; the guided teacher is the anchor, leave it 0",
     "sync_ref_model ref_model_*": "the teacher is the frozen initial model; leave it unset",
