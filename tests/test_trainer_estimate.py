@@ -9,10 +9,10 @@ from peft import LoraConfig
 from diverse_cfg.policies.musicgen.policy import unwrap
 from diverse_cfg.policies.sampler import batches
 from diverse_cfg.policies.sampler.loop import DecodeLoop
-from diverse_cfg.trainer import checkpointing
-from diverse_cfg.trainer.estimate import Sampling, fused_bytes, memory
+from diverse_cfg.trainer import trainer as trainer_module
+from diverse_cfg.trainer.estimate import Sampling, all_samplings, fused_bytes, memory
 from tests.tiny import PROMPTS, tiny_musicgen
-from tests.training import tiny_trainer
+from tests.training import tiny_args, tiny_trainer
 
 
 def needs(policy=None, **settings):
@@ -39,7 +39,7 @@ def held(tensors) -> int:
 
 def measured(trainer, monkeypatch):
     """Train; the estimate that was made, bytes of the fused copies, and of the largest set of caches."""
-    estimates, caches, initialise, remember = [], [0], DecodeLoop.__init__, checkpointing.memory
+    estimates, caches, initialise, remember = [], [0], DecodeLoop.__init__, trainer_module.memory
 
     def watched(loop, weights, condition, num_clips, num_frames, *rest):
         initialise(loop, weights, condition, num_clips, num_frames, *rest)
@@ -50,7 +50,7 @@ def measured(trainer, monkeypatch):
         return estimates[-1]
 
     monkeypatch.setattr(DecodeLoop, "__init__", watched)
-    monkeypatch.setattr(checkpointing, "memory", estimated)
+    monkeypatch.setattr(trainer_module, "memory", estimated)
     trainer.train()
     copies = sum(held(weights.tensors.values()) for weights in trainer._fused_weights.values())
     return estimates[0], copies / 1e9, max(caches) / 1e9
@@ -133,7 +133,7 @@ def test_caches_grow_with_clips_until_the_cap_and_with_their_length(monkeypatch)
 def test_more_generations_per_prompt_need_more(tmp_path):
     """Fault: a count of prompts where clips are meant."""
     by_group = [
-        tiny_trainer(tmp_path, num_generations=size, per_device_train_batch_size=2 * size)._samplings()
+        all_samplings(tiny_args(tmp_path, num_generations=size, per_device_train_batch_size=2 * size), False)
         for size in (4, 8, 16)
     ]
     assert [sampling.clips for (sampling,) in by_group] == [8, 16, 32]

@@ -6,6 +6,8 @@ A rollout frees its caches when it ends (but small ones), and an update its acti
 Time is measured: one teacher, student and backward pass over a few clips, and the first frames of a rollout.
 """
 
+import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,9 +15,12 @@ from dataclasses import dataclass
 import torch
 from transformers import MusicgenForConditionalGeneration
 
+from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.functional.codebooks import num_decoder_steps
 from diverse_cfg.policies.musicgen.policy import delays
 from diverse_cfg.policies.sampler.batches import automatic_batch, cache_bytes
+from diverse_cfg.trainer.advantages import CALIBRATION_PROMPTS
+from diverse_cfg.trainer.teacher import sampler_share, samplers
 
 ACTIVATION_BYTES = 40.0
 CHECKPOINTED_BYTES = 3.5
@@ -34,6 +39,32 @@ class Sampling:
     is_teacher: bool
     clips: int
     guided: bool = False
+
+
+def training_samplings(args: CFGDiversityConfig) -> list[Sampling]:
+    """What one training rollout of a process samples from each sampler, at most."""
+    group = args.num_generations
+    prompts = args.per_device_train_batch_size * (args.steps_per_generation or 1) // group
+    # The teacher plays its share of a rollout's prompts, rounded down or up.
+    return [
+        Sampling(
+            is_teacher,
+            math.ceil(prompts * sampler_share(args, is_teacher)) * group,
+            guided=is_teacher and args.guidance_scale != 1,
+        )
+        for is_teacher in samplers(args)
+    ]
+
+
+def all_samplings(args: CFGDiversityConfig, evaluates: bool) -> list[Sampling]:
+    """Every kind of rollout that a process makes in a run: training, evaluation, calibration of the guards."""
+    found = training_samplings(args)
+    if evaluates:
+        found.append(Sampling(False, args.per_device_eval_batch_size))
+    if args.guards.calibrated:
+        guided = args.guards.gate is not None and args.guidance_scale != 1
+        found.append(Sampling(True, CALIBRATION_PROMPTS * args.num_generations, guided))
+    return found
 
 
 @dataclass(frozen=True)
@@ -74,7 +105,7 @@ def memory(
     num_frames: int,
     samplings: Sequence[Sampling],
     rollout_batch_size: int | None,
-    rollout_dtype: torch.dtype,
+    rollout_dtype: torch.dtype | None,
     fused: bool,
     trained: int,
     separate_teacher: bool,
@@ -90,7 +121,7 @@ def memory(
         num_frames: T.
         samplings: every kind of rollout that the run makes.
         rollout_batch_size: most clips sampled at once; None for what the rollout chooses by itself.
-        rollout_dtype: of the matrices that a rollout multiplies with.
+        rollout_dtype: of the matrices that a rollout multiplies with; None for the model's own.
         fused: whether it samples from fused copies; stock `generate` does not.
         trained: number of trained parameters.
         separate_teacher: whether a frozen copy of the decoder exists.
@@ -98,7 +129,7 @@ def memory(
         half_precision: whether the passes run in bfloat16 or float16.
         checkpointing: whether activations are recomputed.
     """
-    config = policy.decoder.config
+    config, rollout_dtype = policy.decoder.config, rollout_dtype or policy.decoder.dtype
     decoder = sum(p.numel() * p.element_size() for p in policy.decoder.parameters())
     everything = sum(p.numel() * p.element_size() for p in policy.parameters())
     num_steps = num_decoder_steps(num_frames, delays(policy))
@@ -138,6 +169,37 @@ def fused_bytes(policy: MusicgenForConditionalGeneration, dtype: torch.dtype) ->
         narrow = parameter.ndim == 2 and "embed" not in name and not name.startswith("enc_to_dec_proj.")
         total += parameter.numel() * (dtype.itemsize if narrow else wide)
     return total
+
+
+def step_seconds(
+    args: CFGDiversityConfig,
+    device: torch.device,
+    num_frames: int,
+    num_codebooks: int,
+    sample: Callable[[int, int, bool], object],
+    update: Callable[[int], object],
+) -> tuple[float, float]:
+    """Seconds that one optimiser step spends on its rollout and on its updates, from a few clips.
+
+    Args:
+        args: the run's settings.
+        device: where it runs.
+        num_frames: T.
+        num_codebooks: K.
+        sample: samples so many clips of so many frames, from the teacher or not.
+        update: makes a teacher, a student and a backward pass over so many clips.
+    """
+    clips = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    frames = min(num_frames, 8)
+    steps = (num_frames + num_codebooks) / (frames + num_codebooks)
+    per_clip = 0.0
+    for sampling in training_samplings(args):
+        sampled, teacher = min(args.rollout_batch_size or clips, clips, sampling.clips), sampling.is_teacher
+        spent = seconds(functools.partial(sample, sampled, frames, teacher), device)
+        per_clip += spent * steps / sampled * sampler_share(args, teacher)
+    # A GPU takes a whole micro-batch in the time of a few clips; a CPU takes them one after the other.
+    rows = min(args.per_device_train_batch_size, 4 if device.type == "cpu" else clips)
+    return per_clip * clips / args.num_iterations, seconds(lambda: update(rows), device) * clips / rows
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:

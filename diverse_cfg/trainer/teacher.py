@@ -6,6 +6,7 @@ is a frozen copy of the decoder that shares the (frozen) text encoder and codec 
 
 import contextlib
 import copy
+import os
 from collections.abc import Iterator
 
 import torch
@@ -13,9 +14,64 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import MusicgenForConditionalGeneration
 
+from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.functional.distillation import GuidedTeacher
-from diverse_cfg.policies.musicgen.policy import code_hidden_states, head_weights, load_policy, unwrap
+from diverse_cfg.policies.musicgen.policy import (
+    code_hidden_states,
+    head_weights,
+    is_distilled,
+    load_policy,
+    unwrap,
+)
+from diverse_cfg.policies.stored import same_base
 from diverse_cfg.types import TextCondition
+
+
+def check_teacher(model: str | os.PathLike | nn.Module, args: CFGDiversityConfig) -> None:
+    """Refuse to guide a teacher that has its guidance inside.
+
+    Raises:
+        ValueError: the teacher is a student, a merge or an adapter of one, and γ > 1.
+    """
+    if args.guidance_scale == 1:
+        return
+    if args.teacher_model is not None:
+        if is_distilled(args.teacher_model):
+            raise ValueError(
+                f"teacher_model={args.teacher_model} is distilled already, and guidance_scale="
+                f"{args.guidance_scale:g} would guide it twice: name its base, or set guidance_scale to 1"
+            )
+        return
+    if isinstance(model, nn.Module):
+        name, distilled = "the model", getattr(unwrap(model), "is_distilled", False)
+    else:
+        name, distilled = os.fspath(model), is_distilled(model)
+    if distilled:
+        raise ValueError(
+            f"{name} is distilled already, and as its own teacher would be guided twice: set teacher_model "
+            "(--teacher_model) to the base that it was distilled from, or guidance_scale to 1"
+        )
+
+
+def has_own_teacher(model: str | os.PathLike | nn.Module, args: CFGDiversityConfig) -> bool:
+    """Whether the teacher is another model than the student's start.
+
+    A live model may have other weights than the folder that it names.
+    """
+    if args.teacher_model is None:
+        return False
+    return isinstance(model, nn.Module) or not same_base(args.teacher_model, os.fspath(model))
+
+
+def samplers(args: CFGDiversityConfig) -> tuple[bool, ...]:
+    """Who plays the training clips, as values of `is_teacher`: those of the run, whatever one rollout's rows."""
+    return {"student": (False,), "teacher": (True,), "mix": (False, True)}[args.rollout_source]
+
+
+def sampler_share(args: CFGDiversityConfig, is_teacher: bool) -> float:
+    """Share of the training prompts that the teacher plays, or the student."""
+    share = {"student": 0.0, "teacher": 1.0, "mix": args.teacher_fraction}[args.rollout_source]
+    return share if is_teacher else 1 - share
 
 
 def separate_teacher(
@@ -66,6 +122,13 @@ def share_encoders(
         if wanted != found:
             raise ValueError(f"teacher_model has {name}={found}, the model that is trained has {wanted}")
     return teacher.requires_grad_(False).eval()
+
+
+def to_device(teacher: MusicgenForConditionalGeneration, device: torch.device) -> None:
+    """Move what the teacher does not share with the student, which the trainer moves."""
+    teacher.decoder.to(device)
+    if hasattr(teacher, "enc_to_dec_proj"):
+        teacher.enc_to_dec_proj.to(device)
 
 
 def fingerprint(model: nn.Module, ignored: tuple[str, ...] = ("audio_encoder.",)) -> dict[str, int]:
