@@ -46,6 +46,7 @@ from diverse_cfg.embeddings.contrastive import ContrastiveConfig, ContrastiveEmb
 from diverse_cfg.policies.musicgen.loading import load_policy, load_processor
 from diverse_cfg.rewards import DiversityReward
 from diverse_cfg.trainer import CFGDiversityTrainer
+from diverse_cfg.trainer import teacher as teacher_module
 from diverse_cfg.trainer import trainer as trainer_module
 
 # In the order of a step. "student" includes the loss and its gradient with respect to the logits.
@@ -233,11 +234,11 @@ class instrumented:
         timed = turns.clock.timed
         self.new = [
             (trainer_module, "encode_text", timed("text", trainer_module.encode_text)),
-            (trainer_module, "sample_codes", timed("rollout", trainer_module.sample_codes)),
+            (teacher_module, "sample_codes", timed("rollout", teacher_module.sample_codes)),
             (trainer_module, "decode_codes", timed("decode", trainer_module.decode_codes)),
             (trainer_module, "student_terms", timed("student", trainer_module.student_terms)),
-            (trainer, "_rollout_weights", timed("refresh", trainer._rollout_weights)),
-            (trainer, "_measure", lambda: (0.0, 0.0)),  # the estimate at the start
+            (trainer._sample, "rollout_weights", timed("refresh", trainer._sample.rollout_weights)),
+            (trainer._housekeeping, "_measure", lambda: (0.0, 0.0)),  # the estimate at the start
             (trainer, "_teacher", _Callable(timed("teacher", trainer._teacher), trainer._teacher)),
             (trainer.accelerator, "backward", timed("backward", trainer.accelerator.backward)),
         ]

@@ -316,7 +316,7 @@ def test_sharded_students_are_not_compared(tmp_path, second):
     """Fault: DeepSpeed's own precision of a student passes for a teacher that changed."""
     trainer = tiny_trainer(tmp_path, peft_config=SECOND[second])
     trainer.is_deepspeed_enabled = True
-    trainer._begin()
+    trainer._housekeeping.begin()
     trainer.model.to(torch.bfloat16)
     trainer._frozen.check("")
     assert len(trainer._frozen.models) == (second == "full")

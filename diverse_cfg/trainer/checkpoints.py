@@ -38,13 +38,14 @@ from diverse_cfg.atomic import replacing, writing
 from diverse_cfg.callbacks import AdaptiveClipCallback
 from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.merging.adapter import AdapterStart
-from diverse_cfg.provenance import Provenance
+from diverse_cfg.provenance import Provenance, write_provenance
 from diverse_cfg.reading import last_checkpoint
 from diverse_cfg.trainer.advantages import PrefixBaseline
 
 AVERAGE_FILE = "averaged_weights.safetensors"
 STATE_FILE = "diversity_state.safetensors"
 BUFFER_FILE = "rollout_buffer_{rank}.safetensors"
+PICKLE = "training_args.bin"  # it has no place in a model folder; resuming does not read it
 _RECORDED = (
     *("learning_rate", "num_generations", "generation_batch_size", "divergence", "distillation_coef"),
     *("negative_prompt", "rollout_source", "prefix_baseline", "prefix_lambda", "diversity_codebooks"),
@@ -86,6 +87,24 @@ def beside(
     finally:
         if writes:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """Size of the student as it is saved: all weights, or those of an adapter."""
+    adapter = isinstance(model, PeftModel)
+    weights = [p for p in model.parameters() if p.requires_grad or not adapter]
+    return sum(weight.numel() * weight.element_size() for weight in weights)
+
+
+def complete(folder: Path, processor: Any, generation_config: Any, provenance: Provenance) -> None:
+    """Add to a folder with a student's weights what playing them needs.
+
+    An adapter's folder needs the generation settings most: without them its base's guidance of 3 would come back.
+    """
+    processor.save_pretrained(folder)
+    generation_config.save_pretrained(folder)
+    write_provenance(folder, provenance)
+    (folder / PICKLE).unlink(missing_ok=True)
 
 
 def student_provenance(

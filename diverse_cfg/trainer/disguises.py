@@ -1,21 +1,8 @@
 """Where TRL and transformers take a policy over codes for a text model, and what keeps them from it.
 
-Each entry says what would go wrong without it and in which versions, so that it can go when they do. "Always"
-means from the lowest versions that `pyproject.toml` allows (TRL 1.7, transformers 5.18) to the newest that were
-looked at (TRL 1.16, transformers 5.23).
-
-    entry                  what it keeps off                                                versions
-    TrainerFacingConfig    both ask for "the" text configuration and write into it          always
-    restore_token_ids      both write T5's pad and end tokens over those of the codes       always
-    route_forward          TRL's fused head of a single vocabulary; a loss outside forward  TRL > 1.7; always
-    without_tokenizer      transformers aligns token ids in `train`, saves the tokenizer    always
-    NoText                 TRL decodes a rollout's codes to text for its log                TRL 1.7
-    as_completions         TRL knows one stream of tokens per clip, and no condition        always
-    into_batch, from_batch the same, on the way to the loss                                 always
-    show_advantages        TRL logs the advantages of its own estimator                     always
-    EpochSampler           TRL's order depends on how many epochs were drawn before         always
-    has_ended              transformers makes a step too many after the last one            always
-    name_metrics           TRL calls the metrics of every evaluation set alike              always
+Each entry says what would go wrong without it, so that it can go when that does. All are needed from the lowest
+versions that `pyproject.toml` allows (TRL 1.7, transformers 5.18) to the newest that were looked at (TRL 1.16,
+transformers 5.23), unless they name others.
 """
 
 import contextlib
@@ -23,6 +10,7 @@ import copy
 import functools
 import math
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -58,8 +46,8 @@ def restore_token_ids(policy: Any, sampling: dict[str, Any] | None = None) -> No
 def route_forward(model: nn.Module) -> None:
     """Let `model(run=f)` return `f(model)`, in place; every other call is as before TRL.
 
-    TRL puts a fused head in the place of `forward`, which reads one table of weights where a policy has one per
-    codebook. And the loss starts from hidden states, but distributed wrappers want all work within `forward`.
+    TRL (after 1.7) puts a fused head in the place of `forward`, which reads one table of weights where a policy has
+    one per codebook. And the loss starts from hidden states, but distributed wrappers want all work within `forward`.
     """
     model.__dict__.pop("forward", None)
     original = model.forward
@@ -69,6 +57,15 @@ def route_forward(model: nn.Module) -> None:
         return original(*args, **kwargs) if run is None else run(self)
 
     model.forward = types.MethodType(forward, model)
+
+
+@contextlib.contextmanager
+def without_text(trainer: Trainer) -> Iterator[None]:
+    """While a model is saved: no tokenizer, and PEFT may miss its base's vocabulary of text, which an adapter or
+    AudioCraft's folder does not have."""
+    with without_tokenizer(trainer), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Could not find a config file")
+        yield
 
 
 @contextlib.contextmanager
@@ -83,7 +80,8 @@ def without_tokenizer(trainer: Trainer, substitute: Any = None) -> Iterator[None
 
 
 class NoText:
-    """In the tokenizer's place while TRL handles a rollout, which it would decode to text."""
+    """In the tokenizer's place while TRL handles a rollout, which it would decode to text for its log (TRL 1.7; the
+    newest decodes in `_generate` only)."""
 
     def batch_decode(self, rows, **_: Any) -> list[str]:
         return [f"{len(row)} codes" for row in rows]

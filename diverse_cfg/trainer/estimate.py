@@ -6,7 +6,6 @@ A rollout frees its caches when it ends (but small ones), and an update its acti
 Time is measured: one teacher, student and backward pass over a few clips, and the first frames of a rollout.
 """
 
-import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from diverse_cfg.functional.codebooks import num_decoder_steps
 from diverse_cfg.policies.musicgen.policy import delays
 from diverse_cfg.policies.sampler.batches import automatic_batch, cache_bytes
 from diverse_cfg.trainer.advantages import CALIBRATION_PROMPTS
-from diverse_cfg.trainer.teacher import sampler_share, samplers
+from diverse_cfg.trainer.teacher import rollout_dtype, sampler_share, samplers
 
 ACTIVATION_BYTES = 40.0
 CHECKPOINTED_BYTES = 3.5
@@ -100,52 +99,41 @@ class Memory:
 
 def memory(
     policy: MusicgenForConditionalGeneration,
+    args: CFGDiversityConfig,
     *,
-    micro_batch: int,
     num_frames: int,
     samplings: Sequence[Sampling],
-    rollout_batch_size: int | None,
-    rollout_dtype: torch.dtype | None,
-    fused: bool,
     trained: int,
     separate_teacher: bool,
-    averaged: bool,
-    half_precision: bool,
-    checkpointing: bool,
 ) -> Memory:
     """Estimate the memory of one process without sharding.
 
     Args:
         policy: the student.
-        micro_batch: clips of one forward pass.
+        args: the run's settings.
         num_frames: T.
         samplings: every kind of rollout that the run makes.
-        rollout_batch_size: most clips sampled at once; None for what the rollout chooses by itself.
-        rollout_dtype: of the matrices that a rollout multiplies with; None for the model's own.
-        fused: whether it samples from fused copies; stock `generate` does not.
         trained: number of trained parameters.
         separate_teacher: whether a frozen copy of the decoder exists.
-        averaged: whether an average of the weights is kept.
-        half_precision: whether the passes run in bfloat16 or float16.
-        checkpointing: whether activations are recomputed.
     """
-    config, rollout_dtype = policy.decoder.config, rollout_dtype or policy.decoder.dtype
+    config, dtype = policy.decoder.config, rollout_dtype(args) or policy.decoder.dtype
     decoder = sum(p.numel() * p.element_size() for p in policy.decoder.parameters())
     everything = sum(p.numel() * p.element_size() for p in policy.parameters())
     num_steps = num_decoder_steps(num_frames, delays(policy))
-    per_unit = CHECKPOINTED_BYTES if checkpointing else ACTIVATION_BYTES
-    units = micro_batch * num_steps * config.num_hidden_layers * config.hidden_size
+    per_unit = CHECKPOINTED_BYTES if args.gradient_checkpointing else ACTIVATION_BYTES
+    units = args.per_device_train_batch_size * num_steps * config.num_hidden_layers * config.hidden_size
     caches = [0]
     for sampling in samplings:
-        most = rollout_batch_size or automatic_batch(policy, num_frames, sampling.guided, rollout_dtype)
-        clip = cache_bytes(config, num_frames, sampling.guided, rollout_dtype, policy.device)
+        most = args.rollout_batch_size or automatic_batch(policy, num_frames, sampling.guided, dtype)
+        clip = cache_bytes(config, num_frames, sampling.guided, dtype, policy.device)
         caches.append(min(sampling.clips, most) * clip)
+    fused = args.rollout_backend == "fast"  # stock `generate` needs no copies
     copies = len({sampling.is_teacher for sampling in samplings}) if fused else 0
     return Memory(
         weights=(everything + decoder * separate_teacher) / 1e9,
-        optimizer=4 * trained * (3 + averaged) / 1e9,
-        copies=copies * fused_bytes(policy, rollout_dtype) / 1e9,
-        activations=per_unit * units * (1 if half_precision else 2) / 1e9,
+        optimizer=4 * trained * (3 + (args.ema_decay > 0)) / 1e9,
+        copies=copies * fused_bytes(policy, dtype) / 1e9,
+        activations=per_unit * units * (1 if args.bf16 or args.fp16 else 2) / 1e9,
         caches=max(caches) / 1e9,
     )
 
@@ -169,37 +157,6 @@ def fused_bytes(policy: MusicgenForConditionalGeneration, dtype: torch.dtype) ->
         narrow = parameter.ndim == 2 and "embed" not in name and not name.startswith("enc_to_dec_proj.")
         total += parameter.numel() * (dtype.itemsize if narrow else wide)
     return total
-
-
-def step_seconds(
-    args: CFGDiversityConfig,
-    device: torch.device,
-    num_frames: int,
-    num_codebooks: int,
-    sample: Callable[[int, int, bool], object],
-    update: Callable[[int], object],
-) -> tuple[float, float]:
-    """Seconds that one optimiser step spends on its rollout and on its updates, from a few clips.
-
-    Args:
-        args: the run's settings.
-        device: where it runs.
-        num_frames: T.
-        num_codebooks: K.
-        sample: samples so many clips of so many frames, from the teacher or not.
-        update: makes a teacher, a student and a backward pass over so many clips.
-    """
-    clips = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    frames = min(num_frames, 8)
-    steps = (num_frames + num_codebooks) / (frames + num_codebooks)
-    per_clip = 0.0
-    for sampling in training_samplings(args):
-        sampled, teacher = min(args.rollout_batch_size or clips, clips, sampling.clips), sampling.is_teacher
-        spent = seconds(functools.partial(sample, sampled, frames, teacher), device)
-        per_clip += spent * steps / sampled * sampler_share(args, teacher)
-    # A GPU takes a whole micro-batch in the time of a few clips; a CPU takes them one after the other.
-    rows = min(args.per_device_train_batch_size, 4 if device.type == "cpu" else clips)
-    return per_clip * clips / args.num_iterations, seconds(lambda: update(rows), device) * clips / rows
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:

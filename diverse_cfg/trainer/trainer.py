@@ -12,20 +12,16 @@ equal the new ones.
 import contextlib
 import functools
 import hashlib
-import itertools
 import os
 import shutil
-import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import RLOOTrainer
@@ -46,18 +42,18 @@ from diverse_cfg.functional.diversity import diversity_reward
 from diverse_cfg.merging.adapter import AdapterStart
 from diverse_cfg.policies.audiocraft import from_audiocraft, is_live_audiocraft
 from diverse_cfg.policies.musicgen.policy import delays, encode_text, frame_rate, unwrap
-from diverse_cfg.policies.sampler.rollout import RolloutWeights, decode_codes, sample_codes
-from diverse_cfg.policies.sampler.weights import whole_weights
+from diverse_cfg.policies.sampler.rollout import decode_codes
 from diverse_cfg.policies.stored import is_adapter
 from diverse_cfg.provenance import Provenance, read_provenance, write_provenance
 from diverse_cfg.rewards import checked, embed_clips, is_pairwise, reads_waveforms
 from diverse_cfg.trainer import checkpoints, disguises, setup
-from diverse_cfg.trainer.advantages import CALIBRATION_PROMPTS, Advantages, CrossGuards, PrefixBaseline
-from diverse_cfg.trainer.checkpoints import RunMemory, WeightAverage, continuing_from
-from diverse_cfg.trainer.estimate import all_samplings, memory, step_seconds
+from diverse_cfg.trainer.advantages import Advantages, CrossGuards, PrefixBaseline
+from diverse_cfg.trainer.checkpoints import RunMemory, continuing_from
+from diverse_cfg.trainer.housekeeping import Housekeeping
 from diverse_cfg.trainer.objective import LossSettings, loss_metrics, student_terms, term_gradient_norms
 from diverse_cfg.trainer.teacher import (
     FrozenWeights,
+    Sampler,
     Teacher,
     check_teacher,
     has_own_teacher,
@@ -66,13 +62,12 @@ from diverse_cfg.trainer.teacher import (
     separate_teacher,
     to_device,
 )
-from diverse_cfg.types import Clips, TextCondition
+from diverse_cfg.types import Clips
 
 # How many times its first divergence a run that continues a student may reach before an alarm rings. On the
 # nano base that is halfway back to the unguided base.
 _KL_LIMIT = 4.0
 _LEFT_ALONE = "a callback or a reward function changes them; give it a copy of the model"
-_PICKLE = "training_args.bin"  # it has no place in a model folder; resuming does not read it
 
 
 class CFGDiversityTrainer(RLOOTrainer):
@@ -114,10 +109,7 @@ class CFGDiversityTrainer(RLOOTrainer):
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (
-            None,
-            None,
-        ),
+        optimizers: tuple[Any, Any] = (None, None),
         peft_config: PeftConfig | None = None,
     ):
         if is_live_audiocraft(model):
@@ -152,10 +144,7 @@ class CFGDiversityTrainer(RLOOTrainer):
         frozen = separate_teacher(policy, args.teacher_model if self._has_own_teacher else None, lora)
         # With LoRA, the student's own weights too: its adapter is saved for them.
         self._frozen = FrozenWeights(*[policy] * lora, *([] if frozen is None else [frozen]))
-        # To compare when the run is resumed; where an adapter was merged, the last bits differ by machine.
-        read = [args.teacher_model or model, *[model] * lora]
-        merged = any(isinstance(source, nn.Module) or is_adapter(source) for source in read)
-        self._memory = RunMemory(frozen=None if merged else self._frozen.total())
+        self._memory = RunMemory(self._frozen.total(args.teacher_model or model, *[model] * lora))
 
         self.args = args  # seams that TRL calls while it is built read it
         set_seed(args.seed)  # new adapters start at random, and not every TRL seeds them
@@ -197,7 +186,13 @@ class CFGDiversityTrainer(RLOOTrainer):
         self._advantages = Advantages(
             args, self.reward_funcs, self.reward_weights, self._delays, self._memory.prefix
         )
-        self._fused_weights: dict[bool, RolloutWeights] = {}
+        self._sample = Sampler(
+            args,
+            self._num_frames,
+            self._num_codebooks,
+            lambda: (self.model, self.model_wrapped),
+            self._teacher,
+        )
         self._clips: Clips | None = None  # that TRL is handling
         self._generation_seconds = 0.0
         listens = args.monitor_embedder is not None and self.eval_dataset is not None
@@ -219,7 +214,8 @@ class CFGDiversityTrainer(RLOOTrainer):
             self._memory.clip = AdaptiveClipCallback(args.adaptive_clip, clip)
             self.add_callback(self._memory.clip)
         # Before those of the trackers, which may send the model away.
-        self.callback_handler.callbacks.insert(0, _Housekeeping(self))
+        self._housekeeping = Housekeeping(self)
+        self.callback_handler.callbacks.insert(0, self._housekeeping)
         if args.audio_samples and self.eval_dataset is not None:
             self.add_callback(AudioSamplesCallback(lambda: self._evaluation_clips))
         if args.alarms and self.eval_dataset is not None:
@@ -227,215 +223,6 @@ class CFGDiversityTrainer(RLOOTrainer):
             quality = [name for name, function in named if not is_pairwise(function)]
             kl_limit = _KL_LIMIT if self._has_own_teacher else 1.0
             self.add_callback(RewardHackingAlarm(quality, kl_limit=kl_limit))
-
-    # ---- the loop, and what is measured before its first step -----------------------------------------------
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As `Trainer.train`, with its output folder to itself; a resumed run continues exactly, also between two
-        updates on the same clips.
-
-        With `ema_decay` the model has the averaged weights afterwards: those of the best checkpoint with
-        `load_best_model_at_end`.
-
-        Args:
-            resume_from_checkpoint: folder, or True for the last one; None takes the settings'.
-            kwargs: of `Trainer.train`.
-
-        Raises:
-            ValueError: there is no checkpoint to resume from, or one of its files is missing, damaged or not finite;
-                or the prompts ended before the first step.
-            FloatingPointError: the weights, or what they compute, are no longer finite; nothing of it is saved.
-            FileExistsError: another run is writing to the folder.
-            UnwritableError: the disk has no room for the student.
-        """
-        first = self.is_world_process_zero() and self.args.output_dir is not None
-        with alone(self.args.output_dir) if first else contextlib.nullcontext() as folder:
-            if folder is not None:
-                require_space(folder, self._saved_bytes(), folder)
-            output = self._train(resume_from_checkpoint, kwargs)
-        if self.state.global_step == 0 and self.state.max_steps > 0:
-            raise ValueError(
-                "no step was made: train_dataset gave no prompts when training began; a stream must start anew "
-                "whenever it is read"
-            )
-        return output
-
-    def _train(self, wanted: str | bool | None, kwargs: dict[str, Any]):
-        wanted = self.args.resume_from_checkpoint if wanted is None else wanted
-        folder = self._checkpoint = checkpoints.checkpoint_to_resume(wanted, self.args.output_dir)
-        if folder is not None:
-            needed = checkpoints.needed_to_resume(
-                folder,
-                self.args,
-                adapter=isinstance(self.model, PeftModel),
-                sharded="deepspeed"
-                if self.is_deepspeed_enabled
-                else "fsdp"
-                if self.is_fsdp_enabled
-                else None,
-                scaled=getattr(self.accelerator, "scaler", None) is not None,
-            )
-            checkpoints.check_checkpoint(folder, needed)
-        try:
-            with disguises.without_tokenizer(self):
-                return super().train(resume_from_checkpoint=folder, **kwargs)
-        except FloatingPointError as error:
-            last = self._checkpoint  # others in the folder are of an earlier run
-            way_back = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
-            raise FloatingPointError(f"{error}; {way_back}") from error
-
-    def _begin(self) -> None:
-        """First thing of a training run, the model being where it will be trained."""
-        disguises.restore_token_ids(unwrap(self.model), self._sampling)
-        if self._checkpoint is not None:  # older versions saved what had diverged
-            try:
-                self._check_finite(computes=True, resumable=True)
-            except FloatingPointError as error:
-                remedy = checkpoints.instead_of(self._checkpoint)
-                raise ValueError(f"{self._checkpoint} ({error}): {remedy}") from error
-        if self.args.ema_decay > 0:
-            self._memory.average = WeightAverage(self.model, self.args.ema_decay)
-        if self.is_world_process_zero():
-            tqdm.write(f"estimate: {self._estimate()}", file=sys.stderr)
-        self._calibrate_guards()
-        if self._is_sharded:
-            # The student, and the encoders that the teacher shares with it, are in parts or another precision.
-            others = [model for model in self._frozen.models if model is not unwrap(self.model)]
-            self._frozen = FrozenWeights(*others, ignored=("audio_encoder.", "text_encoder."))
-        if self._checkpoint is not None:
-            with continuing_from(self._checkpoint):
-                self._load_state(self._checkpoint)
-
-    @property
-    def _is_sharded(self) -> bool:
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
-
-    def _settle(self) -> None:
-        """Last thing of a training run: the model is what is evaluated and saved."""
-        if self._memory.average is not None:
-            self._memory.average.settle()
-            self._memory.average = None
-
-    def _run_epoch(self, *args, **kwargs):
-        if not disguises.has_ended(self):
-            super()._run_epoch(*args, **kwargs)
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        """As TRL's, timed without the rollout that it may contain; the loss must be finite before the update."""
-        self._generation_seconds = 0.0
-        started = time.perf_counter()
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if not loss.isfinite():
-            raise FloatingPointError(f"the loss is {loss.item()} after step {self.state.global_step}")
-        update = time.perf_counter() - started - self._generation_seconds
-        self._metrics["train"]["time/update"].append(update)
-        peak = peak_memory_gb(self.accelerator.device)
-        if peak is not None:
-            self._metrics["train"]["memory/peak_gb"].append(peak)
-        return loss
-
-    def _check_finite(self, *, computes: bool = False, resumable: bool = False) -> None:
-        """Whether the student is still one.
-
-        Args:
-            computes: also let it compute the log-probs of a few codes, which huge weights cannot.
-            resumable: also look at what else a checkpoint holds, optimizer and averaged weights.
-
-        Raises:
-            FloatingPointError: it is not.
-        """
-        moments = {} if self.is_deepspeed_enabled or not resumable else self.optimizer.state
-        what = self._memory.broken(self.model, moments if resumable else None)
-        if what is None and computes and not self._is_sharded:
-            with torch.no_grad(), self.accelerator.autocast():
-                clips = self._any_clips(1, min(self._num_frames, 8))
-                terms, _ = student_terms(unwrap(self.model), clips, self._loss_settings)
-            what = None if terms.logps.isfinite().all() else "the student's logits are inf or nan"
-        if what is not None:
-            raise FloatingPointError(
-                f"after step {self.state.global_step} {what}: check learning_rate={self.args.learning_rate} and "
-                f"weight_decay={self.args.weight_decay}, or clip the gradient with max_grad_norm or adaptive_clip"
-            )
-
-    def _any_clips(self, num_clips: int, num_frames: int) -> Clips:
-        """Clips of no meaning, to measure with."""
-        codes = torch.zeros(num_clips, self._num_codebooks, num_frames, dtype=torch.long)
-        song = encode_text(unwrap(self.model), self._tokenizer, ["a song"])
-        return Clips(
-            codes.to(self.accelerator.device), self._sampling_rate, condition=song.select([0] * num_clips)
-        )
-
-    def _estimate(self) -> str:
-        """What the run needs: memory, and seconds per step."""
-        args = self.args
-        fused = args.rollout_backend == "fast"
-        needs = memory(
-            unwrap(self.model),
-            micro_batch=args.per_device_train_batch_size,
-            num_frames=self._num_frames,
-            samplings=all_samplings(args, self.eval_dataset is not None),
-            rollout_batch_size=args.rollout_batch_size,
-            rollout_dtype=self._rollout_dtype,
-            fused=fused,
-            trained=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            separate_teacher=not self._teacher.shares_weights,
-            averaged=args.ema_decay > 0,
-            half_precision=bool(args.bf16 or args.fp16),
-            checkpointing=bool(args.gradient_checkpointing),
-        )
-        if self._is_sharded:
-            return f"{needs}, less what is sharded"
-        rollout, update = self._measure()
-        by = "" if fused else f" by stock generate, since rollout_backend={args.rollout_backend!r}"
-        return f"{needs}; {rollout + update:.2g} s per step (rollout {rollout:.2g}{by}, update {update:.2g})"
-
-    def _measure(self) -> tuple[float, float]:
-        """Seconds that one optimiser step spends on its rollout and on its updates."""
-        song = self._any_clips(1, self._num_frames)
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-
-        def sample(num_clips: int, num_frames: int, is_teacher: bool) -> None:
-            ids = torch.arange(num_clips, device=self.accelerator.device)
-            texts = song.condition.select([0] * num_clips)
-            self._sample(texts, ids, 0, is_teacher, num_frames=num_frames)
-
-        def update(num_clips: int) -> None:
-            codes, condition = song.codes.repeat(num_clips, 1, 1), song.condition.select([0] * num_clips)
-            clips = Clips(codes, self._sampling_rate, condition=condition)
-            with self.accelerator.autocast():
-                teacher = self._teacher(codes, condition)
-                terms, _ = student_terms(
-                    unwrap(self.model),
-                    clips,
-                    self._loss_settings,
-                    teacher,
-                    divergence_weight=1 / codes.numel(),
-                )
-            torch.autograd.grad(terms.loss, parameters, allow_unused=True)
-
-        return step_seconds(
-            self.args, self.accelerator.device, self._num_frames, self._num_codebooks, sample, update
-        )
-
-    def _calibrate_guards(self) -> None:
-        """Limits that depend on how the base and the teacher play."""
-        guards, group = self.args.guards, self.num_generations
-        if not guards.calibrated:
-            return
-        rows = itertools.islice(self.train_dataset, CALIBRATION_PROMPTS)
-        rows = [row for row in rows for _ in range(group)]
-        prompts = [row["prompt"] for row in rows]
-        condition = encode_text(unwrap(self.model), self._tokenizer, prompts)
-        ids = torch.arange(len(prompts), device=condition.hidden_states.device)
-        if guards.distance_quantile is not None:  # of the unguided base
-            codes = self._sample(condition, ids, self.args.seed, True, guidance_scale=1.0)
-            for function in filter(is_pairwise, self.reward_funcs):
-                self._cross_guards.measure_distances(function, self._embed(function.embedder, codes), group)
-        if guards.gate is not None:  # of the guided teacher
-            codes = self._sample(condition, ids, self.args.seed, True)
-            clips = Clips(codes, self._sampling_rate, prompts=prompts, columns=setup.columns(rows))
-            clips.waveforms = decode_codes(unwrap(self.model), codes)
-            self._cross_guards.measure_gate(prompts, setup.reward_context(clips, group))
 
     # ---- prompts -----------------------------------------------------------------------------------------
 
@@ -456,16 +243,12 @@ class CFGDiversityTrainer(RLOOTrainer):
         with disguises.without_tokenizer(self, disguises.NoText()):
             batch = super()._generate_and_score_completions([{"prompt": row["prompt"]} for row in inputs])
         self._clips = None
-        if self.model.training:
-            self._weigh(clips)
-            self._generation_seconds = time.perf_counter() - started
-        else:  # which has no gradient to follow, but a value to report
-            clips.advantages = torch.zeros(clips.codes.shape, device=clips.codes.device)
-            batch["earned"] = self._advantages.earned(self._own_rows(clips.rewards, len(clips)))
-            self._log_means(self._reward_metrics(clips))
-        if self.log_completions:
-            self._log_advantages(clips.advantages)
+        self._weigh(clips)
         disguises.into_batch(clips, batch)
+        if self.model.training:
+            self._generation_seconds = time.perf_counter() - started
+        else:  # it has no gradient to follow, but a value to report
+            batch["earned"] = self._advantages.earned(self._own_rows(clips.rewards))
         return batch
 
     # ---- clips -------------------------------------------------------------------------------------------
@@ -501,75 +284,8 @@ class CFGDiversityTrainer(RLOOTrainer):
         )
 
     def _generate(self, prompts: list[str]):
+        assert self._clips is not None
         return disguises.as_completions(self._clips, self._first_row(len(prompts)))
-
-    def _sample(
-        self,
-        condition: TextCondition,
-        sample_ids: Tensor,
-        seed: int,
-        is_teacher: bool,
-        guidance_scale: float | None = None,
-        names: list[str] | None = None,
-        num_frames: int | None = None,
-    ) -> Tensor:
-        """Codes [N, K, T] from the student without guidance, or from the teacher with its own.
-
-        Every process calls it for the same samplers in the same order, also with N = 0 clips: what FSDP has
-        spread over the processes is gathered by all of them at once.
-        """
-        args, num_frames = self.args, num_frames or self._num_frames
-        weights = self._rollout_weights(is_teacher)
-        if not len(condition):
-            return sample_ids.new_empty(0, self._num_codebooks, num_frames)
-        if guidance_scale is None:
-            guidance_scale = args.guidance_scale if is_teacher else 1.0
-        avoids = guidance_scale > 1 and self._teacher.negative is not None
-        # Stock `generate` computes in the dtype of a snapshot; a snapshot has its own.
-        dtype = self._rollout_dtype if weights is None else None
-        cast = torch.autocast(sample_ids.device.type, dtype, enabled=dtype is not None)
-        with self._sampler(is_teacher) as policy, cast:
-            return sample_codes(
-                policy,
-                condition,
-                num_frames,
-                guidance_scale=guidance_scale,
-                temperature=args.temperature,
-                seed=seed,
-                sample_ids=sample_ids.tolist(),
-                negative_condition=self._teacher.unconditional(condition) if avoids else None,
-                batch_size=args.rollout_batch_size,
-                rollout_backend=args.rollout_backend,
-                names=names,
-                weights=weights,
-            ).codes
-
-    def _sampler(self, is_teacher: bool) -> contextlib.AbstractContextManager[nn.Module]:
-        """The plain model that plays the clips."""
-        return self._teacher.policy() if is_teacher else contextlib.nullcontext(unwrap(self.model))
-
-    def _rollout_weights(self, is_teacher: bool) -> RolloutWeights | None:
-        """The fused copy to sample from, kept for its CUDA graphs; None if stock `generate` samples.
-
-        The teacher's never changes. Which weights are read does not depend on the process: see `_sample`.
-        """
-        if self.args.rollout_backend == "transformers":
-            return None
-        weights = self._fused_weights.get(is_teacher)
-        if weights is not None and is_teacher:
-            return weights
-        with self._sampler(is_teacher) as policy, whole_weights(self.model_wrapped):
-            if weights is None:
-                weights = RolloutWeights.from_model(policy, self._rollout_dtype)
-                self._fused_weights[is_teacher] = weights
-            else:
-                weights.refresh(policy)
-        return weights
-
-    @property
-    def _rollout_dtype(self) -> torch.dtype | None:
-        """Of the matrices that a rollout multiplies with; None for the model's own."""
-        return torch.bfloat16 if self.args.bf16 else None
 
     def _teacher_rows(self, num_rows: int) -> Tensor:
         """Rows that the teacher plays: whole prompts, evenly spread, for any number of processes."""
@@ -614,8 +330,8 @@ class CFGDiversityTrainer(RLOOTrainer):
         """Old log-probs, where they can differ from the new ones; TRL asks for them after every rollout."""
         if self._on_policy or not self.model.training:
             return torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device), None, None
-        clips = self._clips
-        logps = []
+        clips, logps = self._clips, []
+        assert clips is not None and clips.condition is not None
         for rows in torch.arange(len(clips), device=clips.codes.device).split(batch_size or len(clips)):
             part = Clips(clips.codes[rows], clips.sampling_rate, condition=clips.condition.select(rows))
             with self.accelerator.autocast():
@@ -628,11 +344,13 @@ class CFGDiversityTrainer(RLOOTrainer):
 
     @property
     def _group_size(self) -> int:
-        return self.num_generations if self.model.training else self.num_generations_eval
+        evaluated = self.num_generations_eval or self.num_generations
+        return self.num_generations if self.model.training else evaluated
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         """Hand the reward functions audio, group size and sampling rate; gathered rewards [N, F]."""
         started, clips = time.perf_counter(), self._clips
+        assert clips is not None
         clips.waveforms = decode_codes(unwrap(self.model), clips.codes) if self._listens() else None
         if not self.model.training:
             self._watch(clips)
@@ -651,16 +369,17 @@ class CFGDiversityTrainer(RLOOTrainer):
             rewards = super()._calculate_rewards(inputs, prompts, heard, completion_ids_list)
         finally:
             self.reward_funcs = reward_funcs
-        local = self._own_rows(rewards, len(prompts))
+        local = self._own_rows(rewards)
         if self._cross_guards.weights(local) is not None:
             rewards = self.accelerator.gather(self._cross_guards.apply(local, self._advantages.pairwise))
         clips.rewards = rewards
         self._log_time("reward", started)
         return rewards
 
-    def _own_rows(self, gathered: Tensor, num_rows: int) -> Tensor:
-        first = self._first_row(num_rows)
-        return gathered[first : first + num_rows]
+    def _own_rows(self, gathered: Tensor) -> Tensor:
+        """Those of this process, of all processes' rows."""
+        num_rows = len(gathered) // self.accelerator.num_processes
+        return gathered[self._first_row(num_rows) :][:num_rows]
 
     def _listens(self) -> bool:
         """Whether anything wants audio: decoding costs time."""
@@ -671,30 +390,30 @@ class CFGDiversityTrainer(RLOOTrainer):
         return listens
 
     def _embed(self, embedder: Embedder, codes: Tensor) -> Tensor:
-        """Embeddings of clips, or of beginnings of clips.
-
-        Cut codes are decoded anew: a decoded clip that is cut has heard what comes later.
-        """
+        """Embeddings of clips, or of their beginnings, decoded anew: a decoded clip that is cut has heard what comes
+        later."""
         inputs = codes if embedder.reads == "codes" else decode_codes(unwrap(self.model), codes)
         return embed_clips(embedder, inputs, self._sampling_rate)
 
     # ---- advantages --------------------------------------------------------------------------------------
 
     def _weigh(self, clips: Clips) -> None:
-        """Give the clips of a training rollout their advantages, coefficients applied."""
-        embedder = next((f.embedder for f in self.reward_funcs if is_pairwise(f)), None)
-        clips.advantages, metrics = self._advantages(
-            self._own_rows(clips.rewards, len(clips)),
-            clips.codes,
-            self.num_generations,
-            clips.from_teacher,
-            functools.partial(self._embed, embedder),
-        )
-        self._log_means(self._reward_metrics(clips) | metrics)
-
-    def _reward_metrics(self, clips: Clips) -> dict[str, float]:
+        """Give the clips their advantages, coefficients applied: one per code, and 0 in an evaluation."""
+        assert clips.rewards is not None and clips.from_teacher is not None
         everyones = self.accelerator.gather(clips.from_teacher)
-        return self._advantages.reward_metrics(clips.rewards, self._group_size, everyones)
+        metrics = self._advantages.reward_metrics(clips.rewards, self._group_size, everyones)
+        clips.advantages = torch.zeros(clips.codes.shape, device=clips.codes.device)
+        if self.model.training:
+            embedder = next((f.embedder for f in self.reward_funcs if is_pairwise(f)), None)
+            embed = functools.partial(self._embed, embedder)
+            rewards = self._own_rows(clips.rewards)
+            clips.advantages, more = self._advantages(
+                rewards, clips.codes, self._group_size, clips.from_teacher, embed
+            )
+            metrics |= more
+        self._log_means(metrics)
+        if self.log_completions:
+            self._log_advantages(clips.advantages)
 
     def _log_advantages(self, advantages: Tensor) -> None:
         """Each clip's mean advantage [N, K, T] in the table of completions, in the place of TRL's own."""
@@ -776,7 +495,8 @@ class CFGDiversityTrainer(RLOOTrainer):
 
     def _watch(self, clips: Clips) -> None:
         """At an evaluation: distance under the second encoder, and a few clips to listen to."""
-        group = self.num_generations_eval
+        assert clips.prompts is not None
+        group = self._group_size
         self._metrics["eval"]["clips"].append(float(self.accelerator.num_processes * len(clips)))
         if self._monitor is not None and group > 1:
             inputs = clips.codes if self._monitor.reads == "codes" else clips.waveforms
@@ -788,6 +508,67 @@ class CFGDiversityTrainer(RLOOTrainer):
             for row in list(range(0, len(clips), group))[: max(wanted, 0)]:
                 clip = EvaluationClip(clips.prompts[row], clips.waveforms[row].cpu(), clips.sampling_rate)
                 self._evaluation_clips.append(clip)
+
+    # ---- the loop ----------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As `Trainer.train`, with its output folder to itself; a resumed run continues exactly, also between two
+        updates on the same clips.
+
+        With `ema_decay` the model has the averaged weights afterwards: those of the best checkpoint with
+        `load_best_model_at_end`.
+
+        Args:
+            resume_from_checkpoint: folder, or True for the last one; None takes the settings'.
+            kwargs: of `Trainer.train`.
+
+        Raises:
+            ValueError: there is no checkpoint to resume from, or one of its files is missing, damaged or not finite;
+                or the prompts ended before the first step.
+            FloatingPointError: the weights, or what they compute, are no longer finite; nothing of it is saved.
+            FileExistsError: another run is writing to the folder.
+            UnwritableError: the disk has no room for the student.
+        """
+        first = self.is_world_process_zero() and self.args.output_dir is not None
+        with alone(self.args.output_dir) if first else contextlib.nullcontext() as folder:
+            if folder is not None:
+                require_space(folder, checkpoints.saved_bytes(self.model), folder)
+            output = self._train(resume_from_checkpoint, kwargs)
+        if self.state.global_step == 0 and self.state.max_steps > 0:
+            raise ValueError(
+                "no step was made: train_dataset gave no prompts when training began; a stream must start anew "
+                "whenever it is read"
+            )
+        return output
+
+    def _train(self, wanted: str | bool | None, kwargs: dict[str, Any]):
+        wanted = self.args.resume_from_checkpoint if wanted is None else wanted
+        self._checkpoint = self._housekeeping.resume(wanted)
+        try:
+            with disguises.without_tokenizer(self):
+                return super().train(resume_from_checkpoint=self._checkpoint, **kwargs)
+        except FloatingPointError as error:
+            last = self._checkpoint  # others in the folder are of an earlier run
+            way_back = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
+            raise FloatingPointError(f"{error}; {way_back}") from error
+
+    def _run_epoch(self, *args, **kwargs):
+        if not disguises.has_ended(self):
+            super()._run_epoch(*args, **kwargs)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """As TRL's, timed without the rollout that it may contain; the loss must be finite before the update."""
+        self._generation_seconds = 0.0
+        started = time.perf_counter()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not loss.isfinite():
+            raise FloatingPointError(f"the loss is {loss.item()} after step {self.state.global_step}")
+        update = time.perf_counter() - started - self._generation_seconds
+        self._metrics["train"]["time/update"].append(update)
+        peak = peak_memory_gb(self.accelerator.device)
+        if peak is not None:
+            self._metrics["train"]["memory/peak_gb"].append(peak)
+        return loss
 
     # ---- checkpoints -------------------------------------------------------------------------------------
 
@@ -865,7 +646,7 @@ class CFGDiversityTrainer(RLOOTrainer):
         """Write the student: the averaged weights, if any; checkpoints hold the raw ones beside them."""
         self._frozen.check(_LEFT_ALONE)
         with contextlib.nullcontext() if _internal_call else self._memory.averaged():
-            self._check_finite(computes=True, resumable=self._beside is not None)
+            self._housekeeping.check_finite(computes=True, resumable=self._beside is not None)
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -874,28 +655,16 @@ class CFGDiversityTrainer(RLOOTrainer):
             return super()._save(output_dir, state_dict)
         with filling(output_dir) as folder:
             own = folder / "own" if self._start else folder
-            with disguises.without_tokenizer(self), warnings.catch_warnings():
-                # PEFT looks for the base's vocabulary of text; an adapter or AudioCraft's folder has none.
-                warnings.filterwarnings("ignore", "Could not find a config file")
+            with disguises.without_text(self):
                 super()._save(str(own), state_dict)
                 if self._start is not None:
                     self._start.write(own, folder)
                     shutil.rmtree(own)
-            # What playing the weights needs; an adapter's folder needs the generation settings most, since
-            # without them its base's guidance of 3 would come back.
-            self._processor.save_pretrained(folder)
-            unwrap(self.model).generation_config.save_pretrained(folder)
-            write_provenance(folder, self._provenance())
-            (folder / _PICKLE).unlink(missing_ok=True)
-        (Path(output_dir) / _PICKLE).unlink(missing_ok=True)  # transformers writes it with a push
+            generation_config = unwrap(self.model).generation_config
+            checkpoints.complete(folder, self._processor, generation_config, self._provenance())
+        (Path(output_dir) / checkpoints.PICKLE).unlink(missing_ok=True)  # transformers writes it with a push
         if (Path(output_dir) / "adapter_config.json").is_file():
             write_card(output_dir)  # PEFT's does not say that other programs would guide it
-
-    def _saved_bytes(self) -> int:
-        """Size of the student as it is saved: all weights, or those of an adapter."""
-        adapter = isinstance(self.model, PeftModel)
-        weights = [p for p in self.model.parameters() if p.requires_grad or not adapter]
-        return sum(weight.numel() * weight.element_size() for weight in weights)
 
     def _provenance(self) -> Provenance:
         return checkpoints.student_provenance(
@@ -938,21 +707,3 @@ class CFGDiversityTrainer(RLOOTrainer):
             datasets=[dataset_name] if dataset_name else (),
             tags=[tags] if isinstance(tags, str) else tags or (),
         )
-
-
-class _Housekeeping(TrainerCallback):
-    """The trainer's own events."""
-
-    def __init__(self, trainer: CFGDiversityTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer._begin()
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.trainer._settle()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.trainer._check_finite()
-        if self.trainer._memory.average is not None:
-            self.trainer._memory.average.update()
