@@ -26,7 +26,7 @@ from diverse_cfg.trainer.disguises import restore_token_ids
 from diverse_cfg.trainer.estimate import all_samplings, memory, seconds, training_samplings
 from diverse_cfg.trainer.objective import student_terms
 from diverse_cfg.trainer.setup import columns, reward_context
-from diverse_cfg.trainer.teacher import FrozenWeights, sampler_share
+from diverse_cfg.trainer.teacher import sampler_share
 from diverse_cfg.types import Clips
 
 if TYPE_CHECKING:
@@ -99,9 +99,7 @@ class Housekeeping(TrainerCallback):
             tqdm.write(f"estimate: {self._estimate()}", file=sys.stderr)
         self._calibrate_guards()
         if self.sharded:
-            # The student, and the encoders that the teacher shares with it, are in parts or another precision.
-            others = [model for model in trainer._frozen.models if model is not unwrap(trainer.model)]
-            trainer._frozen = FrozenWeights(*others, ignored=("audio_encoder.", "text_encoder."))
+            trainer._frozen = trainer._frozen.without(unwrap(trainer.model))
         if trainer._checkpoint is not None:
             with continuing_from(trainer._checkpoint):
                 trainer._load_state(trainer._checkpoint)

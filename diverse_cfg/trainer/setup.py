@@ -231,14 +231,22 @@ def clip_frames(policy: MusicgenForConditionalGeneration, clip_seconds: float | 
     return frames
 
 
-def check_codebooks(policy: MusicgenForConditionalGeneration, diversity_codebooks: int | None) -> None:
-    """Raise `ValueError` for more codebooks than a channel of the model has."""
-    there = max(delays(policy)) + 1
-    if diversity_codebooks is not None and diversity_codebooks > there:
+def clip_shape(
+    policy: MusicgenForConditionalGeneration, args: CFGDiversityConfig
+) -> tuple[int, tuple[int, ...], int]:
+    """Of the training clips: T, the delay of every codebook in decoder steps, and samples per second (Hz).
+
+    Raises:
+        ValueError: a length that the model cannot play, or more codebooks than a channel of the model has.
+    """
+    frames, pattern = clip_frames(policy, args.clip_seconds), delays(policy)
+    there, wanted = max(pattern) + 1, args.diversity_codebooks
+    if wanted is not None and wanted > there:
         raise ValueError(
-            f"diversity_codebooks={diversity_codebooks}, but the model has {there} codebooks per channel: leave "
-            "it unset to reach all of them"
+            f"diversity_codebooks={wanted}, but the model has {there} codebooks per channel: leave it unset to "
+            "reach all of them"
         )
+    return frames, pattern, policy.config.audio_encoder.sampling_rate
 
 
 # ---- the adapter, and what is pushed or sharded ------------------------------------------------------------

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import os
 from collections.abc import Callable, Iterator
+from typing import Self
 
 import torch
 from peft import PeftModel
@@ -182,6 +183,12 @@ class FrozenWeights:
         models' sources, since the last bits then differ by machine."""
         merged = any(isinstance(source, nn.Module) or is_adapter(source) for source in sources)
         return None if merged else sum(self.sums.values())
+
+    def without(self, student: nn.Module) -> Self:
+        """Those of the other models as they are now, but for the encoders that they share with the student, which is
+        in parts or in another precision."""
+        others = [model for model in self.models if model is not student]
+        return type(self)(*others, ignored=("audio_encoder.", "text_encoder."))
 
     def check(self, whose: str) -> None:
         """Compare with the start.

@@ -41,7 +41,7 @@ from diverse_cfg.embeddings import Embedder, load_embedder
 from diverse_cfg.functional.diversity import diversity_reward
 from diverse_cfg.merging.adapter import AdapterStart
 from diverse_cfg.policies.audiocraft import from_audiocraft, is_live_audiocraft
-from diverse_cfg.policies.musicgen.policy import delays, encode_text, frame_rate, unwrap
+from diverse_cfg.policies.musicgen.policy import encode_text, frame_rate, unwrap
 from diverse_cfg.policies.sampler.rollout import decode_codes
 from diverse_cfg.policies.stored import is_adapter
 from diverse_cfg.provenance import Provenance, read_provenance, write_provenance
@@ -128,11 +128,8 @@ class CFGDiversityTrainer(RLOOTrainer):
         setup.check_pushing(args, peft_config, base)
         check_teacher(model, args)
         policy = setup.prepare_policy(model, args, lora)
-        self._num_frames = setup.clip_frames(policy, args.clip_seconds)
-        setup.check_codebooks(policy, args.diversity_codebooks)
-        self._delays = delays(policy)
+        self._num_frames, self._delays, self._sampling_rate = setup.clip_shape(policy, args)
         self._num_codebooks = len(self._delays)
-        self._sampling_rate = policy.config.audio_encoder.sampling_rate
         args.max_completion_length = self._num_frames * self._num_codebooks
         self._processor = setup.processor_of(processing_class, policy, self._base_model)
         tokenizer = getattr(self._processor, "tokenizer", self._processor)
@@ -344,8 +341,9 @@ class CFGDiversityTrainer(RLOOTrainer):
 
     @property
     def _group_size(self) -> int:
-        evaluated = self.num_generations_eval or self.num_generations
-        return self.num_generations if self.model.training else evaluated
+        size = self.num_generations if self.model.training else self.num_generations_eval
+        assert size is not None  # both have defaults
+        return size
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         """Hand the reward functions audio, group size and sampling rate; gathered rewards [N, F]."""
@@ -678,8 +676,7 @@ class CFGDiversityTrainer(RLOOTrainer):
         )
 
     def push_to_hub(self, *args, blocking: bool = True, **kwargs):
-        """As `Trainer.push_to_hub`: the averaged weights, if any, and no folders of this machine in what is
-        sent."""
+        """As `Trainer.push_to_hub`: the averaged weights, if any, and no folders of this machine in what is sent."""
         self._pushing = True
         try:
             with self._memory.averaged():
@@ -689,14 +686,8 @@ class CFGDiversityTrainer(RLOOTrainer):
             if blocking and self.args.should_save:  # else the upload is still reading it
                 write_provenance(self.args.output_dir, self._provenance())
 
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-    ) -> None:
-        """README.md of the student: the card that `merge` and `publish` write too (TRL's says text
-        generation)."""
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
+        """README.md of the student: the card that `merge` and `publish` write too (TRL's says text generation)."""
         folder = self.args.output_dir
         if not self.is_world_process_zero() or read_provenance(folder) is None:
             return  # a checkpoint's turn comes before the student itself is saved
