@@ -17,7 +17,7 @@ from diverse_cfg.policies.musicgen.model import (
     frame_rate,
     head_weights,
 )
-from diverse_cfg.policies.policy import as_policy
+from diverse_cfg.policies.policy import Policy, as_policy
 from diverse_cfg.types import TextCondition
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
 
@@ -256,3 +256,12 @@ def test_adapters_that_are_no_sum_are_refused():
     wrapped = get_peft_model(load_policy(tiny_musicgen()), config)
     with pytest.raises(ValueError, match="DoRA"):
         effective_weight(wrapped.get_base_model().decoder.model.decoder.layers[0].fc1)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_the_plain_way_to_sample_gives_the_same_clips(policy, condition, guidance_scale):
+    """A whole forward pass per step, which shares no decoder code with the fused loop, draws the same codes."""
+    live = as_policy(policy)
+    settings = {"guidance_scale": guidance_scale, "temperature": 0.9, "seed": 3, "sample_ids": [5, 6, 7, 8]}
+    plainly = Policy.sample(live, condition, 6, **settings)
+    assert torch.equal(plainly.codes, live.sample(condition, 6, **settings).codes)
