@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributed.fsdp import fully_shard
 
-from diverse_cfg.policies.musicgen.policy import encode_text
+from diverse_cfg.policies.musicgen.model import encode_text
 from diverse_cfg.policies.sampler.rollout import RolloutWeights, sample_codes
 from diverse_cfg.policies.sampler.weights import whole_weights
 from diverse_cfg.trainer.disguises import route_forward

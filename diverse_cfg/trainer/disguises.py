@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import MusicgenConfig, Trainer
 from trl.trainer.utils import RepeatSampler
 
-from diverse_cfg.policies.musicgen.layout import playing_config, repair_token_ids
+from diverse_cfg.policies.policy import as_policy
 from diverse_cfg.types import Clips, TextCondition
 
 
@@ -39,8 +39,7 @@ def restore_token_ids(policy: Any, sampling: dict[str, Any] | None = None) -> No
 
     With T5's ids `generate` would take code 0 for padding, and the saved model would carry the fault.
     """
-    repair_token_ids(policy.config)
-    policy.generation_config = playing_config(policy.config, sampling, like=policy.generation_config)
+    as_policy(policy).set_sampling(sampling)
 
 
 def route_forward(model: nn.Module) -> None:

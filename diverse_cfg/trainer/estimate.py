@@ -16,7 +16,7 @@ from transformers import MusicgenForConditionalGeneration
 
 from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.functional.codebooks import num_decoder_steps
-from diverse_cfg.policies.musicgen.policy import delays
+from diverse_cfg.policies.musicgen.model import delays
 from diverse_cfg.policies.sampler.batches import automatic_batch, cache_bytes
 from diverse_cfg.trainer.advantages import CALIBRATION_PROMPTS
 from diverse_cfg.trainer.teacher import rollout_dtype, sampler_share, samplers

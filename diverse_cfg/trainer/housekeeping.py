@@ -10,7 +10,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from diverse_cfg.policies.musicgen.policy import encode_text, unwrap
+from diverse_cfg.policies.musicgen.model import encode_text, unwrap
 from diverse_cfg.policies.sampler.rollout import decode_codes
 from diverse_cfg.rewards import is_pairwise
 from diverse_cfg.trainer.advantages import CALIBRATION_PROMPTS

@@ -36,17 +36,9 @@ from diverse_cfg.effects import Run, idle_settings
 from diverse_cfg.embeddings.clap import ClapEmbedder
 from diverse_cfg.functional.codebooks import num_decoder_steps
 from diverse_cfg.policies.checkpoints import inexact_options
-from diverse_cfg.policies.musicgen.policy import (
-    LORA_TARGET_MODULES,
-    delays,
-    frame_rate,
-    freeze_encoders,
-    load_policy,
-    load_processor,
-    require_prompts,
-    unwrap,
-    usual_seconds,
-)
+from diverse_cfg.policies.loading import load_policy, load_processor
+from diverse_cfg.policies.musicgen.model import LORA_TARGET_MODULES, delays, frame_rate, unwrap, usual_seconds
+from diverse_cfg.policies.policy import as_policy, require_prompts
 from diverse_cfg.policies.stored import same_base
 from diverse_cfg.prompts import check_column, check_prompts, load_prompts
 from diverse_cfg.provenance import read_provenance
@@ -108,7 +100,7 @@ def prepare_policy(
     # Half precision is widened, since steps of the usual size vanish in it.
     own = unwrap(model).decoder.dtype if isinstance(model, nn.Module) else torch.float32
     policy = load_policy(model, torch_dtype=torch.promote_types(own, torch.float32))
-    freeze_encoders(policy)
+    as_policy(policy).freeze()
     _unfreeze_decoder(policy, warn=isinstance(model, nn.Module) and not lora)
     policy.config.__class__ = TrainerFacingConfig
     if args.device.type == "cpu":

@@ -17,13 +17,8 @@ from transformers import MusicgenForConditionalGeneration
 
 from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.functional.distillation import GuidedTeacher
-from diverse_cfg.policies.musicgen.policy import (
-    code_hidden_states,
-    head_weights,
-    is_distilled,
-    load_policy,
-    unwrap,
-)
+from diverse_cfg.policies.loading import is_distilled, load_policy
+from diverse_cfg.policies.musicgen.model import code_hidden_states, head_weights, unwrap
 from diverse_cfg.policies.sampler.rollout import RolloutWeights, sample_codes
 from diverse_cfg.policies.sampler.weights import whole_weights
 from diverse_cfg.policies.stored import is_adapter, same_base

@@ -41,7 +41,7 @@ from diverse_cfg.embeddings import Embedder, load_embedder
 from diverse_cfg.functional.diversity import diversity_reward
 from diverse_cfg.merging.adapter import AdapterStart
 from diverse_cfg.policies.audiocraft import from_audiocraft, is_live_audiocraft
-from diverse_cfg.policies.musicgen.policy import encode_text, frame_rate, unwrap
+from diverse_cfg.policies.musicgen.model import encode_text, frame_rate, unwrap
 from diverse_cfg.policies.sampler.rollout import decode_codes
 from diverse_cfg.policies.stored import is_adapter
 from diverse_cfg.provenance import Provenance, read_provenance, write_provenance
