@@ -267,5 +267,5 @@ def _judges(config: SweepConfig, prompts: list[str], device: str) -> list[Featur
 def _length(player: Player, clip_seconds: float | None) -> tuple[int, float]:
     from diverse_cfg.trainer.setup import clip_frames
 
-    frames = clip_frames(player.model, clip_seconds)
+    frames = clip_frames(player.policy, clip_seconds)
     return frames, frames / player.policy.frame_rate
