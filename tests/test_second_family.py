@@ -11,6 +11,7 @@ from diverse_cfg.trainer import CFGDiversityTrainer
 from tests.toy import toy_folder
 from tests.training import CodeEmbedder, tiny_args
 
+
 class LetterEmbedder(CodeEmbedder):
     sampling_rate = 1
 
