@@ -32,7 +32,9 @@ class ToyModel(PreTrainedModel):
 
     def __init__(self, config: ToyConfig) -> None:
         super().__init__(config)
-        self.words = nn.Embedding(config.num_words, config.hidden_size)  # the text encoder, which stays as it is
+        self.words = nn.Embedding(
+            config.num_words, config.hidden_size
+        )  # the text encoder, which stays as it is
         self.no_words = nn.Embedding(1, config.hidden_size)  # the null prompt, learnt as a word of its own
         self.letters = nn.Embedding(config.vocab_size + 1, config.hidden_size)  # the last one is the start
         self.rnn = nn.GRU(config.hidden_size, config.hidden_size, batch_first=True)
