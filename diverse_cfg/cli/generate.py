@@ -50,6 +50,11 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance-scale", type=float, metavar="γ", help="default: the model's own; 1 is no guidance"
     )
+    parser.add_argument(
+        "--guidance-schedule",
+        metavar="NAME",
+        help="γ over the clip: linear or cosine (down to 1), or 'interval A B' of places in [0, 1]",
+    )
     parser.add_argument("--negative-prompt", help="text to be guided away from, instead of no text")
     parser.add_argument("--temperature", type=float, help="default: the model's own, or 1; 0 is greedy")
     parser.add_argument(
@@ -94,7 +99,11 @@ def run_generate(args: argparse.Namespace) -> None:
                 f"--num-generations {args.num_generations} at temperature 0 is the same clip every time: leave it out"
             )
     if args.guidance_scale == 1:
-        refuse_idle(args, "negative_prompt", "with --guidance-scale 1, which guides away from nothing")
+        refuse_idle(
+            args,
+            "negative_prompt guidance_schedule",
+            "with --guidance-scale 1, which guides away from nothing",
+        )
     wanted = {
         "guidance_scale": args.guidance_scale,
         "temperature": args.temperature,
@@ -108,12 +117,15 @@ def run_generate(args: argparse.Namespace) -> None:
 
     import torch
 
+    from diverse_cfg.functional.guidance import guidance_schedule
     from diverse_cfg.policies.files import generate_files
     from diverse_cfg.policies.loading import load_processor, torch_device
     from diverse_cfg.policies.policy import as_policy
     from diverse_cfg.policies.sampler.draws import SamplingSettings
 
     device = torch_device(args.device)
+    if args.guidance_schedule is not None:
+        guidance_schedule(args.guidance_schedule, 2.0, 2)  # it is one
     SamplingSettings(**{name: value for name, value in wanted.items() if value is not None})  # in range
     source = model_source(args.model)
     model: Any = _load(source, args.adapter, args.merge_weight)
@@ -124,12 +136,15 @@ def run_generate(args: argparse.Namespace) -> None:
     if args.merge_weight:
         name += f" at {' '.join(f'{weight:g}' for weight in args.merge_weight)}"
     seconds = _first(args.seconds, policy.usual_seconds)
+    num_frames = max(1, round(seconds * policy.frame_rate))
+    if args.guidance_schedule is not None:
+        guidance_scale = guidance_schedule(args.guidance_schedule, guidance_scale, num_frames)
     clips = generate_files(
         model.to(device),
         list(prompts["prompt"]),
         args.output,
         processor=load_processor(source),
-        num_frames=max(1, round(seconds * policy.frame_rate)),
+        num_frames=num_frames,
         num_generations=args.num_generations,
         guidance_scale=guidance_scale,
         temperature=_first(args.temperature, own.temperature, 1.0),

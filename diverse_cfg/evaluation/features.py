@@ -264,12 +264,13 @@ class DivergenceFeature:
         student, teacher = batch.player.policy, self.teacher.policy
         self._check(student, teacher)
         device = student.device
+        sampling = batch.system.sampling_of(batch.codes.shape[-1])
         of_student, of_teacher = (policy.encode_text(batch.prompts) for policy in (student, teacher))
         at_once = max(1, _LOGIT_BYTES // (8 * 4 * student.vocab_size * batch.codes[0].numel()))
         kl, entropy = [], []
         for rows in torch.arange(len(batch.codes)).split(at_once):
             codes, select = batch.codes[rows].to(device), rows.to(device)
-            p = _distribution(student, codes, of_student.select(select), batch.system.sampling)
+            p = _distribution(student, codes, of_student.select(select), sampling)
             q = _distribution(teacher, codes, of_teacher.select(select), self.sampling)
             weight = p.exp()
             # 0·log 0 = 0: a filter's −inf belongs to a probability of 0.
@@ -303,7 +304,9 @@ def _distribution(
     logits = policy.code_logits(codes, condition)
     if sampling.guided:
         null = policy.code_logits(codes, policy.null(condition))
-        logits = guided_logits(logits, null, sampling.guidance_scale)
+        scale = sampling.guidance_scale
+        scale = torch.tensor(scale, device=codes.device) if isinstance(scale, tuple) else scale
+        logits = guided_logits(logits, null, scale)
     logits = sampling_logits(logits, sampling)
     if sampling.greedy:
         logits = logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True), -torch.inf)

@@ -147,17 +147,23 @@ def describe(system: System, mixture: Mixture, clips: ClipSet, seed: int) -> dic
     code. The fast one's is as it always was, so that what is cached stays valid.
     """
     backend = {} if clips.rollout_backend == "fast" else {"rollout_backend": clips.rollout_backend}
-    return backend | {
-        "version": _VERSION,
-        "model": mixture_digest(mixture),
-        "guidance_scale": float(system.guidance_scale),
-        "temperature": float(system.temperature),
-        "top_k": system.top_k,
-        "prompts": list(clips.prompts),
-        "num_generations": clips.num_generations,
-        "num_frames": clips.num_frames,
-        "seed": seed,
-    }
+    schedule = system.guidance_schedule
+    schedule = {} if schedule == "constant" else {"guidance_schedule": schedule}
+    return (
+        backend
+        | schedule
+        | {
+            "version": _VERSION,
+            "model": mixture_digest(mixture),
+            "guidance_scale": float(system.guidance_scale),
+            "temperature": float(system.temperature),
+            "top_k": system.top_k,
+            "prompts": list(clips.prompts),
+            "num_generations": clips.num_generations,
+            "num_frames": clips.num_frames,
+            "seed": seed,
+        }
+    )
 
 
 def machine(device: str) -> str:
@@ -187,7 +193,7 @@ def generations(
         if progress:
             progress(len(kept["codes"]))
         return kept
-    sampling = system.sampling
+    sampling = system.sampling_of(clips.num_frames)
     per_batch = max(1, _BATCH // clips.num_generations)
     # Made here, lest the first batch's time contain it.
     weights = player.weights if clips.rollout_backend == "fast" else None
