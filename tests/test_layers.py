@@ -19,6 +19,7 @@ LAYERS = [
     ["config"],
     ["policies", "embeddings", "prompts", "assets"],
     ["rewards", "cards", "nano"],
+    ["facets"],
     ["merging"],
     ["callbacks"],
     ["trainer"],

@@ -34,6 +34,8 @@ Embed = Callable[[Tensor], Tensor]
 class PrefixBaseline:
     """Online regression of a clip's diversity advantage on the beginnings of the clip.
 
+    Of several diversity rewards the sum is predicted, from embeddings of the first.
+
     Args:
         num_frames: T.
         gae_lambda: λ of the segment-wise estimate; 1 is unbiased.
@@ -149,10 +151,11 @@ class Advantages:
         advantages = torch.zeros(codes.shape, device=codes.device)
         metrics: dict[str, float] = {}
         groups = rewards.to(codes.device).float().unflatten(0, (-1, num_generations))
+        diverse = [index for index, pairwise in enumerate(self.pairwise) if pairwise]
         for index, (pairwise, coef) in enumerate(zip(self.pairwise, self.coefs, strict=True)):
-            if not (self.wanted and coef):
+            if not (self.wanted and coef) or index in diverse[1:]:
                 continue
-            column = groups[..., index]
+            column = groups[..., diverse].sum(-1) if pairwise else groups[..., index]
             estimate = diversity_advantages(column) if pairwise else _leave_one_out(column)
             if pairwise and self.prefix is not None:
                 embeddings = self.reward_funcs[index].embeddings
@@ -175,6 +178,8 @@ class Advantages:
     def reward_metrics(self, rewards: Tensor, num_generations: int, from_teacher: Tensor) -> dict[str, float]:
         """The student's diversity, and its variance within prompts: all that the policy gradient has.
 
+        Of several diversity rewards, that of the first; TRL logs the mean of each.
+
         Args:
             rewards: of all processes [N, F].
             num_generations: G.
@@ -183,7 +188,7 @@ class Advantages:
         metrics: dict[str, float] = {}
         groups = rewards[~from_teacher].float().unflatten(0, (-1, num_generations))
         for index, pairwise in enumerate(self.pairwise):
-            if pairwise and len(groups):
+            if pairwise and len(groups) and not metrics:
                 column = groups[..., index]
                 metrics["reward/diversity"] = column.mean().item()
                 if num_generations > 1:

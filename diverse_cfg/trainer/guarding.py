@@ -13,8 +13,14 @@ import torch
 from torch import Tensor
 
 from diverse_cfg.config import GuardConfig
-from diverse_cfg.functional.diversity import pairwise_cosine_distance
-from diverse_cfg.rewards import checked, embed_clips, is_async, mask_pairs, mean_distances
+from diverse_cfg.rewards import (
+    checked,
+    embed_clips,
+    embedding_distances,
+    is_async,
+    mask_pairs,
+    mean_distances,
+)
 
 CALIBRATION_PROMPTS = 16
 
@@ -77,7 +83,7 @@ class CrossGuards:
         """Set the cap of the diversity reward from clips of the unguided base."""
         assert self.guards.distance_quantile is not None
         embeddings = embed_clips(reward_func.embedder, inputs, rate)
-        distances = pairwise_cosine_distance(embeddings.unflatten(0, (-1, num_generations)))
+        distances = embedding_distances(reward_func.embedder, embeddings, num_generations)
         pairs = torch.triu_indices(num_generations, num_generations, offset=1)
         seen = distances[:, pairs[0], pairs[1]].flatten().float()
         reward_func.distance_cap = seen.quantile(self.guards.distance_quantile).item()
