@@ -6,18 +6,18 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from diverse_cfg.functional.guidance import guided_logits
-from diverse_cfg.policies.musicgen.policy import (
+from diverse_cfg.policies.layers import effective_weight
+from diverse_cfg.policies.loading import load_policy
+from diverse_cfg.policies.musicgen.model import (
     LORA_TARGET_MODULES,
     code_hidden_states,
     code_logits,
     delays,
-    effective_weight,
     encode_text,
     frame_rate,
-    freeze_encoders,
     head_weights,
-    load_policy,
 )
+from diverse_cfg.policies.policy import as_policy
 from diverse_cfg.types import TextCondition
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
 
@@ -182,7 +182,7 @@ def test_shapes_that_do_not_fit_are_refused(policy, condition):
 
 def test_frame_rate_and_freezing(policy):
     assert frame_rate(policy) == 50
-    freeze_encoders(policy)
+    as_policy(policy).freeze()
     trainable = {
         name.split(".")[0] for name, parameter in policy.named_parameters() if parameter.requires_grad
     }
