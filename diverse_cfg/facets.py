@@ -70,7 +70,8 @@ def measure(waveforms: Tensor, sampling_rate: int, facets: Collection[str] = FAC
     The last of the M columns is the share of the clip that is alive; before stand a sequence (melody: MIDI pitches,
     rhythm: onsets in seconds), filled up with −1 to a length that depends on L alone, or a fixed number of values.
     """
-    audio = resample(to_mono(waveforms).cpu(), sampling_rate, RATE)
+    audio = torch.nan_to_num(to_mono(waveforms).cpu(), nan=0.0, posinf=0.0, neginf=0.0)
+    audio = resample(audio, sampling_rate, RATE)
     at_once = max(1, _SECONDS_AT_ONCE * RATE // audio.shape[1])
     parts = [_measure(part, facets) for part in audio.split(at_once)]
     return {facet: np.concatenate([part[facet] for part in parts]) for facet in facets}

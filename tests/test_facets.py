@@ -108,6 +108,14 @@ def test_noise_has_no_melody():
     assert found["melody"] == found["pitch"] == found["timbre"] == 0
 
 
+def test_samples_that_are_not_finite_are_silent():
+    """Fault: one broken clip ends the evaluation of a system, or has a distance that is not a number."""
+    broken = played()
+    broken[RATE:] = torch.nan
+    assert all(np.isfinite(list(differences(played(OTHER_TUNE), broken).values())))
+    assert differences(played(OTHER_TUNE), torch.full_like(broken, torch.inf))["melody"] == 0
+
+
 def test_other_rates_channels_and_lengths():
     """Fault: seconds that are frames of one rate; a stereo clip that is read as several."""
     slow, fast = played(), played(rate=32_000)
