@@ -18,6 +18,7 @@ from diverse_cfg.facets import (
 )
 from diverse_cfg.functional.diversity import diversity_advantages
 from diverse_cfg.rewards import DiversityReward
+from diverse_cfg.trainer.guarding import CrossGuards
 from tests.training import CodeEmbedder, WaveEmbedder, largest_difference, tiny_trainer, trained
 
 RATE = 16_000
@@ -258,17 +259,16 @@ def test_several_distances_are_added(tmp_path):
     assert logged["reward/diversity"] == pytest.approx(rewards[0].distances.sum().item() / 24, rel=1)
 
 
-def test_a_facet_is_capped_by_its_own_distance(tmp_path):
+def test_a_facet_is_capped_by_its_own_distance():
     """Fault: the cap of a facet measured as a cosine."""
-    reward = FacetReward("timbre")
-    tiny_trainer(
-        tmp_path,
-        reward=[reward],
-        max_steps=1,
-        clip_seconds=0.4,
-        guards={"distance_quantile": 0.5},
-    ).train()
-    assert 0 < reward.distance_cap < 1 and reward.distances.max() <= reward.distance_cap + 1e-6
+    clips = torch.stack([played(), played(level=0.05), played(instrument=HOLLOW), played(OTHER_TUNE)])
+    reward, guards = FacetReward("melody"), GuardConfig(distance_quantile=0.5)
+    reward(waveforms=clips, num_generations=4, sampling_rate=RATE)
+    pairs = [float(reward.distances[0, i, j]) for i in range(4) for j in range(i)]
+    CrossGuards(guards, ["diversity_melody"], [reward]).measure_distances(reward, clips, 4, RATE)
+    assert reward.distance_cap == pytest.approx(np.median(pairs))
+    reward(waveforms=clips, num_generations=4, sampling_rate=RATE)
+    assert float(reward.distances.max()) == pytest.approx(reward.distance_cap)
 
 
 def test_a_prefix_baseline_needs_an_encoder_first(tmp_path):
