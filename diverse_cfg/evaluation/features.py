@@ -18,7 +18,7 @@ import soundfile
 import torch
 from torch import Tensor
 
-from diverse_cfg import acoustics, rewards
+from diverse_cfg import acoustics, facets, rewards
 from diverse_cfg.embeddings import Embedder, audio
 from diverse_cfg.evaluation.cache import Cache, content_digest, digest, file_digest, weights_digest
 from diverse_cfg.evaluation.generations import Player, Progress
@@ -168,6 +168,24 @@ class ValidityFeature:
 
     def compute(self, batch: Batch) -> dict[str, np.ndarray]:
         return _floats(acoustics.validity(batch.waveforms, batch.sampling_rate))
+
+
+class FacetsFeature:
+    """What each facet of the music is in a clip, a column each, and `trailing_silence` in seconds."""
+
+    name = "facets"
+
+    def __init__(self):
+        modules = (facets, rules, acoustics, audio)
+        self.fingerprint = {
+            "feature": "facets",
+            "code": code_digest(*(module.__name__ for module in modules)),
+        }
+
+    def compute(self, batch: Batch) -> dict[str, np.ndarray]:
+        columns = facets.measure(batch.waveforms, batch.sampling_rate)
+        silence = facets.trailing_silence(batch.waveforms, batch.sampling_rate)
+        return _floats({**columns, "trailing_silence": silence})
 
 
 class _RewardFeature:

@@ -24,6 +24,7 @@ from diverse_cfg.evaluation.features import (
     AestheticsFeature,
     DivergenceFeature,
     EmbeddingFeature,
+    FacetsFeature,
     Feature,
     JudgeFeature,
     RulesFeature,
@@ -173,7 +174,7 @@ def build_sweep(config: SweepConfig) -> tuple[Sweep, list[System]]:
     num_frames, seconds = _length(player, config.clip_seconds)
     seeds = tuple(config.seeds)
     clips = ClipSet(tuple(prompts), config.num_generations, num_frames, seeds, config.rollout_backend)
-    features: list[Feature] = [ValidityFeature()]
+    features: list[Feature] = [ValidityFeature(), FacetsFeature()]
     if config.teacher:
         features.append(DivergenceFeature(player, teacher, config.teacher_guidance_scale))
     features += _judges(config, prompts, device)

@@ -478,6 +478,14 @@ def check_reward_funcs(reward_funcs: Any, args: CFGDiversityConfig, base_model: 
             raise ValueError(
                 f"the diversity reward has reward_weights={weight}: its weight is diversity_coef, keep 1 here"
             )
+    encoders = [
+        getattr(reward_func, "embedder", None) for reward_func in reward_funcs if is_pairwise(reward_func)
+    ]
+    if args.prefix_baseline and args.diversity_coef > 0 and hasattr(encoders[0], "distances"):
+        raise ValueError(
+            f"prefix_baseline compares embeddings of the beginnings of clips, and the first diversity reward is "
+            f"{encoders[0].name!r}, which has none: put one with an encoder first, or leave prefix_baseline off"
+        )
     if names and args.rollout_source == "teacher":
         logger.warning(
             "rollout_source='teacher': no clip is the student's own, so the rewards of %s are logged and train "

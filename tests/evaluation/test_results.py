@@ -22,6 +22,7 @@ from diverse_cfg.evaluation.results import (
 from diverse_cfg.evaluation.systems import System, single
 
 ALL = {"reward", "heldout", "judge", "rules", "divergence", "validity", "codes", "timing", "reference"}
+ALL |= {"facets"}
 ALL |= {"text", "aesthetics_ce", "aesthetics_pq"}
 
 
