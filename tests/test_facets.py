@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from diverse_cfg.trainer.guarding import CrossGuards
 
 from diverse_cfg.config import GuardConfig
 from diverse_cfg.facets import (
@@ -19,6 +18,7 @@ from diverse_cfg.facets import (
 )
 from diverse_cfg.functional.diversity import diversity_advantages
 from diverse_cfg.rewards import DiversityReward
+from diverse_cfg.trainer.advantages import CrossGuards
 from tests.training import CodeEmbedder, WaveEmbedder, largest_difference, tiny_trainer, trained
 
 RATE = 16_000
@@ -243,7 +243,7 @@ def test_several_distances_are_added(tmp_path):
     codes = torch.zeros(8, 4, 20, dtype=torch.long)
     trainer._advantages.prefix = None
     none = torch.zeros(8, dtype=torch.bool)
-    found, _ = trainer._advantages(columns, codes, 4, none, trainer._embed_codes)
+    found, _ = trainer._advantages(columns, codes, 4, none, lambda codes: CodeEmbedder().embed(codes))
     wanted = 2.0 * diversity_advantages(columns.sum(1).view(2, 4))
     torch.testing.assert_close(found[:, 0, 0], wanted.flatten())
 
@@ -265,7 +265,7 @@ def test_a_facet_is_capped_by_its_own_distance():
     reward, guards = FacetReward("melody"), GuardConfig(distance_quantile=0.5)
     reward(waveforms=clips, num_generations=4, sampling_rate=RATE)
     pairs = [float(reward.distances[0, i, j]) for i in range(4) for j in range(i)]
-    CrossGuards(guards, ["diversity_melody"], [reward]).measure_distances(reward, clips, 4, RATE)
+    CrossGuards(guards, ["diversity_melody"], [reward]).measure_distances(reward, reward.embeddings, 4)
     assert reward.distance_cap == pytest.approx(np.median(pairs))
     reward(waveforms=clips, num_generations=4, sampling_rate=RATE)
     assert float(reward.distances.max()) == pytest.approx(reward.distance_cap)
