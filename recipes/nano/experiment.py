@@ -2,6 +2,7 @@
 
     python recipes/nano/experiment.py                    # everything that is missing; Ctrl-C and again: it goes on
     python recipes/nano/experiment.py --jobs 1 --only beta-20
+    python recipes/nano/experiment.py --config recipes/nano/open.yaml --seeds 1 --only quality beta-0 sweep:validation
 
 Every training is its own process, every sweep a few that fill its cache side by side and one that reads it. A task is
 done when it was finished with the settings that the file has now. When all are, what the results page needs is copied
@@ -20,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -118,8 +119,10 @@ class Experiment:
         return settings
 
     def _merged(self, arm: Arm) -> dict[str, Any]:
-        recipe = read_settings(HERE / arm.recipe)
-        return recipe | self.settings | arm.settings
+        settings = read_settings(HERE / arm.recipe) | self.settings | arm.settings
+        if settings.get("guards", ...) is None:
+            del settings["guards"]  # as if the recipe had none: its trainings are the same
+        return settings
 
     def training_hash(self, arm_name: str, seed: int) -> str:
         """Of everything that decides what a training learns, its start included; folders are not in it."""
@@ -230,9 +233,8 @@ def train(experiment: Experiment, arm: str, seed: int) -> None:
     from transformers import TrainerCallback
     from trl import TrlParser
 
-    from diverse_cfg.assets import nano_path
     from diverse_cfg.callbacks import RewardHackingAlarm
-    from diverse_cfg.cli.command import model_source
+    from diverse_cfg.cli.command import model_source, prompt_source
     from diverse_cfg.cli.quiet import quiet_libraries
     from diverse_cfg.cli.train import TrainArguments
     from diverse_cfg.config import CFGDiversityConfig
@@ -251,7 +253,7 @@ def train(experiment: Experiment, arm: str, seed: int) -> None:
     if judged:
         rewards.append(judge_reward())
         config.reward_weights = [1.0, 0.0]
-    prompts = str(nano_path("prompts"))
+    prompts = prompt_source(args.dataset_name)
     trainer = CFGDiversityTrainer(
         model_source(args.model_name_or_path),
         reward_funcs=rewards,
@@ -409,8 +411,8 @@ def _git(*arguments: str) -> str:
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 
-def missing(experiment: Experiment, only: str | None, parts: int) -> dict[str, list[str]]:
-    """What is to be done: task → tasks that come first.
+def missing(experiment: Experiment, only: Collection[str] | None, parts: int) -> dict[str, list[str]]:
+    """What is to be done: task → tasks that come first; with `only`, of these arms, sweeps and `halfway`.
 
     A task is `arm/seed`, `part:name:i/n`, `sweep:name` or `halfway`. A sweep with other settings is run again, which
     its cache makes cheap; a training is hours, and is not replaced.
@@ -424,12 +426,12 @@ def missing(experiment: Experiment, only: str | None, parts: int) -> dict[str, l
         done = finished(folder / DONE, wanted)
         if done is None or finished(folder / STARTED, wanted) is None:
             claim(experiment, arm, seed)  # which says what to do about it
-        if done or (only and arm != only):
+        if done or (only and arm not in only):
             continue
         start = experiment.arms[arm].start
         tasks[f"{arm}/{seed}"] = [] if start == "nano" else [f"{start}/{seed}"]
     for name in experiment.sweeps:
-        if (only and f"sweep:{name}" != only) or finished(
+        if (only and f"sweep:{name}" not in only) or finished(
             experiment.sweeps_folder / name / DONE, experiment.sweep_hash(name)
         ):
             continue
@@ -437,7 +439,7 @@ def missing(experiment: Experiment, only: str | None, parts: int) -> dict[str, l
         shares = [f"part:{name}:{part}/{parts}" for part in range(parts)]
         tasks |= dict.fromkeys(shares, students)
         tasks[f"sweep:{name}"] = students + shares
-    if experiment.halfway and only in (None, HALFWAY):
+    if experiment.halfway and (not only or HALFWAY in only):
         path, wanted = (
             experiment.sweeps_folder / HALFWAY / DONE,
             _hash([experiment.halfway, experiment.sweep_hash("test")]),
@@ -479,7 +481,9 @@ def check_plan(experiment: Experiment) -> None:
                 planned_systems(SweepConfig.from_dict(settings))
 
 
-def run_all(experiment: Experiment, config: Path, jobs: int, only: str | None, recorded: Path) -> list[str]:
+def run_all(
+    experiment: Experiment, config: Path, jobs: int, only: Collection[str] | None, recorded: Path
+) -> list[str]:
     """Run what is missing, `jobs` processes at a time; record all once nothing is. Returns the tasks that failed."""
     # Twice as many parts as processes, since systems differ in cost; a single process needs none.
     tasks, failed = missing(experiment, only, 2 * jobs if jobs > 1 else 0), []
@@ -496,6 +500,8 @@ def run_all(experiment: Experiment, config: Path, jobs: int, only: str | None, r
                 str(config),
                 "--output",
                 experiment.output,
+                "--seeds",
+                *map(str, experiment.seeds),
                 "--task",
                 task,
             ]
@@ -529,9 +535,10 @@ def run_all(experiment: Experiment, config: Path, jobs: int, only: str | None, r
 
 
 def recorded_folder(config: Path, output: str | None, recorded: Path | None, experiment: Experiment) -> Path:
-    """Where the numbers go: into the repository only those of the experiment that it ships."""
-    shipped = config.resolve() == CONFIG.resolve() and output is None
-    return recorded or (RECORDED if shipped else Path(experiment.output) / "recorded")
+    """Where the numbers go: into the repository only those of the experiments that it ships, with all their seeds."""
+    whole = config.resolve().parent == HERE.resolve() and Experiment.load(config).seeds == experiment.seeds
+    shipped = whole and output is None
+    return recorded or (RECORDED.with_name(config.stem) if shipped else Path(experiment.output) / "recorded")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -540,17 +547,21 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, one thread each")
-    parser.add_argument("--only", metavar="TASK", help="one arm, one sweep as sweep:NAME, or halfway")
+    parser.add_argument(
+        "--only", nargs="+", metavar="TASK", help="these arms, sweeps (as sweep:NAME), and halfway alone"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", help="overrides `seeds` of the file")
     parser.add_argument("--output", help="overrides `output` of the file")
     parser.add_argument(
         "--recorded",
         type=Path,
-        help="folder for the numbers of the page; results/experiment for the shipped file, else OUTPUT/recorded",
+        help="folder for the numbers of the page; results/NAME for a shipped file NAME.yaml, else OUTPUT/recorded",
     )
     parser.add_argument("--task", help=argparse.SUPPRESS)  # one task in this process
     arguments = parser.parse_args(argv)
     experiment = Experiment.load(arguments.config)
     experiment.output = arguments.output or experiment.output
+    experiment.seeds = arguments.seeds or experiment.seeds
     if arguments.task:
         match arguments.task.replace("/", ":").split(":"):
             case ["halfway"]:
