@@ -27,9 +27,12 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from claims import REGISTERED, Claim, register
 from tqdm import tqdm
 
 from diverse_cfg.atomic import replacing, write_text
+from diverse_cfg.evaluation.levels import LEVELS_FILE
+from diverse_cfg.evaluation.systems import System
 from diverse_cfg.settings import field_types, read_settings, require_type
 
 HERE = Path(__file__).parent
@@ -74,6 +77,9 @@ class Experiment:
     snapshots: list[int] = field(default_factory=list)
     halfway: dict[str, str] = field(default_factory=dict)  # the arms of `halfway.py`; empty leaves it out
     far_end: dict[str, str] = field(default_factory=dict)  # the findings' arms with another diversity student
+    claims: list[Any] = field(
+        default_factory=list
+    )  # `claims.Claim`s about the sweep `test`, made before it is played
 
     @classmethod
     def load(cls, path: Path) -> Experiment:
@@ -82,7 +88,9 @@ class Experiment:
         _known(values, cls, str(path))
         for name, arm in values["arms"].items():
             _known(arm, Arm, f"{path}, arm {name}")
-        experiment = cls(**values | {"arms": {name: Arm(**arm) for name, arm in values["arms"].items()}})
+        arms = {name: Arm(**arm) for name, arm in values["arms"].items()}
+        claims = [Claim.from_dict(entry, str(path)) for entry in values.get("claims", [])]
+        experiment = cls(**values | {"arms": arms, "claims": claims})
         for name, arm in experiment.arms.items():
             if arm.start != "nano" and arm.start not in experiment.arms:
                 raise ValueError(f"{path}, arm {name}: start={arm.start!r} is neither nano nor an arm")
@@ -152,6 +160,11 @@ class Experiment:
             entry for system in settings["systems"] for entry in self._entries(dict(system))
         ]
         return settings
+
+    def register_claims(self, name: str) -> None:
+        """Before the first clip of the sweep `test`: keep what is claimed of it."""
+        if name == "test":
+            register(self.claims, self.sweeps_folder / name)
 
     def _entries(self, entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """An entry, and with `snapshots` one more for every step that was kept of its first seed."""
@@ -322,6 +335,7 @@ def part_of_sweep(experiment: Experiment, name: str, part: int, parts: int) -> N
     from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
 
     quiet_libraries()
+    experiment.register_claims(name)
     protocol, systems = build_sweep(SweepConfig.from_dict(experiment.sweep(name)))
     if chosen := systems[part::parts]:
         protocol.run(chosen)
@@ -334,6 +348,7 @@ def sweep(experiment: Experiment, name: str) -> None:
     from diverse_cfg.evaluation.report import evaluate
 
     quiet_libraries()
+    experiment.register_claims(name)
     settings = experiment.sweep(name)
     results = evaluate(SweepConfig.from_dict(settings))
     failed = [row.system.name for row in results.systems if not row.ok]
@@ -389,9 +404,9 @@ def record(experiment: Experiment, recorded: Path) -> None:
     write_text(recorded / "runs.json", json.dumps(runs, indent=1) + "\n")
     for name in [*experiment.sweeps, *([HALFWAY] if experiment.halfway else [])]:
         (recorded / name).mkdir(exist_ok=True)
-        for file in ("metrics.json", "metrics.csv", "cells.npz", "run.json"):
+        for file in ("metrics.json", "metrics.csv", "cells.npz", "run.json", LEVELS_FILE, REGISTERED):
             source = experiment.sweeps_folder / name / file
-            if source.is_file():  # what was measured before run.json was written has none
+            if source.is_file():  # not every sweep has all of them
                 with replacing(recorded / name / file) as temporary:
                     shutil.copyfile(source, temporary)
 
@@ -479,6 +494,20 @@ def check_plan(experiment: Experiment) -> None:
             if name == "test" and plan.far_end:
                 settings["arms"] = settings["arms"] | plan.far_end
                 planned_systems(SweepConfig.from_dict(settings))
+            if name == "test":
+                check_claims(plan.claims, planned_systems(SweepConfig.from_dict(settings)))
+
+
+def check_claims(claims: Collection[Claim], systems: Collection[System]) -> None:
+    """Raise a ValueError for a claim about what is not played."""
+    names, series = {system.name for system in systems}, {system.series for system in systems}
+    for claim in claims:
+        absent = [name for name in claim.systems if name not in names]
+        absent += [claim.line] if claim.line and claim.line not in series else []
+        if absent:
+            raise ValueError(
+                f"the claim {claim.claim!r} is about {absent[0]!r}, which the sweep test does not play"
+            )
 
 
 def run_all(
