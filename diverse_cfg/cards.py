@@ -20,7 +20,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from diverse_cfg.atomic import write_text
-from diverse_cfg.policies.musicgen import layout
+from diverse_cfg.policies.families import family_of, load_config, load_generation_config
 from diverse_cfg.provenance import Provenance, read_provenance
 from diverse_cfg.reading import read_json, reading
 from diverse_cfg.untrusted import inside, render, slug
@@ -321,7 +321,7 @@ def is_hub_id(name: str | None) -> bool:
 
 
 def _generation(folder: Path) -> dict[str, Any]:
-    config = layout.load_generation_config(folder)
+    config = load_generation_config(folder)
     if config is None:
         raise ValueError(f"{folder} has no generation_config.json: how it is sampled belongs to the model")
     names = ("do_sample", "guidance_scale", "temperature", "top_k", "top_p", "min_p", "max_new_tokens")
@@ -334,7 +334,7 @@ def _num_frames(folder: Path, provenance: Provenance) -> int | None:
     tokens = _generation(folder).get("max_new_tokens")
     if tokens is None or not (folder / "config.json").is_file():
         return None
-    return tokens - layout.num_frames_to_tokens(0, layout.load_config(folder))
+    return tokens - family_of(folder).num_frames_to_tokens(0, load_config(folder))
 
 
 def _clip_seconds(folder: Path, provenance: Provenance) -> float | None:
@@ -343,7 +343,7 @@ def _clip_seconds(folder: Path, provenance: Provenance) -> float | None:
     frames = _num_frames(folder, provenance)
     if frames is None or not (folder / "config.json").is_file():
         return None
-    return layout.frames_to_seconds(frames, layout.load_config(folder))
+    return family_of(folder).frames_to_seconds(frames, load_config(folder))
 
 
 def _fast_settings(folder: Path, provenance: Provenance) -> dict[str, Any] | None:

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, MusicgenForConditionalGeneration, pipeli
 from diverse_cfg.callbacks import RewardHackingAlarm
 from diverse_cfg.config import GuardConfig
 from diverse_cfg.functional.guidance import guided_logits
-from diverse_cfg.policies.musicgen.policy import code_logits, encode_text, load_policy
+from diverse_cfg.policies.loading import load_policy
+from diverse_cfg.policies.musicgen.model import code_logits, encode_text
 from diverse_cfg.provenance import Provenance, read_provenance, write_provenance
 from diverse_cfg.rewards import DiversityReward
 from diverse_cfg.trainer import CFGDiversityTrainer
@@ -94,8 +95,10 @@ def test_another_teacher_than_the_start(tmp_path, tiny_folder):
         trainer.model.decoder.lm_heads[0].weight.mul_(2)
     assert not trainer._teacher.shares_weights
     base = load_policy(tiny_folder)
-    assert torch.equal(trainer._teacher.model.decoder.lm_heads[0].weight, base.decoder.lm_heads[0].weight)
-    assert trainer._teacher.model.audio_encoder is trainer.model.audio_encoder
+    assert torch.equal(
+        trainer._teacher.policy.model.decoder.lm_heads[0].weight, base.decoder.lm_heads[0].weight
+    )
+    assert trainer._teacher.policy.model.audio_encoder is trainer.model.audio_encoder
 
 
 def test_teacher_of_another_base_is_refused(tmp_path, tiny_folder):

@@ -36,8 +36,7 @@ from diverse_cfg.evaluation.signatures import Arms
 from diverse_cfg.evaluation.sweep import Sweep
 from diverse_cfg.evaluation.systems import System, expand_systems, single
 from diverse_cfg.nano.attributes import parse_prompt
-from diverse_cfg.policies.musicgen.loading import torch_device
-from diverse_cfg.policies.musicgen.policy import frame_rate
+from diverse_cfg.policies.loading import torch_device
 from diverse_cfg.policies.sampler.draws import require_64_bits
 from diverse_cfg.policies.sampler.rollout import check_backend
 from diverse_cfg.prompts import load_prompts
@@ -245,21 +244,21 @@ def planned_systems(config: SweepConfig) -> list[System]:
     return systems
 
 
-def _judges(config: SweepConfig, prompts: list[str], device: str) -> list[Feature]:
+def _judges(settings: SweepConfig, prompts: list[str], device: str) -> list[Feature]:
     features: list[Feature] = []
-    if config.judge:
+    if settings.judge:
         # Imported where it is used: prompts of another world need no judge, and no part of the nano world.
         from diverse_cfg.nano.judge import AttributeJudge
 
-        path = source(config.judge, "judge")
+        path = source(settings.judge, "judge")
         features.append(JudgeFeature(AttributeJudge.from_pretrained(path), path))
     if all(parse_prompt(prompt) for prompt in prompts):
         features.append(RulesFeature())
-    if config.text_encoder:
+    if settings.text_encoder:
         features.append(
-            TextAdherenceFeature(load_embedder(config.text_encoder, device=device), config.text_encoder)
+            TextAdherenceFeature(load_embedder(settings.text_encoder, device=device), settings.text_encoder)
         )
-    if config.aesthetics:
+    if settings.aesthetics:
         first = AestheticsFeature("aesthetics_ce", device=device)
         features += [first, AestheticsFeature("aesthetics_pq", first.score.model, device)]
     return features
@@ -268,5 +267,5 @@ def _judges(config: SweepConfig, prompts: list[str], device: str) -> list[Featur
 def _length(player: Player, clip_seconds: float | None) -> tuple[int, float]:
     from diverse_cfg.trainer.setup import clip_frames
 
-    frames = clip_frames(player.model, clip_seconds)
-    return frames, frames / frame_rate(player.model)
+    frames = clip_frames(player.policy, clip_seconds)
+    return frames, frames / player.policy.frame_rate
