@@ -52,3 +52,8 @@ def source(name: str, part: str = "base") -> str:
     if part == "prompts" and name == "nano-open":
         part, name = "open-prompts", "nano"
     return str(nano_path(part)) if name == "nano" else name
+
+
+def portable(name: str) -> str:
+    """The inverse of `source` for the base: what a file of results calls it, on whatever machine it is read."""
+    return "nano" if Path(name) == _NANO / "base" else name

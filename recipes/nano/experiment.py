@@ -241,7 +241,7 @@ def _known(values: dict[str, Any], kind: type, where: str) -> None:
 
 
 def train(experiment: Experiment, arm: str, seed: int) -> None:
-    """Train one student, or go on with it; `done.json` is written last."""
+    """Train one student, or go on with it; `done.json` says that it is whole."""
     import torch
     from transformers import TrainerCallback
     from trl import TrlParser
@@ -287,14 +287,14 @@ def train(experiment: Experiment, arm: str, seed: int) -> None:
     trainer.save_state()
     alarms = [c for c in trainer.callback_handler.callbacks if isinstance(c, RewardHackingAlarm)]
     folder = Path(config.output_dir)
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
     done = {
         "arm": arm, "seed": seed, "steps": trainer.state.global_step, "settings": experiment.training_hash(arm, seed),
         "threads": torch.get_num_threads(), "alarms": [raised for c in alarms for raised in c.raised],
         "commit": _git("rev-parse", "--short", "HEAD"), "versions": {"torch": torch.__version__},
     }  # fmt: skip
     write_text(folder / DONE, json.dumps(done, indent=1) + "\n")
+    for checkpoint in folder.glob("checkpoint-*"):  # from which it would have gone on
+        shutil.rmtree(checkpoint)
 
 
 def claim(experiment: Experiment, arm: str, seed: int) -> None:
@@ -406,9 +406,23 @@ def record(experiment: Experiment, recorded: Path) -> None:
         (recorded / name).mkdir(exist_ok=True)
         for file in ("metrics.json", "metrics.csv", "cells.npz", "run.json", LEVELS_FILE, REGISTERED):
             source = experiment.sweeps_folder / name / file
-            if source.is_file():  # not every sweep has all of them
-                with replacing(recorded / name / file) as temporary:
-                    shutil.copyfile(source, temporary)
+            if not source.is_file():  # not every sweep has all of them
+                continue
+            if source.suffix == ".json":
+                write_text(
+                    recorded / name / file, without_folder(source.read_text("utf-8"), experiment.output)
+                )
+                continue
+            with replacing(recorded / name / file) as temporary:
+                shutil.copyfile(source, temporary)
+
+
+def without_folder(text: str, folder: str) -> str:
+    """JSON in which the students' folders begin with their arm: what is recorded names no place of this machine."""
+    for name in (folder, str(Path(folder).resolve())):
+        inside = json.dumps(name.rstrip(os.sep) + os.sep, ensure_ascii=False)[:-1]  # as a text in JSON begins
+        text = text.replace(inside, '"')
+    return text
 
 
 def seconds_of(log: list[dict[str, Any]]) -> float:
