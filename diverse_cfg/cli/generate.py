@@ -31,7 +31,9 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", help="a text (repeatable)")
-    what.add_argument("--prompts", metavar="SOURCE", help="a file, folder or Hub dataset of texts, or `nano`")
+    what.add_argument(
+        "--prompts", metavar="SOURCE", help="a file, folder or Hub dataset of texts, `nano`, `nano-open`"
+    )
     parser.add_argument("--prompts-split", help="split of a folder or dataset (default: test)")
     parser.add_argument("--prompt-column", help="column of --prompts that holds the texts (default: prompt)")
     parser.add_argument(

@@ -44,7 +44,9 @@ class TrainArguments:
         metadata={"help": "Student's start and teacher: Hub id, folder, or `nano` for the shipped base."}
     )
     dataset_name: str = field(
-        metadata={"help": "Prompts: Hub dataset id, folder, file, or `nano` for the shipped ones."}
+        metadata={
+            "help": "Prompts: Hub dataset id, folder, file, or `nano` or `nano-open`: the shipped ones."
+        }
     )
     dataset_train_split: str = field(default="train", metadata={"help": "Split of the prompts to train on."})
     dataset_prompt_column: str | None = field(

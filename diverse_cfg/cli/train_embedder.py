@@ -21,7 +21,7 @@ def add_train_embedder_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--prompts",
         metavar="SOURCE",
-        help="sample clips of --model now, for these prompts (`nano`: the shipped ones)",
+        help="sample clips of --model now, for these prompts (`nano`, `nano-open`: the shipped ones)",
     )
     parser.add_argument("--output", "-o", required=True, help="folder to create, for `diversity_embedder`")
     parser.add_argument("--model", help="folder or Hub id of the model whose codes are read, or `nano`")

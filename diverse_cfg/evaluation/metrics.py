@@ -447,6 +447,7 @@ for _name, _label, _column, _better, _unit, _text in (
     ("level", "level", "level_dbfs", 0, "dBFS", "RMS level of a clip."),
     ("clipping", "clipped samples", "clipped_fraction", -1, "", "Share of samples at full scale."),
     ("silence", "silent frames", "silent_fraction", -1, "", "Share of a clip that is silent."),
+    ("dying", "dying clips", "dying", -1, "", "Share of clips that end in at least 0.4 s of silence."),
 ):
     _mean = clip_mean("validity", _column)
     register(Metric(_name, _label, _text, _better, ("validity",), _mean, unit=_unit, is_share=not _unit))

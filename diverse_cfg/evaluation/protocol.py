@@ -51,7 +51,7 @@ class SweepConfig:
     Args:
         systems: entries, see `systems.expand_systems`.
         output: folder of the results; its cache lets a sweep go on and grow.
-        prompts: held-out prompts: "nano", a folder, a file or a Hub dataset.
+        prompts: held-out prompts: "nano", "nano-open", a folder, a file or a Hub dataset.
         prompts_split: of a folder or dataset.
         prompt_column: column that holds them.
         num_prompts: take the first so many; None takes all.

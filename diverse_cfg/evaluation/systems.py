@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from diverse_cfg.assets import source
+from diverse_cfg.assets import portable, source
 from diverse_cfg.functional.guidance import guidance_schedule
 from diverse_cfg.merging.weights import parse_sweep, resolve_weights
 from diverse_cfg.policies.loading import is_distilled
@@ -122,16 +122,18 @@ class System:
         return seeds if len(set(seeds)) == len(self.replicates) else ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for the results file."""
+        """Plain values, for the results file; the shipped base is `nano`, wherever it is installed."""
         values = asdict(self)
-        values["replicates"] = [[list(part) for part in mixture] for mixture in self.replicates]
+        values["replicates"] = [
+            [[portable(checkpoint), weight] for checkpoint, weight in mixture] for mixture in self.replicates
+        ]
         return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "System":
         """The inverse of `to_dict`."""
         replicates = tuple(
-            tuple((str(checkpoint), float(weight)) for checkpoint, weight in mixture)
+            tuple((source(str(checkpoint)), float(weight)) for checkpoint, weight in mixture)
             for mixture in values["replicates"]
         )
         return cls(**{**values, "replicates": replicates})
