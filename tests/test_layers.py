@@ -23,7 +23,7 @@ LAYERS = [
     ["callbacks"],
     ["trainer"],
     ["evaluation"],
-    ["publishing"],
+    ["listening", "publishing"],
     ["cli"],
     ["__main__"],
 ]

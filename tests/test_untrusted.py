@@ -18,14 +18,14 @@ from huggingface_hub import ModelCard
 
 from diverse_cfg.cards import CardMetric, Sample, render_card, write_metrics, write_samples
 from diverse_cfg.embeddings.recordings import AudioRecordings
-from diverse_cfg.evaluation.listening import TRIALS_FILE, Votes, load_trials
-from diverse_cfg.evaluation.listening_app import view
 from diverse_cfg.evaluation.protocol import SweepConfig
 from diverse_cfg.evaluation.report import Picture, draw, to_page, write_gallery
 from diverse_cfg.evaluation.results import Results
 from diverse_cfg.evaluation.signatures import HOLDS, Evidence, Signature, to_markdown
 from diverse_cfg.evaluation.systems import System, single
-from diverse_cfg.evaluation.webmushra import export_study
+from diverse_cfg.listening.app import view
+from diverse_cfg.listening.study import TRIALS_FILE, Votes, load_trials
+from diverse_cfg.listening.webmushra import export_study
 from diverse_cfg.policies.files import _plan
 from diverse_cfg.prompts import load_prompts
 from diverse_cfg.provenance import Provenance, write_provenance

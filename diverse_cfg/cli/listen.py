@@ -66,9 +66,9 @@ def run_listen(args: argparse.Namespace) -> None:
 
 
 def _make(args: argparse.Namespace) -> None:
-    from diverse_cfg.evaluation.listening import load_trials, make_study
     from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
     from diverse_cfg.evaluation.results import Results
+    from diverse_cfg.listening.study import load_trials, make_study
     from diverse_cfg.settings import read_settings
 
     quiet_libraries()
@@ -94,13 +94,13 @@ def _make(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from diverse_cfg.evaluation.listening_app import serve
+    from diverse_cfg.listening.app import serve
 
     serve(args.study, host=args.host, port=args.port, names=args.allow_host)
 
 
 def _count(args: argparse.Namespace) -> None:
-    from diverse_cfg.evaluation.listening import win_rates
+    from diverse_cfg.listening.study import win_rates
 
     rates = win_rates(args.study)
     if not rates:
@@ -115,7 +115,7 @@ def _count(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from diverse_cfg.evaluation.webmushra import export_study
+    from diverse_cfg.listening.webmushra import export_study
 
     print(
         f"copy {args.output}/configs over webMUSHRA's: {export_study(args.study, args.output, args.test_id)}"
@@ -123,7 +123,7 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _import(args: argparse.Namespace) -> None:
-    from diverse_cfg.evaluation.webmushra import import_ratings
+    from diverse_cfg.listening.webmushra import import_ratings
 
     print(f"{import_ratings(args.study, args.ratings)} new votes")
 

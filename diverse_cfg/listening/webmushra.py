@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from diverse_cfg.atomic import new_folder, write_text
-from diverse_cfg.evaluation.listening import QUESTIONS, Trial, Vote, Votes, load_trials
+from diverse_cfg.listening.study import QUESTIONS, Trial, Vote, Votes, load_trials
 from diverse_cfg.policies.files import write_wav
 from diverse_cfg.untrusted import checked_name
 

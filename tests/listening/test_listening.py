@@ -17,7 +17,10 @@ import soundfile
 import yaml
 
 from diverse_cfg.evaluation.cache import Cache
-from diverse_cfg.evaluation.listening import (
+from diverse_cfg.evaluation.results import Results
+from diverse_cfg.evaluation.systems import System, single
+from diverse_cfg.listening.app import _Doorkeeper, build_app, serve, view
+from diverse_cfg.listening.study import (
     KEY_FILE,
     VOTES_FILE,
     Vote,
@@ -26,10 +29,7 @@ from diverse_cfg.evaluation.listening import (
     make_study,
     win_rates,
 )
-from diverse_cfg.evaluation.listening_app import _Doorkeeper, build_app, serve, view
-from diverse_cfg.evaluation.results import Results
-from diverse_cfg.evaluation.systems import System, single
-from diverse_cfg.evaluation.webmushra import export_study, import_ratings
+from diverse_cfg.listening.webmushra import export_study, import_ratings
 from tests.evaluation.worlds import save_sibling, small_sweep
 from tests.faults import largest_file
 from tests.tiny import PROMPTS, save_tiny

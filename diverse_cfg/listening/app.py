@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from diverse_cfg.evaluation.listening import QUESTIONS, Trial, Vote, Votes
+from diverse_cfg.listening.study import QUESTIONS, Trial, Vote, Votes
 from diverse_cfg.untrusted import markdown
 
 _LARGEST_REQUEST = 64 * 1024  # bytes; a vote has a few hundred
