@@ -29,7 +29,7 @@ from diverse_cfg.evaluation.cache import digest
 from diverse_cfg.evaluation.generations import describe
 from diverse_cfg.evaluation.results import Estimate, Results
 from diverse_cfg.evaluation.sweep import Sweep, kept_codes, write_audio
-from diverse_cfg.functional.statistics import bootstrap_mean, win_rate
+from diverse_cfg.functional.statistics import bootstrap_mean
 from diverse_cfg.untrusted import checked_name, inside
 
 QUESTIONS = {
@@ -314,7 +314,7 @@ def win_rates(folder: str | os.PathLike) -> list[WinRate]:
 def _win_rate(kind: str, system: str, other: str, entries: list[tuple[str, str, float]]) -> WinRate:
     prompts, names, values = (list(column) for column in zip(*entries, strict=True))
     wins, ties, losses = (values.count(score) for score in (1.0, 0.5, 0.0))
-    number, distinct, listeners = win_rate(wins, ties, losses), len(set(prompts)), len(set(names))
+    number, distinct, listeners = (wins + ties / 2) / len(values), len(set(prompts)), len(set(names))
     rate, crossed = Estimate(number, num_prompts=distinct), False
     if distinct > 1:
         crossed = listeners >= 3 and len(set(zip(prompts, names, strict=True))) == distinct * listeners
