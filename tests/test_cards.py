@@ -49,6 +49,11 @@ def decoder_rows(monkeypatch):
     return rows
 
 
+def snippets(card):
+    """Its Python code blocks."""
+    return re.findall(r"^```python\n(.*?)^```", card, flags=re.DOTALL | re.MULTILINE)
+
+
 def metadata(card):
     return yaml.safe_load(card.split("---\n")[1])
 
@@ -58,7 +63,7 @@ def test_snippets_run_and_play_without_guidance(world, tmp_path, monkeypatch, de
     """Every Python block, as a reader would paste it; catches guidance that comes back (2 rows for a
     clip)."""
     monkeypatch.chdir(tmp_path)
-    blocks = cards.snippets(render_card(world[kind], repo_id=str(world[kind])))
+    blocks = snippets(render_card(world[kind], repo_id=str(world[kind])))
     assert len(blocks) == 4
     for block in blocks:
         decoder_rows.clear()
@@ -163,7 +168,7 @@ def test_samples_are_played(world, tmp_path):
     assert '<audio controls src="samples/a b.wav"></audio>' in card
     assert "<script>" not in re.sub(r"^---.*?^---|```.*?```", "", card, flags=re.DOTALL | re.MULTILINE)
     assert metadata(card)["widget"] == [{"text": prompt, "output": {"url": "samples/a b.wav"}}]
-    for block in cards.snippets(card):
+    for block in snippets(card):
         compile(block, "card", "exec")
     with pytest.raises(FileNotFoundError, match=r"missing\.wav"):
         write_samples(folder, [Sample("samples/missing.wav", "x")])
