@@ -8,19 +8,20 @@ FORMATS = ("transformers", "audiocraft")
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "model",
         help="folder or Hub id of a model, adapter or AudioCraft checkpoint, or `nano` for the shipped base",
     )
-    parser.add_argument("--to", choices=FORMATS, required=True, help="the format to write")
-    parser.add_argument("-o", "--output", required=True, help="folder to create")
-    parser.add_argument(
+    add("--to", choices=FORMATS, required=True, help="the format to write")
+    add("-o", "--output", required=True, help="folder to create")
+    add(
         "--text-encoder",
         metavar="T5",
         help="to transformers: folder or Hub id of the T5, if it is not found by its name; to audiocraft: the "
         "name of the T5 that AudioCraft is to load",
     )
-    parser.add_argument(
+    add(
         "--dtype",
         choices=["float32", "float16", "bfloat16"],
         help="of the language model, with --to audiocraft (default: float32; AudioCraft's releases are float16)",

@@ -7,16 +7,15 @@ from diverse_cfg.cli.quiet import quiet_libraries
 
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--config",
         required=True,
         help="YAML file with systems, prompts and metrics (see diverse_cfg.evaluation)",
     )
-    parser.add_argument("--output", help="folder of the results, in place of the file's")
-    parser.add_argument("--device", help="torch device (default: a GPU if there is one)")
-    parser.add_argument(
-        "--no-gallery", action="store_true", help="no page to listen, tables and figures only"
-    )
+    add("--output", help="folder of the results, in place of the file's")
+    add("--device", help="torch device (default: a GPU if there is one)")
+    add("--no-gallery", action="store_true", help="no page to listen, tables and figures only")
 
 
 def run_evaluate(args: argparse.Namespace) -> None:

@@ -11,18 +11,19 @@ USUAL_TOP_K = 250
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--model",
         required=True,
         help="folder or Hub id of a model or adapter, or `nano` for the shipped base",
     )
-    parser.add_argument(
+    add(
         "--adapter",
         action="append",
         default=[],
         help="a LoRA adapter to apply to --model; with --merge-weight, an expert (repeatable)",
     )
-    parser.add_argument(
+    add(
         "--merge-weight",
         type=float,
         nargs="+",
@@ -32,43 +33,31 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", help="a text (repeatable)")
     what.add_argument("--prompts", metavar="SOURCE", help="a file, folder or Hub dataset of texts, or `nano`")
-    parser.add_argument("--prompts-split", help="split of a folder or dataset (default: test)")
-    parser.add_argument("--prompt-column", help="column of --prompts that holds the texts (default: prompt)")
-    parser.add_argument(
-        "--output", required=True, help="folder for the WAV files; new, empty, or begun with --resume"
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with a folder that the same command has begun"
-    )
-    parser.add_argument(
+    add("--prompts-split", help="split of a folder or dataset (default: test)")
+    add("--prompt-column", help="column of --prompts that holds the texts (default: prompt)")
+    add("--output", required=True, help="folder for the WAV files; new, empty, or begun with --resume")
+    add("--resume", action="store_true", help="go on with a folder that the same command has begun")
+    add(
         "--num-generations", type=number(int, 1), default=1, metavar="G", help="clips per prompt (default: 1)"
     )
-    parser.add_argument("--seed", type=number(int, 0, 2**64 - 1), help="same seed, same clips (default: 0)")
-    parser.add_argument(
-        "--seconds", type=number(float, 0, above=True), help="length (default: the model's own, at most 10)"
-    )
-    parser.add_argument(
-        "--guidance-scale", type=float, metavar="γ", help="default: the model's own; 1 is no guidance"
-    )
-    parser.add_argument("--negative-prompt", help="text to be guided away from, instead of no text")
-    parser.add_argument("--temperature", type=float, help="default: the model's own, or 1; 0 is greedy")
-    parser.add_argument(
-        "--top-k", type=int, help=f"default: the model's own, or {USUAL_TOP_K}; 0 keeps all codes"
-    )
-    parser.add_argument("--top-p", type=float, help="default: 1, which keeps all codes")
-    parser.add_argument("--min-p", type=float, help="default: 0, which keeps all codes")
-    parser.add_argument(
+    add("--seed", type=number(int, 0, 2**64 - 1), help="same seed, same clips (default: 0)")
+    add("--seconds", type=number(float, 0, above=True), help="length (default: the model's own, at most 10)")
+    add("--guidance-scale", type=float, metavar="γ", help="default: the model's own; 1 is no guidance")
+    add("--negative-prompt", help="text to be guided away from, instead of no text")
+    add("--temperature", type=float, help="default: the model's own, or 1; 0 is greedy")
+    add("--top-k", type=int, help=f"default: the model's own, or {USUAL_TOP_K}; 0 keeps all codes")
+    add("--top-p", type=float, help="default: 1, which keeps all codes")
+    add("--min-p", type=float, help="default: 0, which keeps all codes")
+    add(
         "--sample-format",
         choices=["int16", "float32"],
         default="int16",
         help="of the WAV files (default: int16)",
     )
-    parser.add_argument("--batch-size", type=number(int, 1), default=16, help="clips at once (default: 16)")
-    parser.add_argument("--device", help="torch device (default: a GPU if there is one)")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the decoder"
-    )
-    parser.add_argument(
+    add("--batch-size", type=number(int, 1), default=16, help="clips at once (default: 16)")
+    add("--device", help="torch device (default: a GPU if there is one)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the decoder")
+    add(
         "--rollout-backend",
         choices=["fast", "transformers"],
         default="fast",
@@ -95,13 +84,8 @@ def run_generate(args: argparse.Namespace) -> None:
             )
     if args.guidance_scale == 1:
         refuse_idle(args, "negative_prompt", "with --guidance-scale 1, which guides away from nothing")
-    wanted = {
-        "guidance_scale": args.guidance_scale,
-        "temperature": args.temperature,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "min_p": args.min_p,
-    }
+    names = ("guidance_scale", "temperature", "top_k", "top_p", "min_p")
+    typed = {name: value for name in names if (value := getattr(args, name)) is not None}
     output = Path(args.output)
     if not args.resume and output.is_dir() and any(output.iterdir()):  # before the model is loaded
         raise ValueError(f"{output} is not empty: choose another --output, or add --resume to go on with it")
@@ -114,7 +98,7 @@ def run_generate(args: argparse.Namespace) -> None:
     from diverse_cfg.policies.sampler.draws import SamplingSettings
 
     device = torch_device(args.device)
-    SamplingSettings(**{name: value for name, value in wanted.items() if value is not None})  # in range
+    SamplingSettings(**typed)  # in range
     source = model_source(args.model)
     model: Any = _load(source, args.adapter, args.merge_weight)
     own = model.generation_config

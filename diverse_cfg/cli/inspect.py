@@ -7,13 +7,10 @@ from diverse_cfg.cli.command import Command, model_source
 
 
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", help="folder or Hub id of a model or adapter, or `nano` for the shipped base"
-    )
-    parser.add_argument(
-        "--base", help="what to compare with, where it is not the base that the checkpoint names"
-    )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add = parser.add_argument
+    add("model", help="folder or Hub id of a model or adapter, or `nano` for the shipped base")
+    add("--base", help="what to compare with, where it is not the base that the checkpoint names")
+    add("--json", action="store_true", help="print the report as JSON")
 
 
 def run_inspect(args: argparse.Namespace) -> None:

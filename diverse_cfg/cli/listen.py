@@ -10,11 +10,11 @@ from diverse_cfg.cli.quiet import quiet_libraries
 def add_listen_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="action", required=True)
 
-    make = actions.add_parser("make", help="write a study from the clips of an evaluation")
-    make.add_argument("study", help="folder to create")
-    make.add_argument("--config", required=True, help="YAML file of the evaluation that made the clips")
-    make.add_argument("--output", help="folder of the results, in place of the file's")
-    make.add_argument(
+    make = actions.add_parser("make", help="write a study from the clips of an evaluation").add_argument
+    make("study", help="folder to create")
+    make("--config", required=True, help="YAML file of the evaluation that made the clips")
+    make("--output", help="folder of the results, in place of the file's")
+    make(
         "--pair",
         nargs=2,
         action="append",
@@ -22,23 +22,23 @@ def add_listen_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("A", "B"),
         help="systems to compare (repeatable)",
     )
-    make.add_argument(
+    make(
         "--quality", type=number(int, 0), default=20, metavar="N", help="single clips compared (default: 20)"
     )
-    make.add_argument(
+    make(
         "--diversity",
         type=number(int, 0),
         default=10,
         metavar="N",
         help="pairs of clips compared (default: 10)",
     )
-    make.add_argument("--seed", type=SEED, default=0, help="of sides and order (default: 0)")
+    make("--seed", type=SEED, default=0, help="of sides and order (default: 0)")
 
-    run = actions.add_parser("run", help="ask the questions on a local web page (needs gradio)")
-    run.add_argument("study")
-    run.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets others in your network listen")
-    run.add_argument("--port", type=number(int, 1, 65535), default=7860)
-    run.add_argument(
+    run = actions.add_parser("run", help="ask the questions on a local web page (needs gradio)").add_argument
+    run("study")
+    run("--host", default="127.0.0.1", help="0.0.0.0 lets others in your network listen")
+    run("--port", type=number(int, 1, 65535), default=7860)
+    run(
         "--allow-host",
         action="append",
         default=[],
@@ -46,19 +46,20 @@ def add_listen_arguments(parser: argparse.ArgumentParser) -> None:
         help="also answer as NAME, e.g. that of a proxy in front (repeatable)",
     )
 
-    count = actions.add_parser("count", help="count the votes: win rates with intervals")
-    count.add_argument("study")
+    actions.add_parser("count", help="count the votes: win rates with intervals").add_argument("study")
 
-    export = actions.add_parser("webmushra", help="write the study as a configuration of webMUSHRA")
-    export.add_argument("study")
-    export.add_argument("--output", required=True, help="folder to create, to be copied over webMUSHRA's")
-    export.add_argument(
-        "--test-id", default="diverse_cfg", help="name of the configuration (default: diverse_cfg)"
-    )
+    export = actions.add_parser(
+        "webmushra", help="write the study as a configuration of webMUSHRA"
+    ).add_argument
+    export("study")
+    export("--output", required=True, help="folder to create, to be copied over webMUSHRA's")
+    export("--test-id", default="diverse_cfg", help="name of the configuration (default: diverse_cfg)")
 
-    ratings = actions.add_parser("import", help="add the ratings that webMUSHRA collected to the votes")
-    ratings.add_argument("study")
-    ratings.add_argument("ratings", help="results/<test id>/lms.csv")
+    ratings = actions.add_parser(
+        "import", help="add the ratings that webMUSHRA collected to the votes"
+    ).add_argument
+    ratings("study")
+    ratings("ratings", help="results/<test id>/lms.csv")
 
 
 def run_listen(args: argparse.Namespace) -> None:

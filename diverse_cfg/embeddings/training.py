@@ -124,13 +124,7 @@ def train_embedder(
         return recordings.pairs(chosen, generator)
 
     embedder = train_contrastive(
-        config,
-        draw,
-        steps=steps,
-        batch=batch_size,
-        learning_rate=learning_rate,
-        seed=seed,
-        device=device,
+        config, draw, steps=steps, batch=batch_size, learning_rate=learning_rate, seed=seed, device=device
     )
     if not same_prompt:
         test = [[index for group in test for index in group]]
