@@ -156,7 +156,7 @@ def render_card(
     adapter = (folder / "adapter_config.json").is_file()
     name = repo_id or folder.resolve().name
     base = base_model or base_name(folder, provenance)
-    license = license or base_license(base, folder)
+    license = license or _base_license(base, folder)
     evaluation = _read_json(folder / METRICS_FILE)
     with reading(folder / METRICS_FILE, _REMEDY):
         metrics = [CardMetric(**metric) for metric in evaluation.get("metrics", [])]
@@ -210,7 +210,7 @@ def render_card(
     return f"---\n{data.to_yaml()}\n---\n\n{body.strip()}\n"
 
 
-def base_license(base: str | None, near: str | os.PathLike | None = None) -> str | None:
+def _base_license(base: str | None, near: str | os.PathLike | None = None) -> str | None:
     """Licence of a base's weights: from its card where that is at hand (folder or cache), else from a short
     list.
 

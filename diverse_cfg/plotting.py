@@ -123,7 +123,7 @@ def training_curves(
         FileNotFoundError: a run without a log.
         ValueError: no run has any of the metrics.
     """
-    logs = {label: [training_log(folder)] for label, folder in runs.items()}
+    logs = {label: [_training_log(folder)] for label, folder in runs.items()}
     return draw_curves(logs, stem, metrics, smooth)
 
 
@@ -182,7 +182,7 @@ def draw_curves(
         )
 
 
-def training_log(folder: str | os.PathLike) -> list[dict[str, Any]]:
+def _training_log(folder: str | os.PathLike) -> list[dict[str, Any]]:
     """What a training run logged, one entry per logged step.
 
     Raises:
@@ -220,7 +220,7 @@ def _hollow(axes: Axes, steps: np.ndarray, values: np.ndarray, look: Look) -> No
 
 def _line(axes: Axes, steps: np.ndarray, values: np.ndarray, smooth: int, label: str, look: Look) -> None:
     width = round(smooth / np.diff(steps).mean()) if len(steps) > 1 else 1
-    smoothed = [running_mean(steps, row, width) for row in values]
+    smoothed = [_running_mean(steps, row, width) for row in values]
     at, lines = smoothed[0][0], np.stack([line for _, line in smoothed])
     axes.plot(
         at, lines.mean(0), color=look.color, linestyle=look.linestyle, label=label,
@@ -230,7 +230,7 @@ def _line(axes: Axes, steps: np.ndarray, values: np.ndarray, smooth: int, label:
         axes.fill_between(at, lines.min(0), lines.max(0), color=look.color, alpha=0.18, linewidth=0)
 
 
-def running_mean(steps: np.ndarray, values: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+def _running_mean(steps: np.ndarray, values: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
     width = min(width, len(values))
     if width < 2:
         return steps, values

@@ -189,7 +189,7 @@ def test_what_is_not_known_is_not_claimed(world, tmp_path):
     [("facebook/musicgen-stereo-large", "cc-by-nc-4.0"), ("somebody/musicgen", None), (None, None)],
 )
 def test_the_licence_is_the_bases(base, license):
-    assert cards.base_license(base) == license
+    assert cards._base_license(base) == license
 
 
 def test_the_licence_is_read_from_the_bases_card(world, tmp_path):

@@ -7,7 +7,7 @@ from diverse_cfg.cli.command import Command, model_source
 FORMATS = ("transformers", "audiocraft")
 
 
-def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "model",
@@ -28,7 +28,7 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_convert(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> None:
     from diverse_cfg.atomic import new_folder, require_new
     from diverse_cfg.policies.audiocraft.folders import is_audiocraft
 
@@ -81,7 +81,7 @@ def _to_audiocraft(source: str, folder, text_encoder: str | None, dtype: str | N
 COMMAND = Command(
     name="convert",
     summary="convert a MusicGen between transformers' format and AudioCraft's",
-    add_arguments=add_convert_arguments,
-    run=run_convert,
+    add_arguments=_add_arguments,
+    run=_run,
     resume="nothing half-written is left; run it again",
 )

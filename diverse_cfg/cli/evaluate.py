@@ -6,7 +6,7 @@ from diverse_cfg.cli.command import Command
 from diverse_cfg.cli.quiet import quiet_libraries
 
 
-def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--config",
@@ -18,7 +18,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-gallery", action="store_true", help="no page to listen, tables and figures only")
 
 
-def run_evaluate(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> None:
     from diverse_cfg.settings import read_settings
 
     overrides = {
@@ -45,7 +45,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
 COMMAND = Command(
     name="evaluate",
     summary="measure systems against each other: quality, diversity, cost, with intervals",
-    add_arguments=add_evaluate_arguments,
-    run=run_evaluate,
+    add_arguments=_add_arguments,
+    run=_run,
     resume="what was generated and computed is kept; run the same command again to go on",
 )

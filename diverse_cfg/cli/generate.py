@@ -10,7 +10,7 @@ from diverse_cfg.cli.command import Command, model_source, number, prompt_source
 USUAL_TOP_K = 250
 
 
-def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--model",
@@ -65,7 +65,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_generate(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> None:
     from diverse_cfg.prompts import load_prompts
 
     if args.prompt:
@@ -157,7 +157,7 @@ def _first(*values):
 COMMAND = Command(
     name="generate",
     summary="generate clips for prompts with any MusicGen, student, adapter or merge",
-    add_arguments=add_generate_arguments,
-    run=run_generate,
+    add_arguments=_add_arguments,
+    run=_run,
     resume="clips that are there are kept; add --resume to go on",
 )

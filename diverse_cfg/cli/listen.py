@@ -7,7 +7,7 @@ from diverse_cfg.cli.command import SEED, Command, number
 from diverse_cfg.cli.quiet import quiet_libraries
 
 
-def add_listen_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="action", required=True)
 
     make = actions.add_parser("make", help="write a study from the clips of an evaluation").add_argument
@@ -62,8 +62,10 @@ def add_listen_arguments(parser: argparse.ArgumentParser) -> None:
     ratings("ratings", help="results/<test id>/lms.csv")
 
 
-def run_listen(args: argparse.Namespace) -> None:
-    {"make": _make, "run": _run, "count": _count, "webmushra": _export, "import": _import}[args.action](args)
+def _run(args: argparse.Namespace) -> None:
+    {"make": _make, "run": _serve, "count": _count, "webmushra": _export, "import": _import}[args.action](
+        args
+    )
 
 
 def _make(args: argparse.Namespace) -> None:
@@ -94,7 +96,7 @@ def _make(args: argparse.Namespace) -> None:
     print(f"{len(load_trials(folder))} trials in {folder}; ask them with: diverse-cfg listen run {folder}")
 
 
-def _run(args: argparse.Namespace) -> None:
+def _serve(args: argparse.Namespace) -> None:
     from diverse_cfg.listening.app import serve
 
     serve(args.study, host=args.host, port=args.port, names=args.allow_host)
@@ -132,7 +134,7 @@ def _import(args: argparse.Namespace) -> None:
 COMMAND = Command(
     name="listen",
     summary="a blind listening test: is it better, is it more diverse",
-    add_arguments=add_listen_arguments,
-    run=run_listen,
+    add_arguments=_add_arguments,
+    run=_run,
     resume="every vote so far is on the disk; run it again to go on",
 )

@@ -65,7 +65,7 @@ _TYPES: dict[str, Any] = {
 }
 
 
-def apply_recipe(args: argparse.Namespace) -> None:
+def _apply_recipe(args: argparse.Namespace) -> None:
     """Fill in what was not typed from the recipe, in place.
 
     Raises:
@@ -97,8 +97,8 @@ def apply_recipe(args: argparse.Namespace) -> None:
         raise ValueError("no output: name the folder to create with -o, or a --config that does")
 
 
-def run_merge(args: argparse.Namespace) -> None:
-    apply_recipe(args)
+def _run(args: argparse.Namespace) -> None:
+    _apply_recipe(args)
     print(*merge(args), sep="\n")
 
 
@@ -132,6 +132,6 @@ COMMAND = Command(
     name="merge",
     summary="interpolate checkpoints into one model, e.g. a quality student and a diversity student",
     add_arguments=add_merge_arguments,
-    run=run_merge,
+    run=_run,
     resume="nothing half-written is left; a sweep goes on where it stopped when run again",
 )

@@ -5,7 +5,7 @@ import argparse
 from diverse_cfg.cli.command import Command
 
 
-def add_publish_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", help="what `train` or `merge` wrote")
     add("repo_id", help="user/name on the Hub")
@@ -38,7 +38,7 @@ def add_publish_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-check", action="store_true", help="do not load and play the model first")
 
 
-def run_publish(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> None:
     from diverse_cfg.publishing import UploadPlan, publish
 
     result = publish(
@@ -66,7 +66,7 @@ def run_publish(args: argparse.Namespace) -> None:
 COMMAND = Command(
     name="publish",
     summary="check a model folder and upload it to the Hub: a dry run and private unless told otherwise",
-    add_arguments=add_publish_arguments,
-    run=run_publish,
+    add_arguments=_add_arguments,
+    run=_run,
     resume="nothing is visible before everything arrived; run it again to go on",
 )

@@ -66,11 +66,11 @@ class TrainArguments:
     )
 
 
-def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     """None here: TRL's parser knows them, and importing it takes seconds."""
 
 
-def run_train(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> None:
     from trl import TrlParser
 
     from diverse_cfg.config import CFGDiversityConfig
@@ -276,8 +276,8 @@ def _checkpoint(config) -> str | None:
 COMMAND = Command(
     name="train",
     summary="train a student that needs no guidance: CFG distillation with a diversity reward",
-    add_arguments=add_train_arguments,
-    run=run_train,
+    add_arguments=_add_arguments,
+    run=_run,
     resume="continue from the last checkpoint with --resume_from_checkpoint true",
     parses_rest=True,
 )

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 _CLIPS_AT_ONCE = 64
 
 
-def add_train_embedder_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--audio", metavar="FOLDER", help="audio files, or what `diverse-cfg generate` wrote")
@@ -66,7 +66,7 @@ def add_train_embedder_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", help="torch device (default: a GPU if there is one)")
 
 
-def run_train_embedder(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> None:
     import json
 
     from diverse_cfg.atomic import new_folder, require_new, write_text
@@ -227,7 +227,7 @@ def _code_recordings(args: argparse.Namespace, config, clips: list, prompts: lis
 COMMAND = Command(
     name="train-embedder",
     summary="train the encoder in which diversity is a distance, on audio or on clips of a model",
-    add_arguments=add_train_embedder_arguments,
-    run=run_train_embedder,
+    add_arguments=_add_arguments,
+    run=_run,
     resume="nothing was written; run it again to start over",
 )

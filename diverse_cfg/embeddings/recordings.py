@@ -83,7 +83,7 @@ class AudioRecordings(Recordings):
         self.rates, self.lengths = [info.samplerate for info in infos], [info.frames for info in infos]
         self.sampling_rate = sampling_rate or Counter(self.rates).most_common(1)[0][0]
         seconds = [info.frames / info.samplerate for info in infos]
-        self.chunk_seconds = chunk_length(seconds, chunk_seconds, [str(path) for path in self.files])
+        self.chunk_seconds = _chunk_length(seconds, chunk_seconds, [str(path) for path in self.files])
 
     @classmethod
     def from_folder(
@@ -116,7 +116,7 @@ class AudioRecordings(Recordings):
 
     def _pair(self, index: int, generator: torch.Generator) -> list[Tensor]:
         size = int(self.chunk_seconds * self.rates[index])
-        starts = disjoint_starts(self.lengths[index], size, generator)
+        starts = _disjoint_starts(self.lengths[index], size, generator)
         return [self._chunk(index, start, size) for start in starts]
 
     def _chunk(self, index: int, start: int, size: int) -> Tensor:
@@ -176,16 +176,16 @@ class CodeRecordings(Recordings):
             )
         seconds = [clip.shape[1] / frame_rate for clip in self.clips]
         names = [f"clip {index}" for index in range(len(self.clips))]
-        self.chunk_seconds = chunk_length(seconds, chunk_seconds, names)
+        self.chunk_seconds = _chunk_length(seconds, chunk_seconds, names)
         self.chunk_frames = max(1, int(self.chunk_seconds * frame_rate + 1e-6))
 
     def _pair(self, index: int, generator: torch.Generator) -> list[Tensor]:
         clip, size = self.clips[index], self.chunk_frames
-        starts = disjoint_starts(clip.shape[1], size, generator)
+        starts = _disjoint_starts(clip.shape[1], size, generator)
         return [clip[:, start : start + size].long() for start in starts]
 
 
-def chunk_length(seconds: Sequence[float], wanted: float | None, names: Sequence[str]) -> float:
+def _chunk_length(seconds: Sequence[float], wanted: float | None, names: Sequence[str]) -> float:
     """Length of a chunk, of which every recording must hold two.
 
     Raises:
@@ -212,7 +212,7 @@ def chunk_length(seconds: Sequence[float], wanted: float | None, names: Sequence
     return wanted
 
 
-def disjoint_starts(length: int, size: int, generator: torch.Generator) -> list[int]:
+def _disjoint_starts(length: int, size: int, generator: torch.Generator) -> list[int]:
     """Where two chunks that do not overlap begin, every placement equally likely, in random order."""
     # Two places among slack + 1, equal ones allowed, are two different ones among slack + 2.
     places = length - 2 * size + 2

@@ -59,7 +59,7 @@ def front(
         ValueError: no system has both metrics, or a name that is no metric.
     """
     rows = _with_metrics(results, (x, y))
-    volumes = series_hypervolumes(results, x, y, corner)
+    volumes = _series_hypervolumes(results, x, y, corner)
     table = [{"system": row.system.name, "series": row.system.series} | _numbers(row, x, y) for row in rows]
     areas = pd.DataFrame(
         [(name, volume.estimate, volume.low, volume.high) for name, volume in volumes.items()],
@@ -110,7 +110,7 @@ def _looks(rows: Sequence[SystemResult]) -> dict[str, Look]:
     return {name: replace(Look.number(index), strong=name in strong) for index, name in enumerate(order)}
 
 
-def series_hypervolumes(
+def _series_hypervolumes(
     results: Results, x: str, y: str, corner: tuple[float, float] | None = None
 ) -> dict[str, Estimate]:
     """Hypervolume of every series of several systems, above a corner: None takes the worst coordinates of all.
@@ -167,7 +167,7 @@ def merge_curve(results: Results, series: str, metrics: Sequence[str], stem: str
             ends = [_value(first, metric), _value(last, metric)]
             axes.plot([0, 1], ends, color="0.45", linestyle=(0, (4, 2)), linewidth=0.9, label="straight line")
             axes.errorbar(
-                weights, [value.estimate for value in values], yerr=error_bars(values), color=look.color,
+                weights, [value.estimate for value in values], yerr=_error_bars(values), color=look.color,
                 marker=look.marker, linestyle="-", elinewidth=0.7, capsize=1.5, label="merge",
             )  # fmt: skip
             axes.set_xlabel("merge weight λ")
@@ -296,7 +296,7 @@ def _numbers(row: SystemResult, *metrics: str) -> dict[str, Any]:
 
 def _point(axes: Axes, row: SystemResult, x: str, y: str, look: Look, alone: bool) -> None:
     axes.errorbar(
-        _value(row, x), _value(row, y), xerr=error_bars([row.metrics[x]]), yerr=error_bars([row.metrics[y]]),
+        _value(row, x), _value(row, y), xerr=_error_bars([row.metrics[x]]), yerr=_error_bars([row.metrics[y]]),
         color=look.color, marker=look.marker, linestyle="none",
         markersize=6.0 if alone else 4.0 if look.strong else 3.2,
         markeredgecolor="white" if alone else look.color,  # which a strong line beneath must not swallow
@@ -323,7 +323,7 @@ def _label_points(
     sides = ((-1, -1), (1, 1), (1, -1), (-1, 1))
     inner = rows[1:-1] if len(rows) <= _MANY else rows[2:-1:2]
     for row in [rows[0], rows[-1], *inner]:
-        text = short_label(row, varied) or row.system.name
+        text = _short_label(row, varied) or row.system.name
         width, height = 0.6 * _LABEL_SIZE * len(text), 1.2 * _LABEL_SIZE
         for right, up in (*sides[index % 4 :], *sides[: index % 4]):
             left, bottom = _in_points(axes, row, x, y) + np.array([4 * right, 3.5 * up])
@@ -345,7 +345,7 @@ def _inside(place: Bbox, axes: Axes) -> bool:
     return bool((place.min >= frame[0] + 1).all() and (place.max <= frame[1]).all())
 
 
-def short_label(row: SystemResult, varied: Mapping[str, bool]) -> str:
+def _short_label(row: SystemResult, varied: Mapping[str, bool]) -> str:
     """λ of a merge; step of a checkpoint; γ, T and k where they vary along the series or are not neutral;
     empty for a plain model."""
     system = row.system
@@ -396,7 +396,7 @@ def _finish(axes: Axes, x: str, y: str, title: str | None = None) -> None:
     figure.legend(**LEGEND | {"ncols": columns}, labelspacing=0.3, title=title, title_fontsize=6.5)
 
 
-def error_bars(values: Sequence[Estimate]) -> np.ndarray | None:
+def _error_bars(values: Sequence[Estimate]) -> np.ndarray | None:
     """Lengths of error bars below and above [2, C]; None if there are none."""
     if any(value.low is None or value.high is None or value.estimate is None for value in values):
         return None

@@ -155,7 +155,7 @@ def describe(system: System, mixture: Mixture, clips: ClipSet, seed: int) -> dic
     }
 
 
-def machine(device: str) -> str:
+def _machine(device: str) -> str:
     """What times belong to: the GPU or the processor, and the number of threads."""
     name = platform.processor() or platform.machine()
     if torch.device(device).type == "cuda":
@@ -173,7 +173,7 @@ def generations(
 
     Returns:
         `codes` int32 [N, K, T], clips of a prompt adjacent; `seconds` per clip, of the sampling [N], on the
-        `machine` that the cache's facts name;
+        `_machine` that the cache's facts name;
         `batch` of each clip [N], since clips of one batch share their time; `decoder_rows` per clip [N].
     """
     description = describe(system, player.mixture, clips, seed)
@@ -220,5 +220,5 @@ def generations(
         "batch": np.array(batches, dtype=np.int32),
         "decoder_rows": np.full(len(seconds), player.decoder_rows(system, clips.num_frames), dtype=np.int32),
     }
-    cache.save("generations", description, arrays, {"machine": machine(player.device)})
+    cache.save("generations", description, arrays, {"machine": _machine(player.device)})
     return arrays

@@ -167,7 +167,7 @@ def build_sweep(config: SweepConfig) -> tuple[Sweep, list[System]]:
     """
     systems = planned_systems(config)
     device = torch_device(config.device)
-    prompts = held_out_prompts(config)
+    prompts = _held_out_prompts(config)
     cache = Cache(Path(config.output) / "cache")
     teacher = source(config.teacher or systems[0].replicates[0][0][0])
     player = Player(single(teacher)[0], device)
@@ -204,7 +204,7 @@ def build_sweep(config: SweepConfig) -> tuple[Sweep, list[System]]:
     return sweep, systems
 
 
-def held_out_prompts(config: SweepConfig) -> list[str]:
+def _held_out_prompts(config: SweepConfig) -> list[str]:
     """Distinct prompts, in their order.
 
     Raises:

@@ -72,15 +72,15 @@ def evaluate(
         if not results.usable:
             write_text(Path(config.output) / "results.md", results.table() + "\n")
             raise ValueError(f"every system failed; the first: {results.systems[0].error}")
-        pictures = [*draw(results, config.output, config.x, config.y), *pictures]
-        write_text(Path(config.output) / "results.md", to_page(results, pictures, config))
+        pictures = [*_draw(results, config.output, config.x, config.y), *pictures]
+        write_text(Path(config.output) / "results.md", _to_page(results, pictures, config))
         if config.gallery_prompts and config.gallery_generations:
             files = write_audio(
                 results, sweep, config.output, config.gallery_prompts, config.gallery_generations
             )
             title = title or f"{len(results.systems)} systems on {len(results.prompts)} prompts"
             columns = [name for name in columns or results.metrics if name in results.metrics]
-            write_gallery(
+            _write_gallery(
                 results, files, config.output,
                 title=title, introduction=introduction, metrics=columns, pictures=pictures,
             )  # fmt: skip
@@ -111,7 +111,7 @@ def _check_axes(config: SweepConfig, sweep: Sweep, systems: Sequence[System]) ->
             )
 
 
-def to_page(results: Results, pictures: Sequence[Picture], config: SweepConfig) -> str:
+def _to_page(results: Results, pictures: Sequence[Picture], config: SweepConfig) -> str:
     """Everything as one Markdown page: findings, figures, table, glossary, how it was measured."""
     lines = ["# Results", ""]
     x, y = config.x or first_metric(results, DIVERSITIES), config.y or first_metric(results, QUALITIES)
@@ -124,7 +124,7 @@ def to_page(results: Results, pictures: Sequence[Picture], config: SweepConfig) 
         lines += [f"![{caption}]({picture.file})", "", caption, ""]
     settings = results.settings
     versions = ", ".join(f"{name} {version}" for name, version in settings["versions"].items())
-    how = f"{how_measured(results)} Sampling seeds {settings['seeds']}; {settings['machine']}; {versions}."
+    how = f"{_how_measured(results)} Sampling seeds {settings['seeds']}; {settings['machine']}; {versions}."
     if "seconds" in results.metrics and (machines := settings.get("timed_on")):
         how += f" Sampling was timed on {'; '.join(machines)}."
         how += " Times of different machines do not compare." if len(machines) > 1 else ""
@@ -134,7 +134,7 @@ def to_page(results: Results, pictures: Sequence[Picture], config: SweepConfig) 
     return "\n".join(lines) + "\n"
 
 
-def write_gallery(
+def _write_gallery(
     results: Results,
     files: dict[tuple[str, int], list[str]],
     folder: str | os.PathLike,
@@ -181,14 +181,14 @@ def write_gallery(
         ],
         "files": files,
         "beside": lambda row, prompt: _of_prompt(row, prompt, beside[:3]),
-        "how": how_measured(results),
+        "how": _how_measured(results),
         "whose": _beside(results),
         "target": TARGET_LUFS,
     }
     return write_text(Path(folder) / "index.html", render("gallery.html.jinja", page))
 
 
-def how_measured(results: Results) -> str:
+def _how_measured(results: Results) -> str:
     """What the table's numbers are means over, and what their intervals hold for."""
     settings = results.settings
     seeds, clips = len(settings["seeds"]), settings["num_generations"]
@@ -226,7 +226,7 @@ def _of_prompt(row: SystemResult, prompt: int, names: Sequence[str]) -> str:
     return " · ".join(parts)
 
 
-def draw(
+def _draw(
     results: Results, folder: str | os.PathLike, x: str | None = None, y: str | None = None
 ) -> list[Picture]:
     """Every figure that these results have the numbers for: front, LERPs, trajectories.

@@ -69,7 +69,7 @@ class Arms:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class _Evidence:
     """One claim and what the numbers say.
 
     Args:
@@ -89,7 +89,7 @@ class Signature:
 
     number: int
     title: str
-    evidence: tuple[Evidence, ...]
+    evidence: tuple[_Evidence, ...]
 
     @property
     def verdict(self) -> str:
@@ -121,11 +121,11 @@ def signatures(
     merges = merges_of(results, arms)
     kept = f"(a loss of {margin:g} at most)"
 
-    def more(claim: str, system: str, other: str, metric: str, by: float = 0.0) -> Evidence:
-        return claimed(claim, lambda: results.difference(system, other, metric), above=by)
+    def more(claim: str, system: str, other: str, metric: str, by: float = 0.0) -> _Evidence:
+        return _claimed(claim, lambda: results.difference(system, other, metric), above=by)
 
-    def less(claim: str, system: str, other: str, metric: str) -> Evidence:
-        return claimed(claim, lambda: results.difference(system, other, metric), below=0.0)
+    def less(claim: str, system: str, other: str, metric: str) -> _Evidence:
+        return _claimed(claim, lambda: results.difference(system, other, metric), below=0.0)
 
     def larger_front(pool: Sequence[str]) -> Estimate:
         front, corner = [row.system.name for row in merges], useful_corner(results, arms, diversity, quality)
@@ -144,21 +144,21 @@ def signatures(
             more("it keeps a better quality than the base", diverse, base, quality),
         ),
         (
-            claimed(
+            _claimed(
                 f"diversity is on the line (within ±{diversity_margin:g})",
                 lambda: _mean_above_line(merges, diversity),
                 above=-diversity_margin,
                 below=diversity_margin,
             ),
-            claimed("quality is above the line", lambda: _mean_above_line(merges, quality), above=0.0),
+            _claimed("quality is above the line", lambda: _mean_above_line(merges, quality), above=0.0),
         ),
         tuple(
-            claimed(f"larger hypervolume than {name}", partial(larger_front, pool), above=0.0)
+            _claimed(f"larger hypervolume than {name}", partial(larger_front, pool), above=0.0)
             for name, pool in arms.pools.items()
         )
-        or (Evidence("larger hypervolume than guidance and temperature", None, MISSING),),
+        or (_Evidence("larger hypervolume than guidance and temperature", None, MISSING),),
         (
-            claimed(
+            _claimed(
                 f"quality of the front at its diversity {kept}",
                 lambda: _beside_front(results[arms.uniform or ""], merges, diversity, quality),
                 above=-margin,
@@ -169,9 +169,9 @@ def signatures(
     return [Signature(number, title, claims) for number, (title, claims) in enumerate(titled, start=1)]
 
 
-def claimed(
+def _claimed(
     claim: str, measure: Callable[[], Estimate], *, above: float | None = None, below: float | None = None
-) -> Evidence:
+) -> _Evidence:
     """One claim: that an interval lies above a bound, below one, or between two.
 
     What was not measured (`measure` raises a ValueError: a system failed, is flagged or was not evaluated, or a
@@ -180,12 +180,12 @@ def claimed(
     try:
         found = measure()
     except ValueError:
-        return Evidence(claim, None, MISSING)
+        return _Evidence(claim, None, MISSING)
     if found.low is None or found.high is None:
-        return Evidence(claim, found, OPEN)
+        return _Evidence(claim, found, OPEN)
     holds = (above is None or found.low > above) and (below is None or found.high < below)
     fails = (above is not None and found.high < above) or (below is not None and found.low > below)
-    return Evidence(claim, found, HOLDS if holds else FAILS if fails else OPEN)
+    return _Evidence(claim, found, HOLDS if holds else FAILS if fails else OPEN)
 
 
 def useful_corner(results: Results, arms: Arms, x: str, y: str) -> tuple[float, float]:

@@ -114,7 +114,7 @@ class Sweep:
                     logger.debug("its traceback", exc_info=True)
                     rows.append(SystemResult(system, error=plain(f"{type(error).__name__}: {error}")))
                 bar.update(before + 2 * len(system.replicates) * self.clips.num_clips - bar.n)
-        flag_incomparable(rows)
+        _flag_incomparable(rows)
         return Results(list(self.clips.prompts), rows, self._settings(rows), list(compare_to))
 
     def evaluate(self, system: System, bar: tqdm | None = None) -> SystemResult:
@@ -208,7 +208,7 @@ class Sweep:
         }
 
 
-def flag_incomparable(rows: Sequence[SystemResult]) -> None:
+def _flag_incomparable(rows: Sequence[SystemResult]) -> None:
     """Flag systems that are clearly further from music than the unguided base: nothing is as diverse as random codes.
 
     The base (role "base", γ = 1, T = 1) is the worst that a sweep has any use for: students and guidance improve on

@@ -15,7 +15,7 @@ from torch import Tensor
 from diverse_cfg.functional._checks import require_ndim
 
 
-class Interval(NamedTuple):
+class _Interval(NamedTuple):
     """An estimate with its 95 % interval."""
 
     estimate: float
@@ -30,7 +30,7 @@ def bootstrap_mean(
     seed_ids: Sequence[Hashable] | Tensor | None = None,
     *,
     num_resamples: int = 2000,
-) -> Interval:
+) -> _Interval:
     """Mean with an interval from a bootstrap over prompts.
 
         x̄* = Σ_p n*_p · Σ_{c∈p} x_c / Σ_p n*_p · |p|,   n* = how often each prompt was drawn (Efron 1979)
@@ -96,7 +96,7 @@ def jackknife_statistic(
     num_seeds: int = 1,
     *,
     max_groups: int = 100,
-) -> Interval:
+) -> _Interval:
     """Any smooth statistic of a set of prompts (Fréchet, MMD, hypervolume) with an interval around it.
 
         V_p = (P − 1)/P · Σ_i (s_(i) − s̄_(·))²,   s_(i) = the statistic without prompt i
@@ -251,7 +251,7 @@ def _draw_counts(count: int, num_resamples: int) -> Tensor:
     return zeros.scatter_add(1, draws, torch.ones_like(draws, dtype=torch.float64))
 
 
-def _interval(estimate: float, resampled: Tensor, num_prompts: int) -> Interval:
+def _interval(estimate: float, resampled: Tensor, num_prompts: int) -> _Interval:
     """Percentile interval of resamples [B] at a level widened for few prompts, as wide as Student's t."""
     if len(resampled) < 100:
         raise ValueError(f"num_resamples must be at least 100, got {len(resampled)}")
@@ -259,10 +259,10 @@ def _interval(estimate: float, resampled: Tensor, num_prompts: int) -> Interval:
     quantile = _t_quantile(num_prompts - 1) * (num_prompts / (num_prompts - 1)) ** 0.5
     tail = float(scipy.stats.norm.cdf(-quantile))
     low, high = torch.quantile(resampled, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return Interval(estimate, low, high, resampled.std().item())
+    return _Interval(estimate, low, high, resampled.std().item())
 
 
-def _student(estimate: float, factors: Sequence[tuple[float, int]]) -> Interval:
+def _student(estimate: float, factors: Sequence[tuple[float, int]]) -> _Interval:
     """Student's interval of an estimate with a variance of its own from each factor, prompts and perhaps seeds.
 
     Args:
@@ -277,7 +277,7 @@ def _student(estimate: float, factors: Sequence[tuple[float, int]]) -> Interval:
     # What another factor adds must not narrow a factor's own interval.
     own = [_t_quantile(count - 1) * variance**0.5 for variance, count in factors]
     half = max([half, *own]) if math.isfinite(half) else math.nan
-    return Interval(estimate, estimate - half, estimate + half, total**0.5)
+    return _Interval(estimate, estimate - half, estimate + half, total**0.5)
 
 
 def _t_quantile(freedom: float) -> float:

@@ -22,7 +22,7 @@ _CHOICES = (("left", "â—€ left"), ("same", "no difference"), ("right", "right â–
 
 
 @dataclass(frozen=True)
-class View:
+class _View:
     """What is on the page.
 
     Args:
@@ -37,7 +37,7 @@ class View:
     right: tuple[str, ...] = ()
 
 
-def view(votes: Votes, listener: str) -> View:
+def _view(votes: Votes, listener: str) -> _View:
     """The next trial of a listener.
 
     Raises:
@@ -48,7 +48,7 @@ def view(votes: Votes, listener: str) -> View:
         raise ValueError("enter a name first: any name, so that your votes count once")
     remaining, total = votes.remaining(listener), len(votes.trials)
     if not remaining:
-        return View(None, f"### Thank you, {markdown(listener)}\nAll {total} comparisons are done.")
+        return _View(None, f"### Thank you, {markdown(listener)}\nAll {total} comparisons are done.")
     trial = remaining[0]
     text = (
         f"### {total - len(remaining) + 1} of {total}\n**{QUESTIONS[trial.kind]}**\n\nBoth sides were made "
@@ -56,10 +56,10 @@ def view(votes: Votes, listener: str) -> View:
     )
     folder = votes.folder.resolve()
     sides = [tuple(str(folder / file) for file in files) for files in (trial.left, trial.right)]
-    return View(trial, text, *sides)
+    return _View(trial, text, *sides)
 
 
-def build_app(folder: str | os.PathLike) -> Any:
+def _build_app(folder: str | os.PathLike) -> Any:
     """The page as a `gradio.Blocks`.
 
     Raises:
@@ -74,7 +74,7 @@ def build_app(folder: str | os.PathLike) -> Any:
 
     def show(listener: str) -> list[Any]:
         try:
-            now = view(votes, listener)
+            now = _view(votes, listener)
         except ValueError as error:
             raise gradio.Error(str(error)) from None
         clips = [*_two(now.left), *_two(now.right)]
@@ -189,7 +189,7 @@ def serve(
         port: of that address.
         names: host names that the page answers to, besides this machine's own and addresses.
     """
-    app = build_app(folder)
+    app = _build_app(folder)
     app.launch(
         server_name=host,
         server_port=port,

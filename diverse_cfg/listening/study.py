@@ -260,7 +260,7 @@ class Votes:
 
 
 @dataclass(frozen=True)
-class WinRate:
+class _WinRate:
     """How often a system won against another.
 
     Args:
@@ -284,7 +284,7 @@ class WinRate:
     new_listeners: bool
 
 
-def win_rates(folder: str | os.PathLike) -> list[WinRate]:
+def win_rates(folder: str | os.PathLike) -> list[_WinRate]:
     """Count the votes of a study, each pair of systems once, the first of the alphabet against the other.
 
     All votes on one prompt are one cluster of the bootstrap. Three listeners or more who answered everything
@@ -311,7 +311,7 @@ def win_rates(folder: str | os.PathLike) -> list[WinRate]:
     return [_win_rate(*names, entries) for names, entries in sorted(scores.items())]
 
 
-def _win_rate(kind: str, system: str, other: str, entries: list[tuple[str, str, float]]) -> WinRate:
+def _win_rate(kind: str, system: str, other: str, entries: list[tuple[str, str, float]]) -> _WinRate:
     prompts, names, values = (list(column) for column in zip(*entries, strict=True))
     wins, ties, losses = (values.count(score) for score in (1.0, 0.5, 0.0))
     number, distinct, listeners = (wins + ties / 2) / len(values), len(set(prompts)), len(set(names))
@@ -322,7 +322,7 @@ def _win_rate(kind: str, system: str, other: str, entries: list[tuple[str, str, 
         rate = Estimate(*interval, num_prompts=distinct)
         if rate.low == rate.high:  # nothing varies, so a bootstrap cannot tell how little is known
             rate, crossed = Estimate(number, *_exact_interval(number, distinct), num_prompts=distinct), False
-    return WinRate(kind, system, other, wins, ties, losses, rate, listeners, crossed)
+    return _WinRate(kind, system, other, wins, ties, losses, rate, listeners, crossed)
 
 
 def _exact_interval(rate: float, count: int) -> tuple[float, float]:

@@ -10,9 +10,9 @@ import pytest
 
 from diverse_cfg.evaluation import figures as figures_module
 from diverse_cfg.evaluation.figures import (
+    _series_hypervolumes,
     front,
     merge_curve,
-    series_hypervolumes,
     trajectories,
 )
 from diverse_cfg.evaluation.results import Estimate, Results, SystemResult, above_line, mean_estimate
@@ -82,8 +82,8 @@ def test_a_broken_system_is_named_and_not_drawn(tmp_path):
     svg, _, table = front(found, "diversity_heldout", "adherence", tmp_path / "front")
     assert "not drawn, invalid audio: white noise" in svg.read_text(encoding="utf-8")
     assert next(line for line in read_csv(table) if line[0] == "white noise")[-1] == noise.flags[0]
-    volumes = series_hypervolumes(found, "diversity_heldout", "adherence")
-    assert volumes == series_hypervolumes(results(*found.systems[:2]), "diversity_heldout", "adherence")
+    volumes = _series_hypervolumes(found, "diversity_heldout", "adherence")
+    assert volumes == _series_hypervolumes(results(*found.systems[:2]), "diversity_heldout", "adherence")
 
 
 def test_hypervolume_above_the_worst_of_all_systems():
@@ -93,7 +93,7 @@ def test_hypervolume_above_the_worst_of_all_systems():
         row("b", 0.5, 0.6, spread=0, series="s"),
         row("worst", 0.2, 0.5, spread=0, series="other"),
     )
-    volumes = series_hypervolumes(found, "diversity_heldout", "adherence")
+    volumes = _series_hypervolumes(found, "diversity_heldout", "adherence")
     assert volumes.keys() == {"s"}
     assert volumes["s"].estimate == pytest.approx(0.05)
 

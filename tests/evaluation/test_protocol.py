@@ -179,7 +179,7 @@ def test_wrong_settings_are_refused_before_anything_is_generated(
 def test_times_name_the_machine_that_took_them(root, tmp_path, monkeypatch):
     """Catches kept times that are said to be this machine's: here a slower one sampled half of the clips."""
     values = settings(root, tmp_path / "sweep", metrics=["seconds"], gallery_prompts=0)
-    monkeypatch.setattr("diverse_cfg.evaluation.generations.machine", lambda device: f"old one, {device}")
+    monkeypatch.setattr("diverse_cfg.evaluation.generations._machine", lambda device: f"old one, {device}")
     results = report.evaluate(SweepConfig.from_dict(values), progress=False)
     assert results.settings["timed_on"] == ["old one, cpu"]
     monkeypatch.undo()

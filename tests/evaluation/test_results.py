@@ -15,8 +15,8 @@ from diverse_cfg.evaluation.results import (
     Estimate,
     Results,
     SystemResult,
+    _estimate_of_cells,
     estimate,
-    estimate_of_cells,
     mean_estimate,
 )
 from diverse_cfg.evaluation.systems import System, single
@@ -428,7 +428,7 @@ def test_intervals_of_shares_stay_between_0_and_1():
     cells[:2, 1], cells[5, 0] = 0.5, 0.0
     plain = mean_estimate(cells)
     assert plain.high > 1
-    share = estimate_of_cells(METRICS["validity"], cells)
+    share = _estimate_of_cells(METRICS["validity"], cells)
     assert (share.estimate, share.low, share.high) == (plain.estimate, plain.low, 1.0)
-    assert estimate_of_cells(METRICS["silence"], 1 - cells).low == 0
-    assert estimate_of_cells(METRICS["level"], cells) == plain
+    assert _estimate_of_cells(METRICS["silence"], 1 - cells).low == 0
+    assert _estimate_of_cells(METRICS["level"], cells) == plain

@@ -11,7 +11,7 @@ from diverse_cfg.evaluation import generations as generations_module
 from diverse_cfg.evaluation.features import JudgeFeature
 from diverse_cfg.evaluation.generations import ClipSet, Player, describe
 from diverse_cfg.evaluation.results import SystemResult, mean_estimate
-from diverse_cfg.evaluation.sweep import Sweep, flag_incomparable
+from diverse_cfg.evaluation.sweep import Sweep, _flag_incomparable
 from diverse_cfg.evaluation.systems import System, expand_systems, single
 from diverse_cfg.policies.musicgen.loading import load_policy, load_processor
 from diverse_cfg.policies.sampler.rollout import RolloutWeights, fast_generate
@@ -343,7 +343,7 @@ def test_only_what_is_clearly_broken_is_flagged(metric, base, mean, spread, flag
         of_metric("hot", metric, mean, spread, temperature=2.0, role="base"),
         of_metric("base", metric, base, role="base"),
     ]
-    flag_incomparable(rows)
+    _flag_incomparable(rows)
     assert bool(rows[0].flags) == flagged
     assert not rows[1].flags
 
@@ -356,7 +356,7 @@ def test_nothing_is_flagged_without_a_base_to_compare_with():
         of_metric("base", "kl_teacher", 40, role="base"),
     ):
         rows = [other, of_metric("student", "adherence", 0.1)]
-        flag_incomparable(rows)
+        _flag_incomparable(rows)
         assert not rows[1].flags
 
 

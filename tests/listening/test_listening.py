@@ -19,7 +19,7 @@ import yaml
 from diverse_cfg.evaluation.cache import Cache
 from diverse_cfg.evaluation.results import Results
 from diverse_cfg.evaluation.systems import System, single
-from diverse_cfg.listening.app import _Doorkeeper, build_app, serve, view
+from diverse_cfg.listening.app import _build_app, _Doorkeeper, _view, serve
 from diverse_cfg.listening.study import (
     KEY_FILE,
     VOTES_FILE,
@@ -382,7 +382,7 @@ def test_a_study_is_never_written_over(study, evaluated):
 def test_the_page_shows_one_trial_after_the_other(study):
     votes = Votes(study)
     seen = []
-    while (now := view(votes, " anna ")).trial:
+    while (now := _view(votes, " anna ")).trial:
         assert f"### {len(seen) + 1} of 7" in now.text and now.trial.prompt in now.text
         assert all(path.startswith(str(study.resolve())) for path in now.left + now.right)
         seen.append(now.trial.id)
@@ -390,13 +390,13 @@ def test_the_page_shows_one_trial_after_the_other(study):
     assert len(set(seen)) == 7
     assert "Thank you, anna" in now.text
     with pytest.raises(ValueError, match="enter a name"):
-        view(votes, " ")
+        _view(votes, " ")
 
 
 def test_without_gradio_the_page_says_what_to_install(study, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gradio", None)
     with pytest.raises(ImportError, match=r"'\.\[listen\]'"):
-        build_app(study)
+        _build_app(study)
 
 
 def test_lists_that_were_damaged_are_named(study):
@@ -419,7 +419,7 @@ def test_lists_that_were_damaged_are_named(study):
 def test_a_click_is_a_vote(study):
     """The page's own functions, called as gradio calls them."""
     pytest.importorskip("gradio", reason="gradio is not installed")
-    app = build_app(study)
+    app = _build_app(study)
     functions = [function.fn for function in app.fns.values()]
     show, left = functions[0], functions[2]
     trial, text, *rest = show("anna")
