@@ -64,7 +64,7 @@ def make_checkpoint(folder: Path, shape: str, seed: int) -> None:
     import torch
     from transformers import EncodecFeatureExtractor, GenerationConfig, MusicgenProcessor, T5Tokenizer
 
-    from diverse_cfg.policies.musicgen import layout
+    from diverse_cfg.policies.musicgen.family import MUSICGEN as layout
     from diverse_cfg.policies.tensors import TensorSpec, write_safetensors
 
     folder.mkdir(parents=True)
@@ -73,7 +73,7 @@ def make_checkpoint(folder: Path, shape: str, seed: int) -> None:
     names = {name: index for index, name in enumerate(shapes)}
 
     def produce(name: str) -> torch.Tensor:
-        own = 0 if name.startswith(layout.CODEC_PREFIX) else seed
+        own = 0 if name.startswith(layout.codec_prefix) else seed
         generator = torch.Generator().manual_seed(1000 * own + names[name])
         return torch.randn(shapes[name], generator=generator) * 0.02
 
@@ -93,7 +93,7 @@ def make_adapter(folder: Path, base: Path, seed: int) -> None:
     import torch
     from peft import LoraConfig
 
-    from diverse_cfg.policies.musicgen import layout
+    from diverse_cfg.policies.musicgen.family import MUSICGEN as layout
     from diverse_cfg.policies.tensors import TensorSpec, write_safetensors
 
     folder.mkdir(parents=True)

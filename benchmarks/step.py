@@ -43,7 +43,7 @@ from diverse_cfg.atomic import write_text
 from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.embeddings import load_embedder
 from diverse_cfg.embeddings.contrastive import ContrastiveConfig, ContrastiveEmbedder, ContrastiveEncoder
-from diverse_cfg.policies.musicgen.loading import load_policy, load_processor
+from diverse_cfg.policies.loading import load_policy, load_processor
 from diverse_cfg.rewards import DiversityReward
 from diverse_cfg.trainer import CFGDiversityTrainer
 from diverse_cfg.trainer import rollouts as rollouts_module

@@ -25,8 +25,8 @@ _PUBLIC = {
     "inspect_checkpoint": "diverse_cfg.merging",
     "load_audiocraft": "diverse_cfg.policies.audiocraft",
     "load_embedder": "diverse_cfg.embeddings",
-    "load_policy": "diverse_cfg.policies.musicgen.loading",
-    "load_processor": "diverse_cfg.policies.musicgen.loading",
+    "load_policy": "diverse_cfg.policies.loading",
+    "load_processor": "diverse_cfg.policies.loading",
     "load_prompts": "diverse_cfg.prompts",
     "load_slider": "diverse_cfg.merging",
     "merge_checkpoints": "diverse_cfg.merging",
@@ -68,7 +68,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
         load_audiocraft,
         to_audiocraft,
     )
-    from diverse_cfg.policies.musicgen.loading import load_policy, load_processor
+    from diverse_cfg.policies.loading import load_policy, load_processor
     from diverse_cfg.policies.sampler.rollout import fast_generate
     from diverse_cfg.policies.sampler.weights import RolloutWeights
     from diverse_cfg.prompts import load_prompts

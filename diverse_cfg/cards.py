@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from diverse_cfg.atomic import write_text
-from diverse_cfg.policies.musicgen import layout
+from diverse_cfg.policies.families import family_of, load_config, load_generation_config
 from diverse_cfg.provenance import Provenance, read_provenance
 from diverse_cfg.reading import read_json, reading
 from diverse_cfg.untrusted import inside, render, slug
@@ -294,7 +294,7 @@ def is_hub_id(name: str | None) -> bool:
 
 
 def _generation(folder: Path) -> dict[str, Any]:
-    config = layout.load_generation_config(folder)
+    config = load_generation_config(folder)
     if config is None:
         raise ValueError(f"{folder} has no generation_config.json: how it is sampled belongs to the model")
     names = ("do_sample", "guidance_scale", "temperature", "top_k", "top_p", "min_p", "max_new_tokens")
@@ -307,11 +307,11 @@ def _length(
     """Frames and seconds of a clip, each None where it is not known."""
     frames, seconds = provenance.sampling.get("num_frames"), provenance.training.get("clip_seconds")
     if (folder / "config.json").is_file():
-        config = layout.load_config(folder)
+        family, config = family_of(folder), load_config(folder)
         if not frames and "max_new_tokens" in generation:
-            frames = generation["max_new_tokens"] - layout.num_frames_to_tokens(0, config)
+            frames = generation["max_new_tokens"] - family.num_frames_to_tokens(0, config)
         if not seconds and frames is not None:
-            seconds = layout.frames_to_seconds(int(frames), config)
+            seconds = family.frames_to_seconds(int(frames), config)
     return (int(frames) if frames else None), (float(seconds) if seconds else None)
 
 

@@ -11,7 +11,7 @@ from diverse_cfg.assets import nano_path
 from diverse_cfg.nano.attributes import KEYS, key_correlations, parse_prompt
 from diverse_cfg.nano.judge import AttributeJudge
 from diverse_cfg.nano.rules import classify, median_pitches, onset_counts, pitches, rule_adherence
-from diverse_cfg.policies.musicgen.loading import load_policy, load_processor
+from diverse_cfg.policies.loading import load_policy, load_processor
 from diverse_cfg.policies.sampler.rollout import fast_generate
 
 RATE = 16_000

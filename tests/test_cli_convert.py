@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diverse_cfg.cli import main
-from diverse_cfg.policies.musicgen.loading import is_distilled, load_policy
+from diverse_cfg.policies.loading import is_distilled, load_policy
 from diverse_cfg.provenance import Provenance, write_provenance
 
 DATA = Path(__file__).parent / "musicgen" / "data" / "audiocraft" / "mono"

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from diverse_cfg.policies.musicgen.policy import encode_text, load_policy
+from diverse_cfg.policies.loading import load_policy
+from diverse_cfg.policies.musicgen.model import encode_text
 from diverse_cfg.policies.sampler import loop as loop_module
 from diverse_cfg.policies.sampler.rollout import RolloutWeights, fast_generate, sample_codes
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor

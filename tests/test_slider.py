@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diverse_cfg.merging import load_slider, merge_checkpoints
-from diverse_cfg.policies.musicgen.policy import load_policy
+from diverse_cfg.policies.loading import load_policy
 from tests import checkpoints as made
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from diverse_cfg import threads as module
-from diverse_cfg.policies.musicgen.policy import encode_text, load_policy
+from diverse_cfg.policies.loading import load_policy
+from diverse_cfg.policies.musicgen.model import encode_text
 from diverse_cfg.policies.sampler.rollout import sample_codes
 from diverse_cfg.threads import SAMPLING, Threads, _Block, available_cores
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, MusicgenForConditionalGeneration, pipeli
 from diverse_cfg.callbacks import RewardHackingAlarm
 from diverse_cfg.config import GuardConfig
 from diverse_cfg.functional.guidance import guided_logits
-from diverse_cfg.policies.musicgen.policy import code_logits, encode_text, load_policy
+from diverse_cfg.policies.loading import load_policy
+from diverse_cfg.policies.musicgen.model import code_logits, encode_text
 from diverse_cfg.provenance import Provenance, read_provenance, write_provenance
 from diverse_cfg.rewards import DiversityReward
 from diverse_cfg.trainer import CFGDiversityTrainer

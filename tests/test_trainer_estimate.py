@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from diverse_cfg.policies.musicgen.policy import unwrap
+from diverse_cfg.policies.musicgen.model import unwrap
 from diverse_cfg.policies.sampler import batches
 from diverse_cfg.policies.sampler.loop import DecodeLoop
 from diverse_cfg.trainer import checkpointing

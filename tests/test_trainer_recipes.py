@@ -17,7 +17,7 @@ from diverse_cfg.cli import main
 from diverse_cfg.embeddings.contrastive import ContrastiveConfig, ContrastiveEmbedder, ContrastiveEncoder
 from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
 from diverse_cfg.merging import parse_sweep
-from diverse_cfg.policies.musicgen.loading import load_policy, load_processor
+from diverse_cfg.policies.loading import load_policy, load_processor
 from diverse_cfg.prompts import load_prompts
 from diverse_cfg.settings import read_settings
 from tests.standins import SIZES, save_standin

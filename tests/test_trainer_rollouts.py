@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from diverse_cfg.policies.musicgen.policy import encode_text, unwrap
+from diverse_cfg.policies.musicgen.model import encode_text, unwrap
 from diverse_cfg.policies.sampler.decoders import EagerDecoder
 from diverse_cfg.policies.sampler.loop import DecodeLoop
 from diverse_cfg.policies.sampler.rollout import RolloutWeights, sample_codes

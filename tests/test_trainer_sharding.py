@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributed.fsdp import fully_shard
 
-from diverse_cfg.policies.musicgen.policy import encode_text
+from diverse_cfg.policies.musicgen.model import encode_text
 from diverse_cfg.policies.sampler.rollout import RolloutWeights, sample_codes
 from diverse_cfg.trainer.objective import LossSettings, route_forward, student_terms
 from diverse_cfg.trainer.sharding import check_sharding, whole_weights

@@ -12,8 +12,8 @@ from transformers import MusicgenForConditionalGeneration, TrainerCallback, pipe
 
 from diverse_cfg.functional.guidance import guided_logits
 from diverse_cfg.merging import merge_checkpoints
-from diverse_cfg.policies.musicgen.loading import load_policy, load_processor
-from diverse_cfg.policies.musicgen.policy import code_logits, encode_text
+from diverse_cfg.policies.loading import load_policy, load_processor
+from diverse_cfg.policies.musicgen.model import code_logits, encode_text
 from diverse_cfg.provenance import Provenance, read_provenance, write_provenance
 from diverse_cfg.publishing.plan import check_loads, plan_upload
 from diverse_cfg.rewards import DiversityReward

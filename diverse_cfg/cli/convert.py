@@ -63,7 +63,7 @@ def _to_audiocraft(source: str, folder, text_encoder: str | None, dtype: str | N
 
     from diverse_cfg.policies.audiocraft import export_audiocraft
     from diverse_cfg.policies.audiocraft.folders import find_file
-    from diverse_cfg.policies.musicgen.loading import load_policy, load_processor
+    from diverse_cfg.policies.loading import load_policy, load_processor
     from diverse_cfg.provenance import PROVENANCE_FILE
 
     export_audiocraft(

@@ -93,26 +93,27 @@ def _run(args: argparse.Namespace) -> None:
     import torch
 
     from diverse_cfg.policies.files import generate_files
-    from diverse_cfg.policies.musicgen.loading import load_processor, torch_device
-    from diverse_cfg.policies.musicgen.policy import frame_rate, usual_seconds
+    from diverse_cfg.policies.loading import load_processor, torch_device
+    from diverse_cfg.policies.policy import as_policy
     from diverse_cfg.policies.sampler.draws import SamplingSettings
 
     device = torch_device(args.device)
     SamplingSettings(**typed)  # in range
     source = model_source(args.model)
     model: Any = _load(source, args.adapter, args.merge_weight)
+    policy = as_policy(model)
     own = model.generation_config
     guidance_scale = _first(args.guidance_scale, own.guidance_scale, 1.0)
     name = " + ".join([args.model, *args.adapter])
     if args.merge_weight:
         name += f" at {' '.join(f'{weight:g}' for weight in args.merge_weight)}"
-    seconds = _first(args.seconds, usual_seconds(model))
+    seconds = _first(args.seconds, policy.usual_seconds)
     clips = generate_files(
         model.to(device),
         list(prompts["prompt"]),
         args.output,
         processor=load_processor(source),
-        num_frames=max(1, round(seconds * frame_rate(model))),
+        num_frames=max(1, round(seconds * policy.frame_rate)),
         num_generations=args.num_generations,
         guidance_scale=guidance_scale,
         temperature=_first(args.temperature, own.temperature, 1.0),
@@ -137,7 +138,7 @@ def _load(source: str, adapters: list[str], merge_weight: list[float] | None):
             raise ValueError(
                 f"{len(adapters)} times --adapter needs --merge-weight, which says how to mix them"
             )
-        from diverse_cfg.policies.musicgen.loading import load_policy
+        from diverse_cfg.policies.loading import load_policy
 
         return load_policy(source, adapter=adapters[0] if adapters else None)
     if len(adapters) < 2:

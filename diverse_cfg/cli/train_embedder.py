@@ -88,7 +88,7 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError("--codes and --prompts need --model: codes mean something to their own codec only")
 
     from diverse_cfg.embeddings.training import check_settings, encoder_config, train_embedder
-    from diverse_cfg.policies.musicgen.loading import torch_device
+    from diverse_cfg.policies.loading import torch_device
 
     check_settings(args.negatives, args.steps, args.batch_size, args.learning_rate, args.held_out)
     args.device = torch_device(args.device)
@@ -145,7 +145,7 @@ def _stored(args: argparse.Namespace) -> "Recordings":
     import torch
     from safetensors import safe_open
 
-    from diverse_cfg.policies.musicgen.layout import load_config
+    from diverse_cfg.policies.families import family_of
     from diverse_cfg.policies.stored import locate
     from diverse_cfg.reading import reading
 
@@ -161,15 +161,17 @@ def _stored(args: argparse.Namespace) -> "Recordings":
             prompts += [
                 prompt for prompt in description["prompts"] for _ in range(description["num_generations"])
             ]
-    return _code_recordings(args, load_config(locate(model_source(args.model))), clips, prompts)
+    folder = locate(model_source(args.model))
+    family = family_of(folder)
+    return _code_recordings(args, family, family.load_config(folder), clips, prompts)
 
 
 def _sampled(args: argparse.Namespace) -> "Recordings":
     """Clips that --model generates now."""
     from tqdm import tqdm
 
-    from diverse_cfg.policies.musicgen.loading import load_policy, load_processor
-    from diverse_cfg.policies.musicgen.policy import frame_rate, usual_seconds
+    from diverse_cfg.policies.loading import load_policy, load_processor
+    from diverse_cfg.policies.policy import as_policy
     from diverse_cfg.policies.sampler.rollout import RolloutWeights, fast_generate
     from diverse_cfg.prompts import load_prompts
 
@@ -178,7 +180,8 @@ def _sampled(args: argparse.Namespace) -> "Recordings":
     model = load_policy(source)
     processor = load_processor(source)
     model.to(args.device)
-    seconds = args.seconds or usual_seconds(model)
+    policy = as_policy(model, processor)
+    seconds = args.seconds or policy.usual_seconds
     own = model.generation_config.guidance_scale or 1.0
     weights = RolloutWeights.from_model(model)
     per_call = max(1, _CLIPS_AT_ONCE // max(1, args.num_generations))
@@ -191,7 +194,7 @@ def _sampled(args: argparse.Namespace) -> "Recordings":
                 model,
                 some,
                 processor=processor,
-                num_frames=max(1, round(seconds * frame_rate(model))),
+                num_frames=max(1, round(seconds * policy.frame_rate)),
                 guidance_scale=own if args.guidance_scale is None else args.guidance_scale,
                 seed=args.seed,
                 num_generations=args.num_generations,
@@ -202,23 +205,25 @@ def _sampled(args: argparse.Namespace) -> "Recordings":
             clips += rollout.codes.cpu().unbind()
             prompts += [prompt for prompt in some for _ in range(args.num_generations)]
             bar.update(count)
-    return _code_recordings(args, model.config, clips, prompts)
+    return _code_recordings(args, policy.family, model.config, clips, prompts)
 
 
-def _code_recordings(args: argparse.Namespace, config, clips: list, prompts: list[str]) -> "Recordings":
+def _code_recordings(
+    args: argparse.Namespace, family, config, clips: list, prompts: list[str]
+) -> "Recordings":
     from diverse_cfg.embeddings.recordings import CodeRecordings
 
-    codec = config.audio_encoder
-    if len(clips[0]) != config.decoder.num_codebooks:
+    model = family.describe(config)
+    if len(clips[0]) != model["codebooks"]:
         raise ValueError(
-            f"the clips have {len(clips[0])} codebooks, {args.model} has {config.decoder.num_codebooks}: name "
+            f"the clips have {len(clips[0])} codebooks, {args.model} has {model['codebooks']}: name "
             "the model that generated them"
         )
     return CodeRecordings(
         clips,
-        sampling_rate=codec.sampling_rate,
-        frame_rate=codec.frame_rate,
-        codebook_size=config.decoder.vocab_size,
+        sampling_rate=model["sampling_rate"],
+        frame_rate=round(1 / family.frames_to_seconds(1, config)),
+        codebook_size=model["codebook_size"],
         chunk_seconds=args.chunk_seconds,
         prompts=prompts,
     )

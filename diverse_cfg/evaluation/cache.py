@@ -26,6 +26,7 @@ from transformers.utils import cached_file
 
 from diverse_cfg.atomic import replacing
 from diverse_cfg.evaluation.systems import Mixture
+from diverse_cfg.policies.families import holds_policy
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def content_digest(source: str | os.PathLike) -> str:
         if folder.is_absolute() or os.fspath(source).startswith((".", "~")) or len(folder.parts) > 2:
             raise FileNotFoundError(f"there is no folder {source}")
         return _hub_digest(os.fspath(source))
-    ignored = _DECIDES_NOTHING + (_AUDIO_INPUT if _is_musicgen(folder) else ())
+    ignored = _DECIDES_NOTHING + (_AUDIO_INPUT if holds_policy(folder) else ())
     files = sorted(path for path in folder.rglob("*") if path.is_file() and _belongs(path, folder, ignored))
     if not files:
         raise ValueError(f"{folder} holds no model: no weights and no configuration")
@@ -203,16 +204,6 @@ def _belongs(path: Path, folder: Path, ignored: Sequence[str]) -> bool:
         or any(part.startswith("checkpoint-") for part in folders)
         or any(fnmatchcase(name.lower(), pattern) for pattern in ignored)
     )
-
-
-def _is_musicgen(folder: Path) -> bool:
-    """Whether a folder holds a MusicGen, or an adapter of one."""
-    for name in ("config.json", "adapter_config.json"):
-        if (folder / name).is_file():
-            values = json.loads((folder / name).read_text(encoding="utf-8"))
-            mapped = (values.get("auto_mapping") or {}).get("base_model_class", "")
-            return values.get("model_type") == "musicgen" or mapped.startswith("Musicgen")
-    return False
 
 
 @lru_cache(maxsize=1024)

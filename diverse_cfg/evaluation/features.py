@@ -23,12 +23,9 @@ from diverse_cfg.embeddings import Embedder, audio
 from diverse_cfg.evaluation.cache import Cache, content_digest, digest, file_digest, weights_digest
 from diverse_cfg.evaluation.generations import Player, Progress
 from diverse_cfg.evaluation.systems import System
-from diverse_cfg.functional import codebooks, guidance
 from diverse_cfg.functional.guidance import guided_logits
 from diverse_cfg.nano import attributes, rules
-from diverse_cfg.policies.musicgen import policy
-from diverse_cfg.policies.musicgen.policy import code_logits, encode_text
-from diverse_cfg.policies.sampler import draws as sampling
+from diverse_cfg.policies.policy import Policy
 from diverse_cfg.policies.sampler.draws import SamplingSettings, sampling_logits
 from diverse_cfg.rewards import AestheticsReward, TextAdherenceReward
 from diverse_cfg.threads import EVALUATION
@@ -229,6 +226,15 @@ class AestheticsFeature(_RewardFeature):
         }
 
 
+# What computes a divergence.
+_CODE = (
+    "diverse_cfg.policies.musicgen.model",
+    "diverse_cfg.functional.codebooks",
+    "diverse_cfg.functional.guidance",
+    "diverse_cfg.policies.sampler.draws",
+)
+
+
 class DivergenceFeature:
     """KL(system ‖ teacher) of the distributions that codes are drawn from, on the system's own clips.
 
@@ -250,18 +256,16 @@ class DivergenceFeature:
             "feature": "divergence",
             "teacher": content_digest(source),
             "guidance_scale": float(guidance_scale),
-            "code": code_digest(__name__, *(m.__name__ for m in (policy, codebooks, guidance, sampling))),
+            "code": code_digest(__name__, *_CODE),
         }
 
     @torch.no_grad()
     def compute(self, batch: Batch) -> dict[str, np.ndarray]:
-        student, teacher = batch.player.model, self.teacher.model
+        student, teacher = batch.player.policy, self.teacher.policy
         self._check(student, teacher)
-        device = next(student.parameters()).device
-        of_student = encode_text(student, batch.player.processor, batch.prompts)
-        of_teacher = encode_text(teacher, self.teacher.processor, batch.prompts)
-        vocabulary = student.config.decoder.vocab_size
-        at_once = max(1, _LOGIT_BYTES // (8 * 4 * vocabulary * batch.codes[0].numel()))
+        device = student.device
+        of_student, of_teacher = (policy.encode_text(batch.prompts) for policy in (student, teacher))
+        at_once = max(1, _LOGIT_BYTES // (8 * 4 * student.vocab_size * batch.codes[0].numel()))
         kl, entropy = [], []
         for rows in torch.arange(len(batch.codes)).split(at_once):
             codes, select = batch.codes[rows].to(device), rows.to(device)
@@ -276,9 +280,9 @@ class DivergenceFeature:
         return {"kl": torch.cat(kl).cpu().numpy(), "entropy_0": torch.cat(entropy).cpu().numpy()}
 
     @staticmethod
-    def _check(student: Any, teacher: Any) -> None:
-        for name in ("num_codebooks", "vocab_size", "audio_channels"):
-            ours, theirs = getattr(student.config.decoder, name), getattr(teacher.config.decoder, name)
+    def _check(student: Policy, teacher: Policy) -> None:
+        for name in ("vocab_size", "delays"):
+            ours, theirs = getattr(student, name), getattr(teacher, name)
             if ours != theirs:
                 raise ValueError(
                     f"the system has {name}={ours} and the teacher {theirs}: there is no divergence between "
@@ -292,11 +296,13 @@ def code_digest(*modules: str) -> list[str]:
     return [file_digest(Path(path)) if path else "unknown" for path in paths]
 
 
-def _distribution(model: Any, codes: Tensor, condition: TextCondition, sampling: SamplingSettings) -> Tensor:
+def _distribution(
+    policy: Policy, codes: Tensor, condition: TextCondition, sampling: SamplingSettings
+) -> Tensor:
     """Log-probabilities [B, K, T, V] under which the codes are drawn."""
-    logits = code_logits(model, codes, condition)
+    logits = policy.code_logits(codes, condition)
     if sampling.guided:
-        null = code_logits(model, codes, condition.null())
+        null = policy.code_logits(codes, policy.null(condition))
         logits = guided_logits(logits, null, sampling.guidance_scale)
     logits = sampling_logits(logits, sampling)
     if sampling.greedy:

@@ -23,9 +23,9 @@ from diverse_cfg.evaluation.cache import Cache, mixture_digest
 from diverse_cfg.evaluation.systems import Mixture, System
 from diverse_cfg.functional.codebooks import num_decoder_steps
 from diverse_cfg.merging import merge_checkpoints
-from diverse_cfg.policies.musicgen.loading import load_policy, load_processor
-from diverse_cfg.policies.musicgen.policy import delays
-from diverse_cfg.policies.sampler.rollout import RolloutWeights, check_backend, decode_codes, fast_generate
+from diverse_cfg.policies.loading import load_policy, load_processor
+from diverse_cfg.policies.policy import Policy, as_policy
+from diverse_cfg.policies.sampler.rollout import check_backend, fast_generate
 
 _VERSION = 2  # of the description and of the sampler; raise it when either changes what is played
 _BATCH = 64
@@ -110,22 +110,27 @@ class Player:
         return self._loaded[1]
 
     @cached_property
-    def weights(self) -> RolloutWeights:
+    def policy(self) -> Policy:
+        """Both."""
+        return as_policy(*self._loaded)
+
+    @cached_property
+    def weights(self) -> Any:
         """What is sampled from, made once: the model does not change while it is evaluated."""
-        return RolloutWeights.from_model(self.model)
+        return self.policy.snapshot()
 
     @property
     def sampling_rate(self) -> int:
         """Of the audio, in Hz."""
-        return self.model.config.audio_encoder.sampling_rate
+        return self.policy.sampling_rate
 
     def decode(self, codes: Tensor) -> Tensor:
         """Waveforms [B, L] or [B, 2, L], on the CPU."""
-        return decode_codes(self.model, codes.to(self.device)).float().cpu()
+        return self.policy.decode(codes.to(self.device)).float().cpu()
 
     def decoder_rows(self, system: System, num_frames: int) -> int:
         """Rows that the decoder computes for one clip: its steps, twice with guidance."""
-        steps = num_decoder_steps(num_frames, delays(self.model))
+        steps = num_decoder_steps(num_frames, self.policy.delays)
         return steps * (2 if system.sampling.guided else 1)
 
     def clock(self) -> float:

@@ -36,8 +36,7 @@ from diverse_cfg.evaluation.signatures import Arms
 from diverse_cfg.evaluation.sweep import Sweep
 from diverse_cfg.evaluation.systems import System, expand_systems, single
 from diverse_cfg.nano.attributes import parse_prompt
-from diverse_cfg.policies.musicgen.loading import torch_device
-from diverse_cfg.policies.musicgen.policy import frame_rate
+from diverse_cfg.policies.loading import torch_device
 from diverse_cfg.policies.sampler.draws import require_64_bits
 from diverse_cfg.policies.sampler.rollout import check_backend
 from diverse_cfg.prompts import load_prompts
@@ -269,4 +268,4 @@ def _length(player: Player, clip_seconds: float | None) -> tuple[int, float]:
     from diverse_cfg.trainer.setup import clip_frames
 
     frames = clip_frames(player.model, clip_seconds)
-    return frames, frames / frame_rate(player.model)
+    return frames, frames / player.policy.frame_rate

@@ -14,7 +14,7 @@ from typing import Any
 
 from diverse_cfg.assets import source
 from diverse_cfg.merging.weights import parse_sweep, resolve_weights
-from diverse_cfg.policies.musicgen.loading import is_distilled
+from diverse_cfg.policies.loading import is_distilled
 from diverse_cfg.policies.sampler.draws import SamplingSettings
 from diverse_cfg.settings import require_type
 from diverse_cfg.untrusted import plain

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diverse_cfg.functional import interpolation
 from diverse_cfg.policies.checkpoints import AdapterCheckpoint, base_name, open_base, open_checkpoint
-from diverse_cfg.policies.musicgen import layout
+from diverse_cfg.policies.families import tokenizer_vocabulary
 from diverse_cfg.policies.stored import Checkpoint, FullCheckpoint, is_adapter, locate, same_base, same_values
 
 DTYPES = {
@@ -37,7 +37,7 @@ class Experts:
         self.checkpoints = list(checkpoints)
         self.base = base
         self.reference = base or next(c for c in checkpoints if isinstance(c, FullCheckpoint))
-        self.config = self.reference.config
+        self.config, self.family = self.reference.config, self.reference.family
         self.adapters = [c for c in self.checkpoints if isinstance(c, AdapterCheckpoint)]
 
     @property
@@ -51,13 +51,13 @@ class Experts:
             checkpoint.stored_dtype(name)
             for checkpoint in (self.reference, *self.checkpoints)
             for name in self.names
-            if not name.startswith(layout.CODEC_PREFIX)
+            if not name.startswith(self.family.codec_prefix)
         }
         return reduce(torch.promote_types, [d for d in stored if d is not None and d.is_floating_point])
 
     def output_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """The type in which a tensor of the merged model is stored when `dtype` was asked for."""
-        return layout.storage_dtype(name, self.reference.tensors[name].dtype, dtype)
+        return self.family.storage_dtype(name, self.reference.tensors[name].dtype, dtype)
 
     def require_base(self, weights: Sequence[float]) -> None:
         """Refuse weights whose meaning depends on a base that is not known."""
@@ -151,7 +151,7 @@ def _open(source: str | os.PathLike, base: FullCheckpoint | None) -> FullCheckpo
 
 
 def _require_same_model(first: FullCheckpoint, second: FullCheckpoint) -> None:
-    left, right = layout.architecture(first.config), layout.architecture(second.config)
+    left, right = (c.family.architecture(c.config) for c in (first, second))
     for key in sorted(left.keys() | right.keys()):
         if left.get(key) != right.get(key):
             raise ValueError(
@@ -159,7 +159,9 @@ def _require_same_model(first: FullCheckpoint, second: FullCheckpoint) -> None:
                 f"{right.get(key)!r}): only checkpoints of one architecture can be mixed"
             )
     for name in first.tensors:
-        if name.startswith(layout.CODEC_PREFIX) and not same_values(first.stored(name), second.stored(name)):
+        if name.startswith(first.family.codec_prefix) and not same_values(
+            first.stored(name), second.stored(name)
+        ):
             raise ValueError(
                 f"{first.source} and {second.source} have different codecs ({name} differs): their codes "
                 "mean different sounds and cannot be mixed"
@@ -168,7 +170,7 @@ def _require_same_model(first: FullCheckpoint, second: FullCheckpoint) -> None:
 
 
 def _require_same_tokenizer(first: Checkpoint, second: Checkpoint) -> None:
-    vocabularies = [layout.tokenizer_vocabulary(c.folder) for c in (first, second)]
+    vocabularies = [tokenizer_vocabulary(c.folder) for c in (first, second)]
     if None not in vocabularies and vocabularies[0] != vocabularies[1]:
         raise ValueError(
             f"{first.source} and {second.source} have different tokenizers: they read prompts differently"
@@ -177,7 +179,7 @@ def _require_same_tokenizer(first: Checkpoint, second: Checkpoint) -> None:
 
 def _require_codec_untouched(adapter: AdapterCheckpoint) -> None:
     for name in (*adapter.factors, *adapter.replaced):
-        if name.startswith(layout.CODEC_PREFIX):
+        if name.startswith(adapter.base.family.codec_prefix):
             raise ValueError(
                 f"{adapter.source} adapts the codec ({name}): codes would mean different sounds, not "
                 "supported"

@@ -9,11 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import MusicgenForConditionalGeneration
 
 from diverse_cfg.policies.checkpoints import AdapterCheckpoint, open_checkpoint
-from diverse_cfg.policies.musicgen import layout
-from diverse_cfg.policies.musicgen.loading import load_processor
+from diverse_cfg.policies.families import has_processor_files
+from diverse_cfg.policies.loading import load_processor
 from diverse_cfg.policies.stored import Checkpoint, FullCheckpoint, locate
 
 
@@ -39,7 +38,7 @@ def inspect_checkpoint(path: str | os.PathLike, *, base: str | os.PathLike | Non
     config = checkpoint.base.config if isinstance(checkpoint, AdapterCheckpoint) else checkpoint.config
     provenance = checkpoint.provenance
     owner = checkpoint
-    if isinstance(checkpoint, AdapterCheckpoint) and not layout.has_processor_files(checkpoint.folder):
+    if isinstance(checkpoint, AdapterCheckpoint) and not has_processor_files(checkpoint.folder):
         owner = checkpoint.base
     load_processor(owner.folder)
     report: dict[str, Any] = {
@@ -53,14 +52,7 @@ def inspect_checkpoint(path: str | os.PathLike, *, base: str | os.PathLike | Non
         "parents": (provenance.merge or {}).get("experts", []) if provenance else [],
         "sampling": provenance.sampling if provenance else {},
         "versions": provenance.versions if provenance else {},
-        "architecture": {
-            "decoder_layers": config.decoder.num_hidden_layers,
-            "hidden_size": config.decoder.hidden_size,
-            "codebooks": config.decoder.num_codebooks,
-            "codebook_size": config.decoder.vocab_size,
-            "audio_channels": config.decoder.audio_channels,
-            "sampling_rate": config.audio_encoder.sampling_rate,
-        },
+        "architecture": checkpoint.family.describe(config),
         **_size(checkpoint),
     }
     return report | _difference(checkpoint, given)
@@ -149,7 +141,7 @@ def _generation_guidance(checkpoint: Checkpoint) -> float | None:
 def _size(checkpoint: FullCheckpoint | AdapterCheckpoint) -> dict[str, Any]:
     if isinstance(checkpoint, FullCheckpoint):
         with torch.device("meta"):  # the files hold the codec's buffers too
-            model = MusicgenForConditionalGeneration(checkpoint.config)
+            model = checkpoint.family.build(checkpoint.config)
         infos = [checkpoint.tensors[name] for name, _ in model.named_parameters()]
     else:
         infos = [info for pair in checkpoint.factors.values() for info in pair] + list(
@@ -181,14 +173,15 @@ def _difference(
             base = FullCheckpoint(named, locate(named, near=checkpoint.folder))
         except (ValueError, OSError) as error:
             return {"difference": None, "difference_note": f"not compared: {error}"}
-    if isinstance(checkpoint, FullCheckpoint) and layout.architecture(base.config) != layout.architecture(
+    family = base.family
+    if isinstance(checkpoint, FullCheckpoint) and family.architecture(base.config) != family.architecture(
         checkpoint.config
     ):
         raise ValueError(f"{checkpoint.source} and {base.source} have different architectures: not its base")
     parts: dict[str, dict[str, float]] = {}
     for name in base.tensors:
         part = parts.setdefault(
-            layout.part_of(name), {"difference": 0.0, "base": 0.0, "tensors": 0, "changed_tensors": 0}
+            family.part_of(name), {"difference": 0.0, "base": 0.0, "tensors": 0, "changed_tensors": 0}
         )
         reference = base.tensor(name, torch.float32)
         change = checkpoint.difference(name, reference) if checkpoint.changes(name) else None

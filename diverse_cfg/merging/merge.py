@@ -25,8 +25,8 @@ from diverse_cfg.merging.adapter import write_adapter
 from diverse_cfg.merging.experts import DTYPES, Experts, open_experts
 from diverse_cfg.merging.weights import resolve_weights
 from diverse_cfg.policies.checkpoints import AdapterCheckpoint
-from diverse_cfg.policies.musicgen import layout
-from diverse_cfg.policies.musicgen.loading import load_processor
+from diverse_cfg.policies.families import PROCESSOR_FILES
+from diverse_cfg.policies.loading import load_processor
 from diverse_cfg.policies.stored import Checkpoint
 from diverse_cfg.policies.tensors import TensorSpec, write_safetensors
 from diverse_cfg.provenance import Provenance, write_provenance
@@ -155,7 +155,9 @@ def _write(experts: Experts, weights: list[float], output: Path, dtype: torch.dt
         else:
             write_adapter(experts, weights, folder, dtype)
         provenance = _provenance(experts, weights, dtype, format)
-        generation = layout.playing_config(experts.config, provenance.sampling, _generation_like(experts))
+        generation = experts.family.playing_config(
+            experts.config, provenance.sampling, _generation_like(experts)
+        )
         generation.save_pretrained(folder)
         write_provenance(folder, provenance)
         recipe = _recipe(experts, weights, output, dtype, format)
@@ -187,14 +189,12 @@ def _write_model(
             specs,
             lambda name: experts.interpolate(name, weights, dtypes[name]),
         )
-    config = layout.repair_token_ids(type(experts.config).from_dict(experts.config.to_dict()))
-    config.dtype = config.text_encoder.dtype = config.decoder.dtype = dtype
-    config.save_pretrained(folder)
+    experts.family.saved_config(experts.config, dtype).save_pretrained(folder)
 
 
 def _copy_processor(experts: Experts, folder: Path) -> None:
     candidates = [experts.reference, *experts.checkpoints]
-    source = next((c.folder for c in candidates if not layout.missing_processor(c.folder)), None)
+    source = next((c.folder for c in candidates if not experts.family.missing_processor(c.folder)), None)
     if source is None:
         raise ValueError(
             f"none of {', '.join(c.source for c in candidates)} has a tokenizer and a processor, without "
@@ -202,7 +202,7 @@ def _copy_processor(experts: Experts, folder: Path) -> None:
             "or pass base=…"
         )
     load_processor(source)
-    for name in layout.PROCESSOR_FILES:
+    for name in PROCESSOR_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 

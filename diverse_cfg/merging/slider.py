@@ -7,25 +7,24 @@ branches in the forward pass), and everything that takes a model takes this one.
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from transformers import MusicgenForConditionalGeneration
 
 from diverse_cfg.merging.experts import Experts, open_experts
 from diverse_cfg.merging.weights import resolve_weights
-from diverse_cfg.policies.musicgen import layout
-from diverse_cfg.policies.musicgen.loading import load_policy
+from diverse_cfg.policies.loading import load_policy
 
 
 class MergeSlider:
     """A model whose merge weight can be set at run time; made by `load_slider`.
 
     Attributes:
-        model: a `MusicgenForConditionalGeneration`, without guidance; its weights follow `set_merge_weight`.
+        model: a plain model, without guidance; its weights follow `set_merge_weight`.
         merge_weight: the current weights, one per expert.
     """
 
-    def __init__(self, model: MusicgenForConditionalGeneration, experts: Experts) -> None:
+    def __init__(self, model: Any, experts: Experts) -> None:
         self.model = model
         self._experts = experts
         self._names = [name for name in experts.names if experts.changes(name)]
@@ -93,7 +92,7 @@ def load_slider(
     experts = open_experts(adapters, base=base)
     model = load_policy(experts.reference.folder, torch_dtype=torch_dtype).to(device)
     sampling = next((c.provenance.sampling for c in experts.checkpoints if c.provenance is not None), None)
-    model.generation_config = layout.playing_config(model.config, sampling, model.generation_config)
+    model.generation_config = experts.family.playing_config(model.config, sampling, model.generation_config)
     model.is_distilled = (
         bool(experts.adapters) or sampling is not None
     )  # as the loader says of one checkpoint

@@ -18,11 +18,10 @@ import torch
 from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from torch import Tensor
-from transformers import MusicgenConfig, MusicgenForConditionalGeneration
 
 from diverse_cfg.functional import interpolation
 from diverse_cfg.policies.audiocraft.folders import looks_local
-from diverse_cfg.policies.musicgen import layout
+from diverse_cfg.policies.families import family_of
 from diverse_cfg.policies.stored import (
     Checkpoint,
     FullCheckpoint,
@@ -74,7 +73,7 @@ class AdapterCheckpoint(Checkpoint):
         self, source: str | os.PathLike, folder: Path, base: FullCheckpoint, *, plain: bool = True
     ) -> None:
         super().__init__(source, folder)
-        self.base = base
+        self.base, self.family = base, base.family
         self.lora: Any = _plain_lora(self.source, folder) if plain else _peft_config(folder)
         found = read_adapter(self.source, folder, base.config, base.source)
         self.factors: dict[str, tuple[TensorInfo, TensorInfo]] = {}
@@ -103,7 +102,7 @@ class AdapterCheckpoint(Checkpoint):
                 self.replaced[self._base_name(stored_name, path.replace(".base_layer.", "."))] = info
 
     def _base_name(self, stored_name: str, path: str) -> str:
-        name = layout.canonical_name(path, self.base.aliases)
+        name = self.base.family.canonical_name(path, self.base.aliases)
         if name not in self.base.tensors:
             raise ValueError(
                 f"{self.source}: {stored_name} matches no tensor of its base {self.base.source}: load it with PEFT, "
@@ -265,7 +264,7 @@ def require_named_base(
 
 
 def read_adapter(
-    source: str | os.PathLike, folder: Path, base: MusicgenConfig, base_source: str
+    source: str | os.PathLike, folder: Path, base: Any, base_source: str
 ) -> dict[str, TensorInfo]:
     """Tensors of an adapter, which must be exactly those that PEFT saves for its settings on its base.
 
@@ -285,7 +284,7 @@ def read_adapter(
         reading(folder / "adapter_config.json", f"it does not fit its base {base_source}"),
         torch.device("meta"),
     ):
-        model = get_peft_model(cast("PreTrainedModel", MusicgenForConditionalGeneration(base)), config)
+        model = get_peft_model(cast("PreTrainedModel", family_of(base).build(base)), config)
         state = get_peft_model_state_dict(model, save_embedding_layers=False)
     found = find_tensors(folder, "adapter_model")
     require_exactly(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diverse_cfg.atomic import alone, replacing, write_text
-from diverse_cfg.policies.musicgen.policy import frame_rate, unwrap
+from diverse_cfg.policies.policy import as_policy, plain
 from diverse_cfg.policies.sampler.draws import require_64_bits
 from diverse_cfg.policies.sampler.rollout import (
     RolloutWeights,
@@ -113,14 +113,15 @@ def generate_files(
         negative_prompt=negative_prompt,
         dtype=dtype,
     )
+    policy = as_policy(model)
     manifest = {
         "model": model_name,
         "weights": _fingerprint(model),
-        "dtype": str(dtype or unwrap(model).decoder.dtype).removeprefix("torch."),
-        "sampling_rate": unwrap(model).config.audio_encoder.sampling_rate,
+        "dtype": str(dtype or policy.dtype).removeprefix("torch."),
+        "sampling_rate": policy.sampling_rate,
         "sample_format": sample_format,
         "settings": asdict(settings) | {"negative_prompt": negative_prompt, "num_frames": num_frames},
-        "clips": _plan(prompts, num_generations, seed, num_frames / frame_rate(model)),
+        "clips": _plan(prompts, num_generations, seed, num_frames / policy.frame_rate),
     }
     folder = Path(output)
     _open_folder(folder, manifest, resume)
@@ -196,7 +197,7 @@ def write_wav(
 def _fingerprint(model: nn.Module) -> str:
     """Of the weights that clips depend on, adapters included; of a few numbers of each, which training changes."""
     digest = hashlib.sha256()
-    for name, tensor in unwrap(model).state_dict().items():
+    for name, tensor in plain(model).state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.flatten()[:64].double().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -7,15 +7,16 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
-from transformers import GenerationConfig, MusicgenConfig
+from transformers import GenerationConfig
 
 from diverse_cfg.policies.audiocraft.folders import transformers_folder
-from diverse_cfg.policies.musicgen import layout
+from diverse_cfg.policies.families import Family, family_of, load_generation_config
 from diverse_cfg.policies.tensors import TensorInfo, find_tensors, read_tensor
 from diverse_cfg.provenance import Provenance, read_provenance
 from diverse_cfg.reading import reading
@@ -32,7 +33,7 @@ class Checkpoint:
         self.source = os.fspath(source)
         self.folder = folder
         self.provenance: Provenance | None = read_provenance(folder)
-        self.generation: GenerationConfig | None = layout.load_generation_config(folder)
+        self.generation: GenerationConfig | None = load_generation_config(folder)
         self._kept: dict[TensorInfo, Tensor] = {}
 
     @property
@@ -81,18 +82,19 @@ class Checkpoint:
 
 
 class FullCheckpoint(Checkpoint):
-    """A `MusicgenForConditionalGeneration` folder: student, merge or base."""
+    """A folder with all weights of a model: student, merge or base."""
 
     kind = "full"
 
     def __init__(self, source: str | os.PathLike, folder: Path) -> None:
         super().__init__(source, folder)
-        self.config: MusicgenConfig = layout.load_config(folder)
+        self.family: Family = family_of(folder)
+        self.config: Any = self.family.load_config(folder)
         with reading(folder / "config.json"):
-            shapes, self.aliases = layout.expected_tensors(self.config)
+            shapes, self.aliases = self.family.expected_tensors(self.config)
         found: dict[str, TensorInfo] = {}
         for stored_name, info in find_tensors(folder, "model").items():
-            if (name := layout.canonical_name(stored_name, self.aliases)) is not None:
+            if (name := self.family.canonical_name(stored_name, self.aliases)) is not None:
                 found[name] = info
         require_exactly(
             shapes, found, f"{self.source} does not hold the tensors that its config.json asks for"

@@ -19,8 +19,8 @@ from diverse_cfg import cards
 from diverse_cfg.merging import inspect_checkpoint
 from diverse_cfg.merging.merge import RECIPE_FILE
 from diverse_cfg.policies.checkpoints import base_name, require_named_base
-from diverse_cfg.policies.musicgen import layout
-from diverse_cfg.policies.musicgen.loading import load_policy, load_processor
+from diverse_cfg.policies.families import PROCESSOR_FILES, family_of, load_generation_config
+from diverse_cfg.policies.loading import load_policy, load_processor, require_processor
 from diverse_cfg.policies.stored import FullCheckpoint, locate
 from diverse_cfg.provenance import PROVENANCE_FILE, read_provenance
 from diverse_cfg.reading import read_json, reading
@@ -28,7 +28,7 @@ from diverse_cfg.untrusted import TOKEN
 
 _ALWAYS = (
     "generation_config.json",
-    *layout.PROCESSOR_FILES,
+    *PROCESSOR_FILES,
     PROVENANCE_FILE,
     RECIPE_FILE,
     cards.METRICS_FILE,
@@ -122,7 +122,7 @@ def plan_upload(
     if adapter and base_model is not None:
         _require_same_weights(folder, base_model)
     _require_unguided(folder)
-    layout.require_processor(folder)
+    require_processor(folder)
     replaced = _with_public_base(folder, adapter, base_model)
     card = _card(folder, repo_id, base_model, license, tags)
     patterns = (*_ALWAYS, *(_ADAPTER if adapter else _FULL))
@@ -169,7 +169,7 @@ def check_loads(folder: str | os.PathLike) -> None:
             f"{folder} has exactly the weights of its base: training changed nothing, nothing to publish"
         )
     inputs = processor(text=["a calm tune"], padding=True, return_tensors="pt")
-    tokens = layout.num_frames_to_tokens(4, model.config)
+    tokens = family_of(model).num_frames_to_tokens(4, model.config)
     with (
         torch.no_grad(),
         reading(Path(folder) / "generation_config.json", "correct it: the model does not play with it"),
@@ -218,7 +218,7 @@ def _require_same_weights(folder: Path, base_model: str) -> None:
 
 
 def _require_unguided(folder: Path) -> None:
-    config = layout.load_generation_config(folder)
+    config = load_generation_config(folder)
     if config is None:
         raise ValueError(f"{folder} has no generation_config.json: how it is sampled belongs to the model")
     if config.guidance_scale not in (None, 1.0):

@@ -10,7 +10,7 @@ from diverse_cfg.cards import CardMetric, write_metrics
 from diverse_cfg.evaluation.metrics import METRICS
 from diverse_cfg.evaluation.results import Results
 from diverse_cfg.evaluation.systems import Mixture, System
-from diverse_cfg.policies.musicgen import layout
+from diverse_cfg.policies.families import load_generation_config
 from diverse_cfg.provenance import read_provenance
 
 _BETTER = {1: "higher", -1: "lower"}
@@ -84,7 +84,7 @@ def _short(checkpoint: str) -> str:
 
 
 def _require_same_sampling(folder: Path, system: System) -> None:
-    own = layout.load_generation_config(folder) or GenerationConfig()
+    own = load_generation_config(folder) or GenerationConfig()
     wanted = {"guidance_scale": 1.0, "temperature": own.temperature, "top_k": own.top_k}
     for name, value in wanted.items():
         if value is not None and getattr(system, name) != value:

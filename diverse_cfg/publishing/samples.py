@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diverse_cfg.cards import SAMPLES_FILE, TRANSFORMERS_TOP_K, Sample, write_samples
+from diverse_cfg.policies.families import family_of
 from diverse_cfg.policies.files import generate_files
-from diverse_cfg.policies.musicgen import layout
-from diverse_cfg.policies.musicgen.loading import load_policy, load_processor
+from diverse_cfg.policies.loading import load_policy, load_processor
 
 
 def add_samples(folder: str | os.PathLike, prompts: Sequence[str], *, seed: int = 0) -> list[Sample]:
@@ -36,7 +36,7 @@ def add_samples(folder: str | os.PathLike, prompts: Sequence[str], *, seed: int 
         list(prompts),
         target,
         processor=load_processor(folder),
-        num_frames=tokens - layout.num_frames_to_tokens(0, model.config),
+        num_frames=tokens - family_of(model).num_frames_to_tokens(0, model.config),
         temperature=1.0 if settings.temperature is None else settings.temperature,
         top_k=TRANSFORMERS_TOP_K if settings.top_k is None else settings.top_k,
         top_p=1.0 if settings.top_p is None else settings.top_p,

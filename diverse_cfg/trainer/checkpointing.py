@@ -16,7 +16,7 @@ from trl.trainer.utils import RepeatSampler
 from diverse_cfg.atomic import filling
 from diverse_cfg.callbacks import AdaptiveClipCallback
 from diverse_cfg.cards import plot_training_curves, public_name, write_card
-from diverse_cfg.policies.musicgen.policy import encode_text, frame_rate, unwrap
+from diverse_cfg.policies.musicgen.model import encode_text, frame_rate, unwrap
 from diverse_cfg.provenance import Provenance, read_provenance, write_provenance
 from diverse_cfg.trainer import start
 from diverse_cfg.trainer.estimate import memory

@@ -11,7 +11,7 @@ from datasets.features.features import require_decoding
 from transformers import PreTrainedTokenizerBase
 
 from diverse_cfg.config import CFGDiversityConfig
-from diverse_cfg.policies.musicgen.policy import require_prompts
+from diverse_cfg.policies.policy import require_prompts
 from diverse_cfg.prompts import check_column, check_prompts, load_prompts
 from diverse_cfg.rewards import keywords
 

@@ -14,7 +14,7 @@ import torch
 from transformers import MusicgenForConditionalGeneration
 
 from diverse_cfg.functional.codebooks import num_decoder_steps
-from diverse_cfg.policies.musicgen.policy import delays
+from diverse_cfg.policies.musicgen.model import delays
 from diverse_cfg.policies.sampler.batches import automatic_batch, cache_bytes
 
 ACTIVATION_BYTES = 40.0

@@ -17,7 +17,7 @@ from transformers import MusicgenForConditionalGeneration
 
 from diverse_cfg.functional.codebooks import apply_delay_pattern, revert_delay_pattern, valid_cells
 from diverse_cfg.functional.distillation import DistillationTerms, GuidedTeacher, distillation_loss
-from diverse_cfg.policies.musicgen.policy import code_hidden_states, head_weights
+from diverse_cfg.policies.musicgen.model import code_hidden_states, head_weights
 from diverse_cfg.types import Clips
 
 

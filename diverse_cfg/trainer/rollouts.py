@@ -17,7 +17,7 @@ from trl import RLOOTrainer
 from diverse_cfg.callbacks import EvaluationClip
 from diverse_cfg.embeddings import Embedder
 from diverse_cfg.functional.diversity import diversity_reward
-from diverse_cfg.policies.musicgen.policy import encode_text, unwrap
+from diverse_cfg.policies.musicgen.model import encode_text, unwrap
 from diverse_cfg.policies.sampler.rollout import RolloutWeights, decode_codes, sample_codes
 from diverse_cfg.rewards import embed_clips, is_pairwise, reads_waveforms
 from diverse_cfg.trainer.data import columns

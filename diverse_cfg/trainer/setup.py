@@ -14,7 +14,7 @@ from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.effects import Run, idle_settings
 from diverse_cfg.embeddings.clap import ClapEmbedder
 from diverse_cfg.functional.codebooks import num_decoder_steps
-from diverse_cfg.policies.musicgen.policy import delays, frame_rate, usual_seconds
+from diverse_cfg.policies.musicgen.model import delays, frame_rate, usual_seconds
 from diverse_cfg.provenance import read_provenance
 from diverse_cfg.rewards import DiversityReward, is_pairwise
 from diverse_cfg.trainer.start import same_model

@@ -26,15 +26,9 @@ from transformers.trainer_utils import HubStrategy
 from diverse_cfg.cards import is_hub_id
 from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.policies.checkpoints import inexact_options
-from diverse_cfg.policies.musicgen.layout import playing_config, repair_token_ids
-from diverse_cfg.policies.musicgen.policy import (
-    LORA_TARGET_MODULES,
-    freeze_encoders,
-    is_distilled,
-    load_policy,
-    load_processor,
-    unwrap,
-)
+from diverse_cfg.policies.loading import is_distilled, load_policy, load_processor
+from diverse_cfg.policies.musicgen.model import LORA_TARGET_MODULES, unwrap
+from diverse_cfg.policies.policy import as_policy
 from diverse_cfg.trainer.teacher import fingerprint
 
 # What is trained: all else of a model is the teacher's too.
@@ -84,7 +78,7 @@ def prepare_policy(
     # Half precision is widened, since steps of the usual size vanish in it.
     own = unwrap(model).decoder.dtype if isinstance(model, nn.Module) else torch.float32
     policy = load_policy(model, torch_dtype=torch.promote_types(own, torch.float32))
-    freeze_encoders(policy)
+    as_policy(policy).freeze()
     _unfreeze_decoder(policy, warn=isinstance(model, nn.Module) and not lora)
     policy.config.__class__ = TrainerFacingConfig
     if args.device.type == "cpu":
@@ -215,8 +209,7 @@ def restore_token_ids(
 
     With T5's ids `generate` would take code 0 for padding, and the saved model would carry the fault.
     """
-    repair_token_ids(policy.config)
-    policy.generation_config = playing_config(policy.config, sampling, like=policy.generation_config)
+    as_policy(policy).set_sampling(sampling)
 
 
 def lora_config(peft_config: PeftConfig | None) -> PeftConfig | None:

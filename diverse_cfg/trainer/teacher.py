@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import MusicgenForConditionalGeneration
 
 from diverse_cfg.functional.distillation import GuidedTeacher
-from diverse_cfg.policies.musicgen.policy import code_hidden_states, head_weights, load_policy, unwrap
+from diverse_cfg.policies.loading import load_policy
+from diverse_cfg.policies.musicgen.model import code_hidden_states, head_weights, unwrap
 from diverse_cfg.types import TextCondition
 
 

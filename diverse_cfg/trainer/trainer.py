@@ -30,7 +30,7 @@ from diverse_cfg.callbacks import AudioSamplesCallback, EvaluationClip, RewardHa
 from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.embeddings import load_embedder
 from diverse_cfg.policies.audiocraft import from_audiocraft, is_live_audiocraft
-from diverse_cfg.policies.musicgen.policy import delays, encode_text, unwrap
+from diverse_cfg.policies.musicgen.model import delays, encode_text, unwrap
 from diverse_cfg.policies.sampler.rollout import RolloutWeights
 from diverse_cfg.rewards import checked, is_pairwise
 from diverse_cfg.trainer import data, setup, start

@@ -36,7 +36,9 @@ from diverse_cfg.functional.prefix_baseline import (
     segment_advantages,
     update_ridge,
 )
-from diverse_cfg.policies.musicgen.policy import encode_text, freeze_encoders, load_policy, load_processor
+from diverse_cfg.policies.loading import load_policy, load_processor
+from diverse_cfg.policies.musicgen.model import encode_text
+from diverse_cfg.policies.policy import as_policy
 from diverse_cfg.policies.sampler.rollout import RolloutWeights, sample_codes
 from diverse_cfg.prompts import load_prompts
 from diverse_cfg.trainer.objective import LossSettings, student_terms
@@ -66,7 +68,7 @@ def estimators(rewards: Tensor, values: Tensor, shape: torch.Size) -> dict[str, 
 def gradients(student: str, batches: int, seed: int) -> dict[str, Tensor]:
     """Gradients of the policy-gradient loss [batches, parameters]; the student is not trained."""
     model = load_policy(student).eval()
-    freeze_encoders(model)
+    as_policy(model).freeze()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     tokenizer, weights = load_processor(student).tokenizer, RolloutWeights.from_model(model)
     encoder = load_embedder(str(nano_path("reward-encoder")))

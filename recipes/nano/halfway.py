@@ -25,7 +25,7 @@ from diverse_cfg.evaluation.results import Results, SystemResult, mean_estimate
 from diverse_cfg.evaluation.systems import System, single
 from diverse_cfg.functional.diversity import diversity_reward, unit_embeddings
 from diverse_cfg.nano.judge import AttributeJudge
-from diverse_cfg.policies.musicgen.policy import encode_text
+from diverse_cfg.policies.musicgen.model import encode_text
 from diverse_cfg.policies.sampler.decoders import EagerDecoder
 from diverse_cfg.policies.sampler.draws import SamplingSettings, keyed_noise
 from diverse_cfg.policies.sampler.loop import DecodeLoop

@@ -33,7 +33,7 @@ from diverse_cfg.assets import nano_path
 from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
 from diverse_cfg.nano.judge import AttributeJudge
 from diverse_cfg.nano.rules import classify, pitches
-from diverse_cfg.policies.musicgen.policy import load_policy
+from diverse_cfg.policies.loading import load_policy
 
 
 @torch.inference_mode()

@@ -19,7 +19,7 @@ from diverse_cfg.evaluation.features import (
 )
 from diverse_cfg.evaluation.generations import Player
 from diverse_cfg.evaluation.systems import System, single
-from diverse_cfg.policies.musicgen.policy import code_logits, encode_text
+from diverse_cfg.policies.musicgen.model import code_logits, encode_text
 from tests import oracles
 from tests.evaluation.worlds import CodesEncoder, WaveEncoder, broken_audio, encoder_folder
 from tests.tiny import PROMPTS, save_tiny, tiny_musicgen, tiny_processor
@@ -235,7 +235,7 @@ def test_judges_from_elsewhere_are_known_by_their_weights_and_code(tmp_path):
     assert text["code"] == code_digest("diverse_cfg.rewards", __name__, "diverse_cfg.embeddings.audio")
 
 
-@pytest.mark.parametrize("name", ["musicgen.policy", "musicgen.sampling", "functional.guidance"])
+@pytest.mark.parametrize("name", ["policies.musicgen.model", "policies.sampler.draws", "functional.guidance"])
 def test_the_divergence_belongs_to_the_code_that_computes_it(tmp_path, monkeypatch, name):
     folder = save_tiny(tmp_path / "base")
     before = DivergenceFeature(Memory(tiny_musicgen()), folder, 3.0).fingerprint

@@ -13,7 +13,7 @@ from diverse_cfg.evaluation.generations import ClipSet, Player, describe
 from diverse_cfg.evaluation.results import SystemResult, mean_estimate
 from diverse_cfg.evaluation.sweep import Sweep, _flag_incomparable
 from diverse_cfg.evaluation.systems import System, expand_systems, single
-from diverse_cfg.policies.musicgen.loading import load_policy, load_processor
+from diverse_cfg.policies.loading import load_policy, load_processor
 from diverse_cfg.policies.sampler.rollout import RolloutWeights, fast_generate
 from tests.evaluation.worlds import CountingJudge, broken_audio, encoder_folder, save_sibling, small_sweep
 from tests.tiny import PROMPTS, save_tiny

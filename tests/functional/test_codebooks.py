@@ -12,7 +12,7 @@ from diverse_cfg.functional.codebooks import (
     revert_delay_pattern,
     valid_cells,
 )
-from diverse_cfg.policies.musicgen.layout import codebook_delays
+from diverse_cfg.policies.musicgen.model import codebook_delays
 from tests import oracles
 
 MONO, STEREO = codebook_delays(4), codebook_delays(8, 2)

@@ -12,9 +12,9 @@ from diverse_cfg.policies.audiocraft import export_audiocraft, is_audiocraft, lo
 from diverse_cfg.policies.audiocraft.configuration import bandwidth
 from diverse_cfg.policies.audiocraft.folders import checkpoint_files, transformers_folder
 from diverse_cfg.policies.audiocraft.stored_config import StoredConfig
-from diverse_cfg.policies.musicgen.layout import architecture
-from diverse_cfg.policies.musicgen.loading import load_policy, load_processor
-from diverse_cfg.policies.musicgen.policy import code_logits, encode_text
+from diverse_cfg.policies.loading import load_policy, load_processor
+from diverse_cfg.policies.musicgen.family import MUSICGEN
+from diverse_cfg.policies.musicgen.model import code_logits, encode_text
 from diverse_cfg.policies.sampler.rollout import decode_codes, fast_generate
 
 DATA = Path(__file__).parent / "data" / "audiocraft"
@@ -87,7 +87,7 @@ def test_round_trip_is_equal_to_the_bit(frozen, tmp_path):
         torch.equal(a, b)
         for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True)
     )
-    assert architecture(again.config) == architecture(model.config), (
+    assert MUSICGEN.architecture(again.config) == MUSICGEN.architecture(model.config), (
         "it could not be merged with its original"
     )
 

@@ -22,9 +22,8 @@ from diverse_cfg.policies.audiocraft import (
     load_audiocraft,
     to_audiocraft,
 )
-from diverse_cfg.policies.musicgen.layout import codebook_delays
-from diverse_cfg.policies.musicgen.loading import load_policy, load_processor
-from diverse_cfg.policies.musicgen.policy import code_logits, encode_text
+from diverse_cfg.policies.loading import load_policy, load_processor
+from diverse_cfg.policies.musicgen.model import code_logits, codebook_delays, encode_text
 from diverse_cfg.policies.sampler.rollout import decode_codes, fast_generate
 from diverse_cfg.provenance import read_provenance
 from tests.policies.audiocraft_world import (

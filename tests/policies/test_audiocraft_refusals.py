@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from diverse_cfg.merging import inspect_checkpoint
 from diverse_cfg.policies.audiocraft import export_audiocraft, from_audiocraft, load_audiocraft
 from diverse_cfg.policies.audiocraft.importing import INSTALL, import_audiocraft
-from diverse_cfg.policies.musicgen.loading import load_policy, load_processor
+from diverse_cfg.policies.loading import load_policy, load_processor
 from tests.faults import without_privileges
 from tests.tiny import tiny_config, tiny_musicgen, tiny_processor
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from diverse_cfg.cli import main
 from diverse_cfg.merging import inspect_checkpoint, load_slider, merge_checkpoints
-from diverse_cfg.policies.musicgen.loading import load_policy, load_processor, torch_device
+from diverse_cfg.policies.loading import load_policy, load_processor, torch_device
 from diverse_cfg.publishing.plan import check_loads
 from tests import checkpoints as made
 from tests.faults import without_privileges

@@ -10,7 +10,7 @@ import torch
 
 from diverse_cfg.policies import files
 from diverse_cfg.policies.files import generate_files, write_wav
-from diverse_cfg.policies.musicgen.policy import load_policy
+from diverse_cfg.policies.loading import load_policy
 from diverse_cfg.policies.sampler.rollout import fast_generate
 from tests.faults import held
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor

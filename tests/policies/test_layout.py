@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, MusicgenForConditionalGeneration
 
-from diverse_cfg.policies.musicgen import layout
+from diverse_cfg.policies.musicgen.family import MUSICGEN as layout
 from tests.tiny import tiny_musicgen, tiny_processor
 
 
@@ -68,7 +68,7 @@ def test_storage_types_are_those_in_which_it_is_loaded(tiny_folder):
     assert kept
     for name, tensor in model.state_dict().items():
         stored = layout.storage_dtype(name, torch.float32, torch.float16)
-        assert stored == tensor.dtype or name.startswith(layout.CODEC_PREFIX), name
+        assert stored == tensor.dtype or name.startswith(layout.codec_prefix), name
 
 
 @pytest.mark.parametrize(

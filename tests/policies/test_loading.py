@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from diverse_cfg.policies.musicgen.loading import is_distilled, load_policy, load_processor
-from diverse_cfg.policies.musicgen.policy import LORA_TARGET_MODULES
+from diverse_cfg.policies.loading import is_distilled, load_policy, load_processor
+from diverse_cfg.policies.musicgen.model import LORA_TARGET_MODULES
 from diverse_cfg.provenance import Provenance, write_provenance
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
 

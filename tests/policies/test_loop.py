@@ -11,7 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from diverse_cfg.policies.musicgen.policy import encode_text, load_policy
+from diverse_cfg.policies.loading import load_policy
+from diverse_cfg.policies.musicgen.model import encode_text
 from diverse_cfg.policies.sampler.draws import SamplingSettings, keyed_noise
 from diverse_cfg.policies.sampler.loop import DecodeLoop
 from diverse_cfg.policies.sampler.rollout import RolloutWeights, fast_generate, sample_codes

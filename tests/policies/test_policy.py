@@ -6,18 +6,18 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from diverse_cfg.functional.guidance import guided_logits
-from diverse_cfg.policies.musicgen.policy import (
+from diverse_cfg.policies.layers import effective_weight
+from diverse_cfg.policies.loading import load_policy
+from diverse_cfg.policies.musicgen.model import (
     LORA_TARGET_MODULES,
     code_hidden_states,
     code_logits,
     delays,
-    effective_weight,
     encode_text,
     frame_rate,
-    freeze_encoders,
     head_weights,
-    load_policy,
 )
+from diverse_cfg.policies.policy import Policy, as_policy
 from diverse_cfg.types import TextCondition
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
 
@@ -182,7 +182,7 @@ def test_shapes_that_do_not_fit_are_refused(policy, condition):
 
 def test_frame_rate_and_freezing(policy):
     assert frame_rate(policy) == 50
-    freeze_encoders(policy)
+    as_policy(policy).freeze()
     trainable = {
         name.split(".")[0] for name, parameter in policy.named_parameters() if parameter.requires_grad
     }
@@ -256,3 +256,12 @@ def test_adapters_that_are_no_sum_are_refused():
     wrapped = get_peft_model(load_policy(tiny_musicgen()), config)
     with pytest.raises(ValueError, match="DoRA"):
         effective_weight(wrapped.get_base_model().decoder.model.decoder.layers[0].fc1)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_the_plain_way_to_sample_gives_the_same_clips(policy, condition, guidance_scale):
+    """A whole forward pass per step, which shares no decoder code with the fused loop, draws the same codes."""
+    live = as_policy(policy)
+    settings = {"guidance_scale": guidance_scale, "temperature": 0.9, "seed": 3, "sample_ids": [5, 6, 7, 8]}
+    plainly = Policy.sample(live, condition, 6, **settings)
+    assert torch.equal(plainly.codes, live.sample(condition, 6, **settings).codes)

@@ -10,13 +10,8 @@ from scipy import stats
 
 from diverse_cfg.assets import nano_path
 from diverse_cfg.functional.guidance import guided_logits
-from diverse_cfg.policies.musicgen.loading import load_processor
-from diverse_cfg.policies.musicgen.policy import (
-    LORA_TARGET_MODULES,
-    code_logits,
-    encode_text,
-    load_policy,
-)
+from diverse_cfg.policies.loading import load_policy, load_processor
+from diverse_cfg.policies.musicgen.model import LORA_TARGET_MODULES, code_logits, encode_text
 from diverse_cfg.policies.sampler import batches
 from diverse_cfg.policies.sampler import weights as weights_module
 from diverse_cfg.policies.sampler.loop import DecodeLoop

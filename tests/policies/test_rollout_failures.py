@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from diverse_cfg.policies.musicgen.policy import encode_text, load_policy
+from diverse_cfg.policies.loading import load_policy
+from diverse_cfg.policies.musicgen.model import encode_text
 from diverse_cfg.policies.sampler.decoders import EagerDecoder
 from diverse_cfg.policies.sampler.loop import DecodeLoop
 from diverse_cfg.policies.sampler.rollout import RolloutWeights, fast_generate, sample_codes

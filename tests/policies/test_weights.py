@@ -18,7 +18,8 @@ from peft import (
 )
 from torch import nn
 
-from diverse_cfg.policies.musicgen.policy import LORA_TARGET_MODULES, code_logits, encode_text, load_policy
+from diverse_cfg.policies.loading import load_policy
+from diverse_cfg.policies.musicgen.model import LORA_TARGET_MODULES, code_logits, encode_text
 from diverse_cfg.policies.sampler import weights as weights_module
 from diverse_cfg.policies.sampler.rollout import RolloutWeights, sample_codes
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor

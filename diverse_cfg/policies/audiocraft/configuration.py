@@ -11,7 +11,8 @@ from typing import Any
 from transformers import EncodecConfig, GenerationConfig, MusicgenConfig, MusicgenDecoderConfig
 
 from diverse_cfg.policies.audiocraft.stored_config import StoredConfig
-from diverse_cfg.policies.musicgen.layout import codebook_delays, num_frames_to_tokens, repair_token_ids
+from diverse_cfg.policies.musicgen.family import MUSICGEN
+from diverse_cfg.policies.musicgen.model import codebook_delays
 
 # AudioCraft's `MusicGen.set_generation_params`.
 TOP_K = 250
@@ -249,7 +250,7 @@ def default_generation(config: MusicgenConfig, cfg: StoredConfig) -> GenerationC
         do_sample=True,
         guidance_scale=float(cfg.get("classifier_free_guidance.inference_coef") or GUIDANCE_SCALE),
         top_k=TOP_K,
-        max_new_tokens=num_frames_to_tokens(frames, config),
+        max_new_tokens=MUSICGEN.num_frames_to_tokens(frames, config),
         pad_token_id=special,
         bos_token_id=special,
         decoder_start_token_id=special,
@@ -260,4 +261,6 @@ def musicgen_config(
     text_encoder: Any, codec: EncodecConfig, decoder: MusicgenDecoderConfig
 ) -> MusicgenConfig:
     """The three configurations as one, with MusicGen's special token everywhere."""
-    return repair_token_ids(MusicgenConfig(text_encoder=text_encoder, audio_encoder=codec, decoder=decoder))
+    return MUSICGEN.repair_token_ids(
+        MusicgenConfig(text_encoder=text_encoder, audio_encoder=codec, decoder=decoder)
+    )

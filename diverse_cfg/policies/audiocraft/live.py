@@ -31,7 +31,7 @@ from diverse_cfg.policies.audiocraft.reading import (
 )
 from diverse_cfg.policies.audiocraft.stored_config import StoredConfig
 from diverse_cfg.policies.audiocraft.writing import codec_state, known_text_encoder, language_model_state
-from diverse_cfg.policies.musicgen.layout import num_frames_to_tokens
+from diverse_cfg.policies.musicgen.family import MUSICGEN
 
 _CONDITIONERS = {
     "T5Conditioner": "t5",
@@ -330,7 +330,7 @@ def _generation(musicgen: Any, model: MusicgenForConditionalGeneration) -> Gener
         # AudioCraft leaves top-k out where it has a top-p.
         top_k=0 if nucleus else int(params.get("top_k", configuration.TOP_K)),
         top_p=nucleus or 1.0,
-        max_new_tokens=num_frames_to_tokens(frames, model.config),
+        max_new_tokens=MUSICGEN.num_frames_to_tokens(frames, model.config),
         pad_token_id=special,
         bos_token_id=special,
         decoder_start_token_id=special,

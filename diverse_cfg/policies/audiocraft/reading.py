@@ -31,7 +31,8 @@ from transformers import (
 
 from diverse_cfg.policies.audiocraft import configuration, names
 from diverse_cfg.policies.audiocraft.stored_config import StoredConfig
-from diverse_cfg.policies.musicgen.layout import canonical_name, expected_tensors, load_generation_config
+from diverse_cfg.policies.families import load_generation_config
+from diverse_cfg.policies.musicgen.family import MUSICGEN
 from diverse_cfg.reading import load_complete, reading
 
 LANGUAGE_MODEL_FILE = "state_dict.bin"
@@ -123,13 +124,13 @@ def assemble(
     """
     config = configuration.musicgen_config(text.config, codec.config, decoder)
     config.dtype = "float32"
-    shapes, aliases = expected_tensors(config)
+    shapes, aliases = MUSICGEN.expected_tensors(config)
     found = {name: tensor for name, tensor in state.items() if not name.startswith(names.TEXT_ENCODER)}
     found |= {names.TEXT_ENCODER + name: tensor for name, tensor in text.state.items()}
     found |= {names.CODEC + name: tensor for name, tensor in codec.state.items()}
     tensors: dict[str, Tensor] = {}
     for name, tensor in found.items():
-        canonical = canonical_name(name, aliases)
+        canonical = MUSICGEN.canonical_name(name, aliases)
         if canonical is not None:
             tensors[canonical] = tensor
     require_complete(tensors, shapes, cfg.name)
@@ -149,7 +150,7 @@ def build_model(stored: Stored) -> MusicgenForConditionalGeneration:
     model = MusicgenForConditionalGeneration(stored.config)
     missing, unexpected = model.load_state_dict(stored.state, strict=False)
     assert not unexpected, unexpected
-    aliases = expected_tensors(stored.config)[1]
+    aliases = MUSICGEN.expected_tensors(stored.config)[1]
     assert set(missing) <= set(aliases), missing
     model.generation_config = stored.generation
     return model.float().eval()

@@ -7,7 +7,8 @@ from typing import Any
 from transformers import EncodecConfig, GenerationConfig, MusicgenConfig
 
 from diverse_cfg.policies.audiocraft.configuration import NETWORK, SECONDS
-from diverse_cfg.policies.musicgen.layout import codebook_delays, num_frames_to_tokens
+from diverse_cfg.policies.musicgen.family import MUSICGEN
+from diverse_cfg.policies.musicgen.model import codebook_delays
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def top_k(generation: GenerationConfig) -> int:
 def num_frames(config: MusicgenConfig, generation: GenerationConfig) -> int | None:
     """Length of the clips that these generation settings make, in frames; None if they do not say."""
     tokens = generation.max_new_tokens or generation.max_length
-    return tokens - num_frames_to_tokens(0, config) if tokens else None
+    return tokens - MUSICGEN.num_frames_to_tokens(0, config) if tokens else None
 
 
 def _codec_settings(codec: EncodecConfig) -> dict[str, Any]:

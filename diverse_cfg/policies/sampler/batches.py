@@ -10,8 +10,7 @@ from torch import nn
 from transformers import MusicgenDecoderConfig
 
 from diverse_cfg.functional.codebooks import num_decoder_steps
-from diverse_cfg.policies.musicgen.layout import codebook_delays
-from diverse_cfg.policies.musicgen.policy import unwrap
+from diverse_cfg.policies.musicgen.model import codebook_delays, unwrap
 
 logger = logging.getLogger(__name__)
 

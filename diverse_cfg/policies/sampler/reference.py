@@ -20,7 +20,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput
 
 from diverse_cfg.functional.codebooks import num_decoder_steps
-from diverse_cfg.policies.musicgen.policy import delays, evaluating, pad_token_id, unwrap
+from diverse_cfg.policies.layers import evaluating
+from diverse_cfg.policies.musicgen.model import delays, pad_token_id, unwrap
 from diverse_cfg.policies.sampler.draws import SamplingSettings, not_finite, race
 from diverse_cfg.types import TextCondition
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from diverse_cfg.functional.codebooks import num_decoder_steps, revert_delay_pattern
-from diverse_cfg.policies.musicgen.policy import delays, encode_text, frame_rate, require_prompts, unwrap
+from diverse_cfg.policies.musicgen.model import delays, encode_text, frame_rate, unwrap
+from diverse_cfg.policies.policy import require_prompts
 from diverse_cfg.policies.sampler.batches import automatic_batch, in_batches, may_be_kept
 from diverse_cfg.policies.sampler.draws import SamplingSettings, keyed_noise, not_finite, require_64_bits
 from diverse_cfg.policies.sampler.loop import DecodeLoop, default_mode

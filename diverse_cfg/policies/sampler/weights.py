@@ -19,7 +19,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from diverse_cfg.policies.musicgen.policy import base_layer, delays, effective_weight, unwrap
+from diverse_cfg.policies.layers import base_layer, effective_weight
+from diverse_cfg.policies.musicgen.model import delays, unwrap
 from diverse_cfg.types import TextCondition
 
 # They all compute softmax attention, which is what the loop computes; another name may mean another function.

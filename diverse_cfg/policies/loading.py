@@ -1,4 +1,4 @@
-"""Load a MusicGen policy from whatever holds one: float32, no dropout, no double guidance.
+"""Load a model from whatever holds one: float32, no dropout, no double guidance.
 
 A checkpoint that this package distilled has the guidance inside its weights, while the generation config that
 an adapter inherits from its base still asks for guidance 3: applied twice, it costs twice and overshoots. So
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoProcessor, MusicgenForConditionalGeneration, MusicgenProcessor
 
 from diverse_cfg.policies.audiocraft.folders import find_file
 from diverse_cfg.policies.audiocraft.live import from_audiocraft, is_live_audiocraft
@@ -25,10 +24,12 @@ from diverse_cfg.policies.checkpoints import (
     read_adapter,
     require_named_base,
 )
-from diverse_cfg.policies.musicgen import layout
-from diverse_cfg.policies.stored import FullCheckpoint, is_adapter, locate
+from diverse_cfg.policies.families import PROCESSOR_REMEDY, Family, family_of, has_processor_files
+from diverse_cfg.policies.musicgen.family import MUSICGEN
+from diverse_cfg.policies.policy import plain
+from diverse_cfg.policies.stored import is_adapter, locate
 from diverse_cfg.provenance import PROVENANCE_FILE, read_provenance
-from diverse_cfg.reading import load_complete, reading
+from diverse_cfg.reading import reading
 
 ModelSource = Any
 """Id or folder, a transformers or PEFT model, or a live AudioCraft model."""
@@ -42,8 +43,8 @@ def load_policy(
     *,
     adapter: str | os.PathLike | None = None,
     torch_dtype: torch.dtype = torch.float32,
-) -> MusicgenForConditionalGeneration:
-    """Load a MusicGen policy, in eval mode and without any dropout.
+) -> Any:
+    """Load a policy's model, in eval mode and without any dropout.
 
     Args:
         model: Hub id or folder of a full checkpoint, also one of AudioCraft's; id or folder of a PEFT
@@ -56,9 +57,10 @@ def load_policy(
             bfloat16.
 
     Returns:
-        A plain `MusicgenForConditionalGeneration`, adapters merged. Its `generation_config.guidance_scale` is
-        1.0 when the checkpoint is distilled, and what the checkpoint says otherwise. A student without generation
-        settings, such as an adapter, is sampled as its `diverse_cfg.json` says.
+        The plain model, such as a `MusicgenForConditionalGeneration`, adapters merged. Its
+        `generation_config.guidance_scale` is 1.0 when the checkpoint is distilled, and what the checkpoint says
+        otherwise. A student without generation settings, such as an adapter, is sampled as its
+        `diverse_cfg.json` says.
 
     Raises:
         ValueError: not a MusicGen, MusicGen-Melody, weights that are incomplete or damaged, special tokens that do
@@ -68,7 +70,8 @@ def load_policy(
     policy: Any
     folder = provenance = None  # of an adapter
     if is_live_audiocraft(model) or isinstance(model, nn.Module):
-        policy = from_audiocraft(model)[0] if is_live_audiocraft(model) else unwrap(model)
+        policy = from_audiocraft(model)[0] if is_live_audiocraft(model) else plain(model)
+        family = family_of(policy)
         distilled = isinstance(model, PeftModel)
         if adapter is not None:
             folder = _check_on_live(policy, adapter)
@@ -89,7 +92,11 @@ def load_policy(
             checkpoint = checkpoint.base
         elif not (checkpoint.folder / "generation_config.json").is_file():
             provenance = checkpoint.provenance
-        policy = _load_full(checkpoint)
+        family = checkpoint.family
+        policy = family.load_model(checkpoint.folder, checkpoint.source)
+        policy.name_or_path = policy.config._name_or_path = (
+            checkpoint.source
+        )  # adapters name their base by it
         distilled = checkpoint.provenance is not None
     if folder is not None:
         with reading(folder):
@@ -97,45 +104,45 @@ def load_policy(
     if distilled or folder is not None:
         policy.generation_config.guidance_scale = 1.0
         if provenance is not None:
-            policy.generation_config = layout.playing_config(
+            policy.generation_config = family.playing_config(
                 policy.config, provenance.sampling, like=policy.generation_config
             )
         policy.is_distilled = True  # `fast_generate` warns when it is guided on top
     zero_dropout(policy)
-    positions = policy.decoder.model.decoder.embed_positions
-    rounded = positions.weights.dtype != torch.float32
-    policy.to(torch_dtype)
-    if rounded:  # the table is computed, not stored: widened, it would stay rounded
-        positions.make_weights(*positions.weights.shape)
-    policy.audio_encoder.float()
+    family.cast(policy, torch_dtype)
     return policy.eval()
 
 
-def load_processor(path: str | os.PathLike) -> MusicgenProcessor:
+def load_processor(path: str | os.PathLike) -> Any:
     """Load the processor (tokenizer, feature extractor) of a checkpoint; an adapter without one has its base's.
 
     Raises:
-        ValueError: a part of it is missing or damaged, or it is not MusicGen's.
+        ValueError: a part of it is missing or damaged, or it is another family's.
         FileNotFoundError: nothing there.
     """
     folder = locate(path)
-    if is_adapter(folder) and not layout.has_processor_files(folder):
+    if is_adapter(folder) and not has_processor_files(folder):
         folder = locate_base(path, folder)
-    config = layout.load_config(folder) if (folder / "config.json").exists() else None
-    layout.require_processor(folder)
-    with reading(folder, layout.PROCESSOR_REMEDY):
-        processor = AutoProcessor.from_pretrained(str(folder))
-    if not isinstance(processor, MusicgenProcessor):
+    family = require_processor(folder)
+    config = family.load_config(folder) if (folder / "config.json").exists() else None
+    return family.load_processor(folder, path, config)
+
+
+def require_processor(folder: Path) -> Family:
+    """Refuse a folder whose prompts would become unknown words.
+
+    Returns:
+        The family whose processor it holds: MusicGen where an adapter lies alone, which names none.
+
+    Raises:
+        ValueError: the tokenizer or the processor configuration is missing.
+    """
+    family = family_of(folder) if (folder / "config.json").exists() else MUSICGEN
+    if missing := family.missing_processor(folder):
         raise ValueError(
-            f"{path} has a {type(processor).__name__}, not a MusicgenProcessor: is it a MusicGen?"
+            f"{folder} has no {missing}, without which it cannot read prompts: {PROCESSOR_REMEDY}"
         )
-    pieces = max(processor.tokenizer.get_vocab().values()) + 1
-    if config and pieces > config.text_encoder.vocab_size:
-        raise ValueError(
-            f"{folder} has a tokenizer with {pieces} pieces, but its text encoder knows "
-            f"{config.text_encoder.vocab_size}: {layout.PROCESSOR_REMEDY}"
-        )
-    return processor
+    return family
 
 
 def torch_device(name: str | None) -> str:
@@ -154,27 +161,6 @@ def torch_device(name: str | None) -> str:
             f"device={name!r} cannot be used ({reason}): leave it out, or take cpu or cuda"
         ) from error
     return name
-
-
-def unwrap(model: nn.Module) -> Any:
-    """The MusicGen inside a `PeftModel` (its LoRA layers stay active) or a DDP-like wrapper.
-
-    Returns:
-        A `MusicgenForConditionalGeneration`; typed as anything, since transformers declares its three parts
-        optional.
-
-    Raises:
-        ValueError: it is another model.
-    """
-    inner = model.module if hasattr(model, "module") else model
-    if isinstance(inner, PeftModel):
-        inner = inner.get_base_model()
-    if not isinstance(inner, MusicgenForConditionalGeneration):
-        raise ValueError(
-            f"expected a MusicgenForConditionalGeneration, got a {type(inner).__name__}: MusicGen-Melody "
-            "and other models are not supported"
-        )
-    return inner
 
 
 def is_distilled(source: str | os.PathLike) -> bool:
@@ -199,19 +185,6 @@ def zero_dropout(model: nn.Module) -> None:
         for name in _DROPOUT_ATTRIBUTES:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-
-
-def _load_full(checkpoint: FullCheckpoint) -> MusicgenForConditionalGeneration:
-    policy = load_complete(MusicgenForConditionalGeneration, str(checkpoint.folder), dtype=torch.float32)
-    policy.name_or_path = policy.config._name_or_path = checkpoint.source  # adapters name their base by it
-    decoder: Any = policy.config.decoder
-    if decoder.pad_token_id != decoder.vocab_size:
-        raise ValueError(
-            f"{checkpoint.source} has config.decoder.pad_token_id={decoder.pad_token_id}, but MusicGen's only special "
-            f"token is {decoder.vocab_size} (vocab_size): another program overwrote it; set pad, bos and "
-            f"decoder_start to {decoder.vocab_size} in config.json and generation_config.json"
-        )
-    return policy
 
 
 def _check_on_live(policy: Any, adapter: str | os.PathLike) -> Path:
