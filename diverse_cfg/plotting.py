@@ -20,6 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from diverse_cfg.atomic import replacing, write_text
+from diverse_cfg.reading import last_checkpoint
 from diverse_cfg.untrusted import frame_csv
 
 Log = Sequence[Mapping[str, Any]]
@@ -188,14 +189,13 @@ def _training_log(folder: str | os.PathLike) -> list[dict[str, Any]]:
     Raises:
         FileNotFoundError: neither the folder nor a checkpoint in it has a `trainer_state.json`.
     """
-    folder = Path(folder)
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for path in (folder, *reversed(checkpoints)):
-        if (path / "trainer_state.json").is_file():
-            return json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    raise FileNotFoundError(
-        f"{folder} has no trainer_state.json, nor has a checkpoint in it: is it a training run?"
-    )
+    whole_run = (Path(folder) / "trainer_state.json").is_file()
+    state = folder if whole_run else last_checkpoint(folder)
+    if state is None:
+        raise FileNotFoundError(
+            f"{folder} has no trainer_state.json, nor has a checkpoint in it: is it a training run?"
+        )
+    return json.loads((Path(state) / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
 
 
 def _aligned(logs: Sequence[Log], name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ from diverse_cfg.cli import main
 from diverse_cfg.policies.loading import is_distilled, load_policy
 from diverse_cfg.provenance import Provenance, write_provenance
 
-DATA = Path(__file__).parent / "musicgen" / "data" / "audiocraft" / "mono"
+DATA = Path(__file__).parent / "policies" / "data" / "audiocraft" / "mono"
 FILES = {"state_dict.bin", "compression_state_dict.bin"}
 
 

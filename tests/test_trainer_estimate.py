@@ -9,28 +9,23 @@ from peft import LoraConfig
 from diverse_cfg.policies.musicgen.model import unwrap
 from diverse_cfg.policies.sampler import batches
 from diverse_cfg.policies.sampler.loop import DecodeLoop
-from diverse_cfg.trainer import checkpointing
-from diverse_cfg.trainer.estimate import Sampling, fused_bytes, memory
+from diverse_cfg.trainer import housekeeping
+from diverse_cfg.trainer.estimate import Sampling, all_samplings, fused_bytes, memory
 from tests.tiny import PROMPTS, tiny_musicgen
-from tests.training import tiny_trainer
+from tests.training import tiny_args, tiny_trainer
 
 
 def needs(policy=None, **settings):
     """An estimate; `clips` of a student's rollout unless `samplings` says otherwise."""
     defaults = {
-        "micro_batch": 4,
         "num_frames": 30,
         "samplings": [Sampling(False, settings.pop("clips", 8))],
-        "rollout_batch_size": None,
-        "rollout_dtype": torch.float32,
-        "fused": True,
         "trained": 1000,
         "separate_teacher": False,
-        "averaged": False,
-        "half_precision": False,
-        "checkpointing": False,
     }
-    return memory(policy or tiny_musicgen(), **{**defaults, **settings})
+    given = {name: settings.pop(name) for name in defaults.keys() & settings.keys()}
+    args = tiny_args("unused", **{"per_device_train_batch_size": 4, **settings})
+    return memory(policy or tiny_musicgen(), args, **{**defaults, **given})
 
 
 def held(tensors) -> int:
@@ -39,7 +34,7 @@ def held(tensors) -> int:
 
 def measured(trainer, monkeypatch):
     """Train; the estimate that was made, bytes of the fused copies, and of the largest set of caches."""
-    estimates, caches, initialise, remember = [], [0], DecodeLoop.__init__, checkpointing.memory
+    estimates, caches, initialise, remember = [], [0], DecodeLoop.__init__, housekeeping.memory
 
     def watched(loop, weights, condition, num_clips, num_frames, *rest):
         initialise(loop, weights, condition, num_clips, num_frames, *rest)
@@ -50,9 +45,9 @@ def measured(trainer, monkeypatch):
         return estimates[-1]
 
     monkeypatch.setattr(DecodeLoop, "__init__", watched)
-    monkeypatch.setattr(checkpointing, "memory", estimated)
+    monkeypatch.setattr(housekeeping, "memory", estimated)
     trainer.train()
-    copies = sum(held(weights.tensors.values()) for weights in trainer._fused_weights.values())
+    copies = sum(held(weights.tensors.values()) for weights in trainer._sample.weights.values())
     return estimates[0], copies / 1e9, max(caches) / 1e9
 
 
@@ -133,7 +128,7 @@ def test_caches_grow_with_clips_until_the_cap_and_with_their_length(monkeypatch)
 def test_more_generations_per_prompt_need_more(tmp_path):
     """Fault: a count of prompts where clips are meant."""
     by_group = [
-        tiny_trainer(tmp_path, num_generations=size, per_device_train_batch_size=2 * size)._samplings()
+        all_samplings(tiny_args(tmp_path, num_generations=size, per_device_train_batch_size=2 * size), False)
         for size in (4, 8, 16)
     ]
     assert [sampling.clips for (sampling,) in by_group] == [8, 16, 32]
@@ -144,7 +139,8 @@ def test_an_update_and_a_rollout_do_not_add_up():
     assert estimate.activations > estimate.caches > 0
     always = estimate.weights + estimate.optimizer + estimate.copies
     assert estimate.peak == pytest.approx(always + estimate.activations)
-    long = needs(clips=64, micro_batch=1, checkpointing=True)
+    one = {"per_device_train_batch_size": 1, "num_generations": 1, "diversity_coef": 0.0}
+    long = needs(clips=64, gradient_checkpointing=True, **one)
     assert long.caches > long.activations
     assert long.peak == pytest.approx(long.weights + long.optimizer + long.copies + long.caches)
     assert f"{estimate.peak:.2g} GB per process at the peak" in str(estimate)

@@ -8,8 +8,10 @@ from torch.distributed.fsdp import fully_shard
 
 from diverse_cfg.policies.musicgen.model import encode_text
 from diverse_cfg.policies.sampler.rollout import RolloutWeights, sample_codes
-from diverse_cfg.trainer.objective import LossSettings, route_forward, student_terms
-from diverse_cfg.trainer.sharding import check_sharding, whole_weights
+from diverse_cfg.policies.sampler.weights import whole_weights
+from diverse_cfg.trainer.disguises import route_forward
+from diverse_cfg.trainer.objective import LossSettings, student_terms
+from diverse_cfg.trainer.setup import check_sharding
 from diverse_cfg.types import Clips
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
 from tests.training import tiny_args

@@ -24,7 +24,7 @@ from tests.checkpoints import teacher_forced_logits
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
 from tests.training import CodeEmbedder, tiny_args, tiny_trainer, trained
 
-AUDIOCRAFT = Path(__file__).parent / "musicgen" / "data" / "audiocraft" / "mono"
+AUDIOCRAFT = Path(__file__).parent / "policies" / "data" / "audiocraft" / "mono"
 # A scaling that is no power of two, layers that stage 1 adapts and others, two ranks.
 LORA = LoraConfig(
     r=2, lora_alpha=3, target_modules=["q_proj", "fc2", "embed_tokens.1"], rank_pattern={"fc2": 1}
@@ -258,7 +258,7 @@ def test_adapters_that_change_the_teacher_are_refused(tmp_path, options, message
 
 
 def test_an_initialisation_that_nobody_listed_is_noticed(tmp_path, monkeypatch):
-    monkeypatch.setattr("diverse_cfg.trainer.start.inexact_options", lambda config: [])
+    monkeypatch.setattr("diverse_cfg.trainer.setup.inexact_options", lambda config: [])
     with pytest.raises(ValueError, match=r"weights of the frozen base changed .*init_lora_weights=True"):
         tiny_trainer(tmp_path, peft_config=LoraConfig(r=2, init_lora_weights="pissa"))
 
@@ -316,7 +316,7 @@ def test_sharded_students_are_not_compared(tmp_path, second):
     """Fault: DeepSpeed's own precision of a student passes for a teacher that changed."""
     trainer = tiny_trainer(tmp_path, peft_config=SECOND[second])
     trainer.is_deepspeed_enabled = True
-    trainer._begin()
+    trainer._housekeeping.begin()
     trainer.model.to(torch.bfloat16)
     trainer._frozen.check("")
     assert len(trainer._frozen.models) == (second == "full")

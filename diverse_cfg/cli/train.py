@@ -253,7 +253,7 @@ def _lora(args: TrainArguments):
 
 def _checkpoint(config) -> str | None:
     """Where to continue; None to begin. A folder with something in it is not written over by accident."""
-    from diverse_cfg.trainer.state import last_checkpoint
+    from diverse_cfg.reading import last_checkpoint
 
     wanted = config.resume_from_checkpoint
     output = Path(config.output_dir)

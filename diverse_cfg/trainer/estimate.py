@@ -6,6 +6,7 @@ A rollout frees its caches when it ends (but small ones), and an update its acti
 Time is measured: one teacher, student and backward pass over a few clips, and the first frames of a rollout.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,12 @@ from dataclasses import dataclass
 import torch
 from transformers import MusicgenForConditionalGeneration
 
+from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.functional.codebooks import num_decoder_steps
 from diverse_cfg.policies.musicgen.model import delays
 from diverse_cfg.policies.sampler.batches import automatic_batch, cache_bytes
+from diverse_cfg.trainer.advantages import CALIBRATION_PROMPTS
+from diverse_cfg.trainer.teacher import rollout_dtype, sampler_share, samplers
 
 ACTIVATION_BYTES = 40.0
 CHECKPOINTED_BYTES = 3.5
@@ -34,6 +38,32 @@ class Sampling:
     is_teacher: bool
     clips: int
     guided: bool = False
+
+
+def training_samplings(args: CFGDiversityConfig) -> list[Sampling]:
+    """What one training rollout of a process samples from each sampler, at most."""
+    group = args.num_generations
+    prompts = args.per_device_train_batch_size * (args.steps_per_generation or 1) // group
+    # The teacher plays its share of a rollout's prompts, rounded down or up.
+    return [
+        Sampling(
+            is_teacher,
+            math.ceil(prompts * sampler_share(args, is_teacher)) * group,
+            guided=is_teacher and args.guidance_scale != 1,
+        )
+        for is_teacher in samplers(args)
+    ]
+
+
+def all_samplings(args: CFGDiversityConfig, evaluates: bool) -> list[Sampling]:
+    """Every kind of rollout that a process makes in a run: training, evaluation, calibration of the guards."""
+    found = training_samplings(args)
+    if evaluates:
+        found.append(Sampling(False, args.per_device_eval_batch_size))
+    if args.guards.calibrated:
+        guided = args.guards.gate is not None and args.guidance_scale != 1
+        found.append(Sampling(True, CALIBRATION_PROMPTS * args.num_generations, guided))
+    return found
 
 
 @dataclass(frozen=True)
@@ -69,52 +99,41 @@ class Memory:
 
 def memory(
     policy: MusicgenForConditionalGeneration,
+    args: CFGDiversityConfig,
     *,
-    micro_batch: int,
     num_frames: int,
     samplings: Sequence[Sampling],
-    rollout_batch_size: int | None,
-    rollout_dtype: torch.dtype,
-    fused: bool,
     trained: int,
     separate_teacher: bool,
-    averaged: bool,
-    half_precision: bool,
-    checkpointing: bool,
 ) -> Memory:
     """Estimate the memory of one process without sharding.
 
     Args:
         policy: the student.
-        micro_batch: clips of one forward pass.
+        args: the run's settings.
         num_frames: T.
         samplings: every kind of rollout that the run makes.
-        rollout_batch_size: most clips sampled at once; None for what the rollout chooses by itself.
-        rollout_dtype: of the matrices that a rollout multiplies with.
-        fused: whether it samples from fused copies; stock `generate` does not.
         trained: number of trained parameters.
         separate_teacher: whether a frozen copy of the decoder exists.
-        averaged: whether an average of the weights is kept.
-        half_precision: whether the passes run in bfloat16 or float16.
-        checkpointing: whether activations are recomputed.
     """
-    config = policy.decoder.config
+    config, dtype = policy.decoder.config, rollout_dtype(args) or policy.decoder.dtype
     decoder = sum(p.numel() * p.element_size() for p in policy.decoder.parameters())
     everything = sum(p.numel() * p.element_size() for p in policy.parameters())
     num_steps = num_decoder_steps(num_frames, delays(policy))
-    per_unit = CHECKPOINTED_BYTES if checkpointing else ACTIVATION_BYTES
-    units = micro_batch * num_steps * config.num_hidden_layers * config.hidden_size
+    per_unit = CHECKPOINTED_BYTES if args.gradient_checkpointing else ACTIVATION_BYTES
+    units = args.per_device_train_batch_size * num_steps * config.num_hidden_layers * config.hidden_size
     caches = [0]
     for sampling in samplings:
-        most = rollout_batch_size or automatic_batch(policy, num_frames, sampling.guided, rollout_dtype)
-        clip = cache_bytes(config, num_frames, sampling.guided, rollout_dtype, policy.device)
+        most = args.rollout_batch_size or automatic_batch(policy, num_frames, sampling.guided, dtype)
+        clip = cache_bytes(config, num_frames, sampling.guided, dtype, policy.device)
         caches.append(min(sampling.clips, most) * clip)
+    fused = args.rollout_backend == "fast"  # stock `generate` needs no copies
     copies = len({sampling.is_teacher for sampling in samplings}) if fused else 0
     return Memory(
         weights=(everything + decoder * separate_teacher) / 1e9,
-        optimizer=4 * trained * (3 + averaged) / 1e9,
-        copies=copies * fused_bytes(policy, rollout_dtype) / 1e9,
-        activations=per_unit * units * (1 if half_precision else 2) / 1e9,
+        optimizer=4 * trained * (3 + (args.ema_decay > 0)) / 1e9,
+        copies=copies * fused_bytes(policy, dtype) / 1e9,
+        activations=per_unit * units * (1 if args.bf16 or args.fp16 else 2) / 1e9,
         caches=max(caches) / 1e9,
     )
 

@@ -1,20 +1,17 @@
-"""The objective inside the policy's forward pass: student hidden states → distillation and policy-gradient
-loss.
+"""The objective inside the policy's forward pass: student hidden states → distillation and policy-gradient loss.
 
 The loss starts from hidden states and is computed where distributed wrappers expect all of a model's work to
-happen, inside its `forward`. So `route_forward` teaches a MusicGen one more way to be called,
-`model(run=function)`, and `student_terms` is the function that the trainer hands it.
+happen, inside its `forward`: `student_terms` is what the trainer hands to `disguises.route_forward`.
 """
 
-import functools
-import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
-from transformers import MusicgenForConditionalGeneration
 
+from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.functional.codebooks import apply_delay_pattern, revert_delay_pattern, valid_cells
 from diverse_cfg.functional.distillation import DistillationTerms, GuidedTeacher, distillation_loss
 from diverse_cfg.policies.musicgen.model import code_hidden_states, head_weights
@@ -33,16 +30,18 @@ class LossSettings:
     delays: tuple[int, ...]
     chunk_size: int
 
-
-def route_forward(model: MusicgenForConditionalGeneration) -> None:
-    """Let `model(run=f)` return `f(model)`, in place; every other call is as before."""
-    original = model.forward
-
-    @functools.wraps(type(model).forward)
-    def forward(self, *args, run: Callable | None = None, **kwargs):
-        return original(*args, **kwargs) if run is None else run(self)
-
-    model.forward = types.MethodType(forward, model)
+    @classmethod
+    def of(cls, args: CFGDiversityConfig, delays: tuple[int, ...]) -> Self:
+        """Those of a run, for a policy with these delays."""
+        return cls(
+            divergence=args.divergence,
+            alpha=args.jsd_alpha,
+            temperature=args.temperature,
+            epsilon=args.epsilon,
+            epsilon_high=args.epsilon_high,
+            delays=delays,
+            chunk_size=args.loss_chunk_size,
+        )
 
 
 def student_terms(
@@ -126,6 +125,26 @@ def future_divergence(divergences: Tensor, delays: Sequence[int]) -> Tensor:
         later = (later - later.mean(dim=0)) * num_clips / (num_clips - 1)
     steps = later[:, None].expand(-1, num_codebooks, -1)
     return revert_delay_pattern(steps, num_frames, delays)
+
+
+def loss_metrics(clips: Clips, terms: DistillationTerms) -> dict[str, Tensor]:
+    """Means over the micro-batch; all in nats per code unless the name says clip."""
+    per_codebook = terms.divergences.mean(dim=(0, 2))
+    entropies = terms.entropies.mean(dim=(0, 2))
+    distillation = per_codebook.mean()
+    metrics = {
+        "loss/distillation": distillation,
+        "kl/clip": distillation * clips.codes[0].numel(),
+        "entropy": entropies.mean(),
+    }
+    metrics |= {f"kl/codebook_{k}": value for k, value in enumerate(per_codebook)}
+    metrics |= {f"entropy/codebook_{k}": value for k, value in enumerate(entropies)}
+    if clips.advantages is not None:
+        metrics["loss/policy_gradient"] = -(clips.advantages * terms.logps).mean()
+    if clips.old_logps is not None:
+        ratios = (terms.logps - clips.old_logps).exp()
+        metrics["ratio/mean"], metrics["ratio/max"] = ratios.mean(), ratios.max()
+    return metrics
 
 
 def term_gradient_norms(model: nn.Module, losses: tuple[Tensor, Tensor]) -> dict[str, float]:

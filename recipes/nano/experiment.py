@@ -237,9 +237,9 @@ def train(experiment: Experiment, arm: str, seed: int) -> None:
     from diverse_cfg.cli.train import TrainArguments
     from diverse_cfg.config import CFGDiversityConfig
     from diverse_cfg.prompts import load_prompts
+    from diverse_cfg.reading import last_checkpoint
     from diverse_cfg.rewards import DiversityReward
     from diverse_cfg.trainer import CFGDiversityTrainer
-    from diverse_cfg.trainer.state import last_checkpoint
 
     quiet_libraries()
     claim(experiment, arm, seed)
