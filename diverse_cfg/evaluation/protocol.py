@@ -230,7 +230,7 @@ def planned_systems(config: SweepConfig) -> list[System]:
     known = {"system": names, "series": series, "system or series": list(dict.fromkeys(names + series))}
     wanted = [("compare_to", "system", name) for name in config.compare_to]
     if config.arms:
-        arms = Arms(**{**config.arms, "sweeps": config.arms.get("sweeps") or ()})
+        arms = Arms(**config.arms)
         parts = ("base", "guided", "quality", "diverse", "uniform")
         wanted += [(f"arms: {part}", "system", name) for part in parts if (name := getattr(arms, part))]
         wanted.append(("arms: merges", "series", arms.merges))

@@ -116,8 +116,7 @@ def _to_page(results: Results, pictures: Sequence[Picture], config: SweepConfig)
     lines = ["# Results", ""]
     x, y = config.x or first_metric(results, DIVERSITIES), config.y or first_metric(results, QUALITIES)
     if config.arms and x and y:
-        arms = Arms(**{**config.arms, "sweeps": tuple(config.arms.get("sweeps") or ())})
-        found = signatures(results, arms, quality=y, diversity=x)
+        found = signatures(results, Arms(**config.arms), quality=y, diversity=x)
         lines += ["## The paper's findings", "", to_markdown(found)]
     for picture in pictures:
         caption = markdown(picture.caption)
@@ -157,12 +156,12 @@ def _write_gallery(
 
     Returns:
         Path of the page.
-
-    Raises:
-        ValueError: a metric that does not exist.
     """
     names = list(metrics or results.metrics)
-    require_known(names)
+    settings = results.settings
+    whose = f"all {len(settings['seeds']) * settings['num_generations']} clips"
+    if any(len(row.system.replicates) > 1 for row in results.usable):
+        whose += " of the system's first training seed"
     shown = sorted({prompt for _, prompt in files})
     beside = [name for name in names if METRICS[name].cells is not None and METRICS[name].better]
     page = {
@@ -182,7 +181,7 @@ def _write_gallery(
         "files": files,
         "beside": lambda row, prompt: _of_prompt(row, prompt, beside[:3]),
         "how": _how_measured(results),
-        "whose": _beside(results),
+        "whose": f"The small numbers belong to {whose} for the prompt; the players hold the first of them.",
         "target": TARGET_LUFS,
     }
     return write_text(Path(folder) / "index.html", render("gallery.html.jinja", page))
@@ -202,18 +201,6 @@ def _how_measured(results: Results) -> str:
     return (
         f"Means over {settings['num_prompts']} held-out prompts, {each}, with 95 % intervals over {drawn}."
     ) + (" Sampling times are resampled by batch." if "seconds" in results.metrics else "")
-
-
-def _beside(results: Results) -> str:
-    """Which clips the small numbers belong to."""
-    settings = results.settings
-    count = len(settings["seeds"]) * settings["num_generations"]
-    training = any(len(row.system.replicates) > 1 for row in results.usable)
-    whose = " of the system's first training seed" if training else ""
-    return (
-        f"The small numbers belong to all {count} clips{whose} for the prompt; the players hold the first of "
-        "them."
-    )
 
 
 def _of_prompt(row: SystemResult, prompt: int, names: Sequence[str]) -> str:
@@ -254,10 +241,8 @@ def _draw(
         if {0.0, 1.0} < weights - {None}:
             name = f"lerp-{slug(series, default='series')}"
             merge_curve(results, series, [x, y], folder / name)
-            caption = (
-                f"{_title(series)}: the merge weight is a knob. Dashed: the straight line between the ends."
-            )
-            pictures.append(Picture(f"{name}.svg", caption))
+            caption = "the merge weight is a knob. Dashed: the straight line between the ends."
+            pictures.append(Picture(f"{name}.svg", f"{series[:1].upper()}{series[1:]}: {caption}"))
     in_runs = Counter(row.system.series for row in results.usable if row.system.step is not None)
     if max(in_runs.values(), default=0) > 1:  # one checkpoint alone is no path
         trajectories(results, x, y, folder / "trajectories")
@@ -268,7 +253,3 @@ def _draw(
 def first_metric(results: Results, names: tuple[str, ...]) -> str | None:
     """The first of these metrics that the results have."""
     return next((name for name in names if name in results.metrics), None)
-
-
-def _title(text: str) -> str:
-    return text[:1].upper() + text[1:]

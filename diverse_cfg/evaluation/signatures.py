@@ -24,6 +24,8 @@ from diverse_cfg.untrusted import markdown
 HOLDS, FAILS, OPEN, MISSING = "holds", "fails", "not shown", "not measured"
 """Verdicts: shown; the opposite is shown; the interval allows both; a system or metric is missing."""
 
+_MARGIN = 0.02
+"""Loss of quality that still counts as "the quality of", and distance from a straight line that is still on it."""
 
 _TITLES = (
     "Distillation alone reaches the quality of guidance at half the cost, and loses its diversity",
@@ -55,13 +57,13 @@ class Arms:
     quality: str
     diverse: str
     merges: str
-    sweeps: Sequence[str | Sequence[str]] = ()
+    sweeps: Sequence[str | Sequence[str]] | None = None
     uniform: str | None = None
 
     @property
     def pools(self) -> dict[str, tuple[str, ...]]:
         """Name of a sweep → its series and systems; of several sweeps, all of them together come last."""
-        parts = [(sweep,) if isinstance(sweep, str) else tuple(sweep) for sweep in self.sweeps]
+        parts = [(sweep,) if isinstance(sweep, str) else tuple(sweep) for sweep in self.sweeps or ()]
         pools = {" with ".join(map(repr, part)): part for part in parts}
         if len(parts) > 1:
             pools["all of these together"] = tuple(dict.fromkeys(name for part in parts for name in part))
@@ -104,8 +106,6 @@ def signatures(
     *,
     quality: str = "adherence",
     diversity: str = "diversity_heldout",
-    margin: float = 0.02,
-    diversity_margin: float = 0.02,
 ) -> list[Signature]:
     """The five findings in these results.
 
@@ -114,12 +114,10 @@ def signatures(
         arms: which system is which.
         quality: metric of quality.
         diversity: metric of diversity; under an encoder that was not the reward.
-        margin: loss of quality that still counts as "the quality of".
-        diversity_margin: distance from the straight line that still counts as "on the line".
     """
     base, guided, student, diverse = arms.base, arms.guided, arms.quality, arms.diverse
     merges = merges_of(results, arms)
-    kept = f"(a loss of {margin:g} at most)"
+    kept = f"(a loss of {_MARGIN:g} at most)"
 
     def more(claim: str, system: str, other: str, metric: str, by: float = 0.0) -> _Evidence:
         return _claimed(claim, lambda: results.difference(system, other, metric), above=by)
@@ -134,7 +132,7 @@ def signatures(
     evidence = (
         (
             less("its KL to the guided teacher is below the base's", student, base, "kl_teacher"),
-            more(f"it has the quality of the guided base {kept}", student, guided, quality, by=-margin),
+            more(f"it has the quality of the guided base {kept}", student, guided, quality, by=-_MARGIN),
             less("it costs fewer decoder rows than the guided base", student, guided, "decoder_rows"),
             less("it is less diverse than the base", student, base, diversity),
         ),
@@ -145,10 +143,10 @@ def signatures(
         ),
         (
             _claimed(
-                f"diversity is on the line (within ±{diversity_margin:g})",
+                f"diversity is on the line (within ±{_MARGIN:g})",
                 lambda: _mean_above_line(merges, diversity),
-                above=-diversity_margin,
-                below=diversity_margin,
+                above=-_MARGIN,
+                below=_MARGIN,
             ),
             _claimed("quality is above the line", lambda: _mean_above_line(merges, quality), above=0.0),
         ),
@@ -161,7 +159,7 @@ def signatures(
             _claimed(
                 f"quality of the front at its diversity {kept}",
                 lambda: _beside_front(results[arms.uniform or ""], merges, diversity, quality),
-                above=-margin,
+                above=-_MARGIN,
             ),
         ),
     )
@@ -221,12 +219,8 @@ def to_markdown(found: Sequence[Signature]) -> str:
     parts = []
     for signature in found:
         claims = [
-            (
-                markdown(evidence.claim),
-                "–" if evidence.found is None else evidence.found.text(),
-                evidence.verdict,
-            )
-            for evidence in signature.evidence
+            (markdown(one.claim), "–" if one.found is None else one.found.text(), one.verdict)
+            for one in signature.evidence
         ]
         table = markdown_table(["claim", "difference", "verdict"], claims)
         parts.append(f"### {signature.number}. {signature.title}: **{signature.verdict}**\n\n{table}\n")

@@ -65,10 +65,8 @@ class Sweep:
     settings: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        names = [feature.name for feature in self.features]
-        if len(set(names)) != len(names):
-            raise ValueError(f"features must have different names, got {', '.join(names)}")
-        available = {*names, "codes", "timing"} | ({"reference"} if self.reference is not None else set())
+        available = {"codes", "timing", *(feature.name for feature in self.features)}
+        available |= {"reference"} if self.reference is not None else set()
         self.chosen: list[Metric] = require(
             self.metrics, available, self.clips.num_generations, len(self.clips.prompts)
         )
@@ -85,17 +83,7 @@ class Sweep:
             systems: with unique names.
             compare_to: names of systems that all others are compared with.
             progress: show a progress bar.
-
-        Raises:
-            ValueError: no systems, names that are not unique, or a name in `compare_to` that is not among
-                them.
         """
-        names = [system.name for system in systems]
-        if not systems or len(set(names)) != len(names):
-            raise ValueError(f"systems need unique names, got {', '.join(names) or 'none'}")
-        unknown = [name for name in compare_to if name not in names]
-        if unknown:
-            raise ValueError(f"compare_to names {unknown[0]!r}, which is none of {', '.join(names)}")
         parts = sum(len(system.replicates) for system in systems)
         total = 2 * parts * self.clips.num_clips  # sampling and judging each see every clip
         rows = []
@@ -107,8 +95,7 @@ class Sweep:
                     rows.append(self.evaluate(system, bar))
                 except UnwritableError:
                     raise  # which would cost the others as well
-                # Whatever breaks one system (a missing folder, NaN weights, no memory) must not cost the
-                # others.
+                # A missing folder, NaN weights or no memory must not cost the others.
                 except Exception as error:
                     logger.warning("system %s failed: %s", system.name, error)
                     logger.debug("its traceback", exc_info=True)

@@ -70,15 +70,11 @@ class System:
     step: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.name.strip():
-            raise ValueError("a system needs a name")
         for text in (self.name, self.series):
             if text and ("\n" in text or plain(text) != text):
                 raise ValueError(
                     f"system {text!r}: a name is one line of letters, without control characters"
                 )
-        if not self.replicates or not all(self.replicates):
-            raise ValueError(f"system {self.name!r} has no model")
         if self.role not in ROLES:
             raise ValueError(f"system {self.name!r}: role={self.role!r} must be one of {', '.join(ROLES)}")
         try:
