@@ -73,16 +73,10 @@ def _apply_recipe(args: argparse.Namespace) -> None:
             output in the end.
     """
     if args.config:
-        from diverse_cfg.settings import read_settings, require_type
+        from diverse_cfg.settings import read_settings, require_settings
 
         recipe = read_settings(args.config)
-        unknown = sorted(set(recipe) - set(_TYPES))
-        if unknown:
-            raise ValueError(
-                f"{args.config} has no setting {', '.join(unknown)}; known: {', '.join(sorted(_TYPES))}"
-            )
-        for name, value in recipe.items():
-            require_type(f"{args.config}: {name}", value, _TYPES[name])
+        require_settings(recipe, _TYPES, args.config, prefix=f"{args.config}: ")
         ways = [name for name in _WAYS if recipe.get(name, False) is not False]
         if len(ways) > 1:
             raise ValueError(f"{args.config} names several ways to weigh: {' and '.join(ways)}; keep one")
