@@ -195,13 +195,8 @@ def study(tmp_path):
         (folder / "audio").mkdir(parents=True, exist_ok=True)
         for name in ("l", "r"):
             soundfile.write(folder / "audio" / f"{name}.wav", np.zeros(800), 8000)
-        trial = {
-            "id": "abc",
-            "kind": "quality",
-            "prompt": "words",
-            "left": ["audio/l.wav"],
-            "right": ["audio/r.wav"],
-        }
+        trial = {"id": "abc", "kind": "quality", "prompt": "words"}
+        trial |= {"left": ["audio/l.wav"], "right": ["audio/r.wav"]}
         (folder / TRIALS_FILE).write_text(json.dumps([trial | changes]))
         return folder
 
