@@ -34,18 +34,8 @@ from diverse_cfg.cli.memory import keep_freed_memory
 from diverse_cfg.threads import available_cores
 from diverse_cfg.untrusted import plain
 
-COMMANDS: tuple[Command, ...] = (
-    demo.COMMAND,
-    train.COMMAND,
-    generate.COMMAND,
-    merge.COMMAND,
-    evaluate.COMMAND,
-    listen.COMMAND,
-    inspect.COMMAND,
-    convert.COMMAND,
-    publish.COMMAND,
-    train_embedder.COMMAND,
-)
+_IN_ORDER = (demo, train, generate, merge, evaluate, listen, inspect, convert, publish, train_embedder)
+COMMANDS: tuple[Command, ...] = tuple(module.COMMAND for module in _IN_ORDER)
 
 # What a person can put right: one line, no traceback. Everything else is our bug and keeps its traceback.
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)

@@ -90,34 +90,24 @@ def _run(args: argparse.Namespace) -> None:
     from diverse_cfg.embeddings.training import check_settings, encoder_config, train_embedder
     from diverse_cfg.policies.loading import torch_device
 
-    check_settings(args.negatives, args.steps, args.batch_size, args.learning_rate, args.held_out)
+    names = ("negatives", "steps", "batch_size", "learning_rate", "held_out")
+    settings = {name: getattr(args, name) for name in names}
+    check_settings(**settings)
     args.device = torch_device(args.device)
     with new_folder(args.output) as folder:
         recordings = _recordings(args)
-        trained = train_embedder(
-            recordings,
-            encoder_config(recordings, args.size),
-            negatives=args.negatives,
-            steps=args.steps,
-            batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            held_out=args.held_out,
-            seed=args.seed,
-            device=args.device,
-        )
-        facts = {
-            "negatives": args.negatives,
+        config = encoder_config(recordings, args.size)
+        trained = train_embedder(recordings, config, **settings, seed=args.seed, device=args.device)
+        measured = {
+            "recordings": trained.num_held_out,
+            "retrieval_at_1": trained.retrieval,
+            "chance": trained.chance,
+        }
+        facts = settings | {
+            "seed": args.seed,
             "recordings": len(recordings),
             "chunk_seconds": recordings.chunk_seconds,
-            "held_out": {
-                "recordings": trained.num_held_out,
-                "retrieval_at_1": trained.retrieval,
-                "chance": trained.chance,
-            },
-            "steps": args.steps,
-            "batch_size": args.batch_size,
-            "learning_rate": args.learning_rate,
-            "seed": args.seed,
+            "held_out": measured,
             "versions": library_versions(),
         }
         trained.embedder.save_pretrained(folder)
