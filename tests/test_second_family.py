@@ -11,6 +11,11 @@ from diverse_cfg.trainer import CFGDiversityTrainer
 from tests.toy import toy_folder
 from tests.training import CodeEmbedder, tiny_args
 
+
+class LetterEmbedder(CodeEmbedder):
+    sampling_rate = 1
+
+
 PROMPTS = ["red big", "green small", "blue round", "big blue"]
 
 
@@ -20,10 +25,10 @@ def students(tmp_path_factory):
     root = tmp_path_factory.mktemp("toy")
     base, logs = toy_folder(root / "base"), {}
     for name, coefficient in (("quality", 0.0), ("diversity", 3.0)):
-        settings = {"diversity_coef": coefficient, "clip_seconds": 10, "max_steps": 60, "guidance_scale": 3.0}
+        settings = {"diversity_coef": coefficient, "clip_seconds": 10, "max_steps": 30, "guidance_scale": 3.0}
         trainer = CFGDiversityTrainer(
             base,
-            DiversityReward(CodeEmbedder(num_codebooks=1, codes=12)) if coefficient else None,
+            DiversityReward(LetterEmbedder(num_codebooks=1, codes=12)) if coefficient else None,
             tiny_args(root / name, **settings),
             PROMPTS,
         )
@@ -37,8 +42,8 @@ def test_its_guidance_is_distilled(students):
     """The unguided student comes close to the guided base, on its own clips."""
     _, logs = students
     divergences = [entry["loss/distillation"] for entry in logs["quality"]]
-    assert sum(divergences[-5:]) < 0.35 * sum(divergences[:5])
-    rewards = [entry["rewards/diversity_reward/mean"] for entry in logs["diversity"]]
+    assert sum(divergences[-3:]) < 0.35 * sum(divergences[:3]), divergences
+    rewards = [entry["rewards/diversity/mean"] for entry in logs["diversity"]]
     assert all(0 <= reward <= 2 for reward in rewards)
 
 

@@ -95,8 +95,10 @@ def test_another_teacher_than_the_start(tmp_path, tiny_folder):
         trainer.model.decoder.lm_heads[0].weight.mul_(2)
     assert not trainer._teacher.shares_weights
     base = load_policy(tiny_folder)
-    assert torch.equal(trainer._teacher.model.decoder.lm_heads[0].weight, base.decoder.lm_heads[0].weight)
-    assert trainer._teacher.model.audio_encoder is trainer.model.audio_encoder
+    assert torch.equal(
+        trainer._teacher.policy.model.decoder.lm_heads[0].weight, base.decoder.lm_heads[0].weight
+    )
+    assert trainer._teacher.policy.model.audio_encoder is trainer.model.audio_encoder
 
 
 def test_teacher_of_another_base_is_refused(tmp_path, tiny_folder):

@@ -6,11 +6,11 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from diverse_cfg.policies.musicgen.model import unwrap
+from diverse_cfg.policies.policy import as_policy
 from diverse_cfg.policies.sampler import batches
 from diverse_cfg.policies.sampler.loop import DecodeLoop
 from diverse_cfg.trainer import housekeeping
-from diverse_cfg.trainer.estimate import Sampling, all_samplings, fused_bytes, memory
+from diverse_cfg.trainer.estimate import Sampling, all_samplings, memory
 from tests.tiny import PROMPTS, tiny_musicgen
 from tests.training import tiny_args, tiny_trainer
 
@@ -25,7 +25,7 @@ def needs(policy=None, **settings):
     }
     given = {name: settings.pop(name) for name in defaults.keys() & settings.keys()}
     args = tiny_args("unused", **{"per_device_train_batch_size": 4, **settings})
-    return memory(policy or tiny_musicgen(), args, **{**defaults, **given})
+    return memory(as_policy(policy or tiny_musicgen()), args, **{**defaults, **given})
 
 
 def held(tensors) -> int:
@@ -107,7 +107,7 @@ def test_the_fused_copys_bytes_are_counted(config, dtype):
 
     policy = tiny_musicgen(**config)
     weights = RolloutWeights.from_model(policy, dtype)
-    assert fused_bytes(policy, dtype) == held(weights.tensors.values())
+    assert as_policy(policy).snapshot_bytes(dtype) == held(weights.tensors.values())
 
 
 def test_caches_grow_with_clips_until_the_cap_and_with_their_length(monkeypatch):
@@ -148,5 +148,5 @@ def test_an_update_and_a_rollout_do_not_add_up():
 
 def test_adapters_are_no_part_of_a_fused_copy(tmp_path):
     plain, adapted = tiny_trainer(tmp_path), tiny_trainer(tmp_path, peft_config=LoraConfig(r=2, lora_alpha=4))
-    found = [fused_bytes(unwrap(trainer.model), torch.float32) for trainer in (plain, adapted)]
+    found = [trainer._policy.snapshot_bytes(torch.float32) for trainer in (plain, adapted)]
     assert found[0] == found[1]

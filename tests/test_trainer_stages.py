@@ -14,6 +14,7 @@ from diverse_cfg.functional.guidance import guided_logits
 from diverse_cfg.merging import merge_checkpoints
 from diverse_cfg.policies.loading import load_policy, load_processor
 from diverse_cfg.policies.musicgen.model import code_logits, encode_text
+from diverse_cfg.policies.policy import as_policy
 from diverse_cfg.provenance import Provenance, read_provenance, write_provenance
 from diverse_cfg.publishing.plan import check_loads, plan_upload
 from diverse_cfg.rewards import DiversityReward
@@ -302,8 +303,8 @@ def test_a_teacher_that_changes_is_noticed(tmp_path, lora, at):
         callbacks=[meddler],
         peft_config=LORA if lora else None,
     )
-    with trainer._teacher.policy() as teacher:
-        meddler.victim = teacher.decoder.lm_heads[2].weight
+    with trainer._teacher.frozen() as teacher:
+        meddler.victim = teacher.model.decoder.lm_heads[2].weight
     with pytest.raises(
         ValueError, match=r"1 weights of the frozen base changed .*decoder\.lm_heads\.2\.weight"
     ):
@@ -319,22 +320,23 @@ def test_sharded_students_are_not_compared(tmp_path, second):
     trainer._housekeeping.begin()
     trainer.model.to(torch.bfloat16)
     trainer._frozen.check("")
-    assert len(trainer._frozen.models) == (second == "full")
+    assert len(trainer._frozen.policies) == (second == "full")
 
 
 def test_the_fingerprint_sees_every_weight_and_no_adapter(tmp_path):
     """Fault: a fingerprint that a swap of threads changes, or that a change escapes."""
     model = tiny_musicgen()
-    before = fingerprint(model)
+    policy = as_policy(model)
+    before = fingerprint(policy)
     for name, parameter in model.named_parameters():
         if not name.startswith("audio_encoder."):
             value = parameter.data.view(-1)[-1].clone()
             parameter.data.view(-1)[-1] = torch.nextafter(value, value + 1)
-            assert [key for key, found in fingerprint(model).items() if found != before[key]] == [name]
+            assert [key for key, found in fingerprint(policy).items() if found != before[key]] == [name]
             parameter.data.view(-1)[-1] = value
     trainer = tiny_trainer(tmp_path, model=model, peft_config=LORA)
     trainer.train()
-    after = fingerprint(model)
+    after = fingerprint(policy)
     assert {name: after[name] for name in before} == before
 
 

@@ -240,21 +240,21 @@ def planned_systems(config: SweepConfig) -> list[System]:
     return systems
 
 
-def _judges(config: SweepConfig, prompts: list[str], device: str) -> list[Feature]:
+def _judges(settings: SweepConfig, prompts: list[str], device: str) -> list[Feature]:
     features: list[Feature] = []
-    if config.judge:
+    if settings.judge:
         # Imported where it is used: prompts of another world need no judge, and no part of the nano world.
         from diverse_cfg.nano.judge import AttributeJudge
 
-        path = source(config.judge, "judge")
+        path = source(settings.judge, "judge")
         features.append(JudgeFeature(AttributeJudge.from_pretrained(path), path))
     if all(parse_prompt(prompt) for prompt in prompts):
         features.append(RulesFeature())
-    if config.text_encoder:
+    if settings.text_encoder:
         features.append(
-            TextAdherenceFeature(load_embedder(config.text_encoder, device=device), config.text_encoder)
+            TextAdherenceFeature(load_embedder(settings.text_encoder, device=device), settings.text_encoder)
         )
-    if config.aesthetics:
+    if settings.aesthetics:
         first = AestheticsFeature("aesthetics_ce", device=device)
         features += [first, AestheticsFeature("aesthetics_pq", first.score.model, device)]
     return features
@@ -263,5 +263,5 @@ def _judges(config: SweepConfig, prompts: list[str], device: str) -> list[Featur
 def _length(player: Player, clip_seconds: float | None) -> tuple[int, float]:
     from diverse_cfg.trainer.setup import clip_frames
 
-    frames = clip_frames(player.model, clip_seconds)
+    frames = clip_frames(player.policy, clip_seconds)
     return frames, frames / player.policy.frame_rate

@@ -111,8 +111,11 @@ def student_provenance(
     args: CFGDiversityConfig,
     base_model: str | None,
     start: AdapterStart | None,
+    *,
     named: Callable[[str], str],
-    **measured: Any,
+    sampling: dict[str, Any],
+    steps: int,
+    clip_seconds: float,
 ) -> Provenance:
     """What a student's folder tells of where it comes from.
 
@@ -121,12 +124,16 @@ def student_provenance(
         base_model: that it started from.
         start: the adapter that it continues, if any: one adapter holds both runs.
         named: how a model's name is written, since a folder of this machine means nothing elsewhere.
-        measured: `steps`, `clip_seconds` and `sampling`.
+        sampling: settings to play the student with.
+        steps: that it was trained.
+        clip_seconds: length of the training clips.
     """
-    origin, sampling = args.teacher_model or base_model, measured.pop("sampling")
+    origin = args.teacher_model or base_model
     training = {
         "initial_model": base_model and named(base_model),
         "includes_adapter": start and named(start.checkpoint.source),
+        "steps": steps,
+        "clip_seconds": clip_seconds,
     }
     return Provenance(
         kind="student",
@@ -134,7 +141,7 @@ def student_provenance(
         guidance_scale=args.guidance_scale,
         diversity_coef=args.diversity_coef,
         sampling=sampling,
-        training=training | measured | {name: getattr(args, name) for name in _RECORDED},
+        training=training | {name: getattr(args, name) for name in _RECORDED},
     )
 
 

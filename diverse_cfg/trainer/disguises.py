@@ -6,7 +6,6 @@ transformers 5.23), unless they name others.
 """
 
 import contextlib
-import copy
 import functools
 import math
 import types
@@ -15,35 +14,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import MusicgenConfig, Trainer
+from transformers import Trainer
 from trl.trainer.utils import RepeatSampler
 
-from diverse_cfg.policies.policy import as_policy
 from diverse_cfg.types import Clips, TextCondition
 
 
-class TrainerFacingConfig(MusicgenConfig):
-    """A MusicGen configuration that can be asked for "the" text configuration.
-
-    MusicGen has two candidates and refuses to choose, while TRL and transformers read it and write T5's token
-    ids into it. They get a throw-away copy of the decoder's. Saved, this is an ordinary MusicGen configuration.
-    """
-
-    def get_text_config(self, *_: Any, **__: Any):
-        return copy.deepcopy(self.decoder)
-
-
-def restore_token_ids(policy: Any, sampling: dict[str, Any] | None = None) -> None:
-    """Write the policy's special token wherever a text trainer put T5's; guidance is 1.0, since the student has
-    it inside.
-
-    With T5's ids `generate` would take code 0 for padding, and the saved model would carry the fault.
-    """
-    as_policy(policy).set_sampling(sampling)
-
-
 def route_forward(model: nn.Module) -> None:
-    """Let `model(run=f)` return `f(model)`, in place; every other call is as before TRL.
+    """Let `model(run=f)` return `f()`, in place; every other call is as before TRL.
 
     TRL (after 1.7) puts a fused head in the place of `forward`, which reads one table of weights where a policy has
     one per codebook. And the loss starts from hidden states, but distributed wrappers want all work within `forward`.
@@ -53,7 +31,7 @@ def route_forward(model: nn.Module) -> None:
 
     @functools.wraps(type(model).forward)
     def forward(self, *args, run: Callable | None = None, **kwargs):
-        return original(*args, **kwargs) if run is None else run(self)
+        return original(*args, **kwargs) if run is None else run()
 
     model.forward = types.MethodType(forward, model)
 

@@ -12,12 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import MusicgenForConditionalGeneration
 
 from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.functional.codebooks import num_decoder_steps
-from diverse_cfg.policies.musicgen.model import delays
-from diverse_cfg.policies.sampler.batches import automatic_batch, cache_bytes
+from diverse_cfg.policies.policy import Policy
 from diverse_cfg.trainer.advantages import CALIBRATION_PROMPTS
 from diverse_cfg.trainer.teacher import rollout_dtype, sampler_share, samplers
 
@@ -98,7 +96,7 @@ class Memory:
 
 
 def memory(
-    policy: MusicgenForConditionalGeneration,
+    policy: Policy,
     args: CFGDiversityConfig,
     *,
     num_frames: int,
@@ -116,47 +114,26 @@ def memory(
         trained: number of trained parameters.
         separate_teacher: whether a frozen copy of the decoder exists.
     """
-    config, dtype = policy.decoder.config, rollout_dtype(args) or policy.decoder.dtype
-    decoder = sum(p.numel() * p.element_size() for p in policy.decoder.parameters())
-    everything = sum(p.numel() * p.element_size() for p in policy.parameters())
-    num_steps = num_decoder_steps(num_frames, delays(policy))
+    dtype = rollout_dtype(args) or policy.dtype
+    sizes = {name: p.numel() * p.element_size() for name, p in policy.model.named_parameters()}
+    own = sum(size for name, size in sizes.items() if name.startswith(policy.trained))
+    num_steps = num_decoder_steps(num_frames, policy.delays)
     per_unit = CHECKPOINTED_BYTES if args.gradient_checkpointing else ACTIVATION_BYTES
-    units = args.per_device_train_batch_size * num_steps * config.num_hidden_layers * config.hidden_size
+    units = args.per_device_train_batch_size * num_steps * policy.hidden_units
     caches = [0]
     for sampling in samplings:
-        most = args.rollout_batch_size or automatic_batch(policy, num_frames, sampling.guided, dtype)
-        clip = cache_bytes(config, num_frames, sampling.guided, dtype, policy.device)
+        most = args.rollout_batch_size or policy.automatic_batch(num_frames, sampling.guided, dtype)
+        clip = policy.cache_bytes(num_frames, sampling.guided, dtype)
         caches.append(min(sampling.clips, most) * clip)
     fused = args.rollout_backend == "fast"  # stock `generate` needs no copies
     copies = len({sampling.is_teacher for sampling in samplings}) if fused else 0
     return Memory(
-        weights=(everything + decoder * separate_teacher) / 1e9,
+        weights=(sum(sizes.values()) + own * separate_teacher) / 1e9,
         optimizer=4 * trained * (3 + (args.ema_decay > 0)) / 1e9,
-        copies=copies * fused_bytes(policy, dtype) / 1e9,
+        copies=copies * policy.snapshot_bytes(dtype) / 1e9,
         activations=per_unit * units * (1 if args.bf16 or args.fp16 else 2) / 1e9,
         caches=max(caches) / 1e9,
     )
-
-
-def fused_bytes(policy: MusicgenForConditionalGeneration, dtype: torch.dtype) -> int:
-    """Bytes of a `RolloutWeights` of the policy.
-
-    Its matrices have the rollout's dtype; embeddings, positions, norms and the text's projection are in float32
-    at least. Adapters are added into the matrices.
-
-    Args:
-        policy: the model.
-        dtype: of the matrices.
-    """
-    config = policy.decoder.config
-    wide = torch.promote_types(dtype, torch.float32).itemsize
-    total = config.max_position_embeddings * config.hidden_size * wide
-    for name, parameter in policy.named_parameters():
-        if name.startswith(("text_encoder.", "audio_encoder.")) or "lora_" in name:
-            continue
-        narrow = parameter.ndim == 2 and "embed" not in name and not name.startswith("enc_to_dec_proj.")
-        total += parameter.numel() * (dtype.itemsize if narrow else wide)
-    return total
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -10,8 +10,6 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from diverse_cfg.policies.musicgen.model import encode_text, unwrap
-from diverse_cfg.policies.sampler.rollout import decode_codes
 from diverse_cfg.rewards import is_pairwise
 from diverse_cfg.trainer.advantages import CALIBRATION_PROMPTS
 from diverse_cfg.trainer.checkpoints import (
@@ -22,7 +20,6 @@ from diverse_cfg.trainer.checkpoints import (
     instead_of,
     needed_to_resume,
 )
-from diverse_cfg.trainer.disguises import restore_token_ids
 from diverse_cfg.trainer.estimate import all_samplings, memory, seconds, training_samplings
 from diverse_cfg.trainer.objective import student_terms
 from diverse_cfg.trainer.setup import columns, reward_context
@@ -86,7 +83,7 @@ class Housekeeping(TrainerCallback):
     def begin(self) -> None:
         """First thing of a training run, the model being where it will be trained."""
         trainer = self.trainer
-        restore_token_ids(unwrap(trainer.model), trainer._sampling)
+        trainer._policy.set_sampling(trainer._sampling)
         if trainer._checkpoint is not None:  # older versions saved what had diverged
             try:
                 self.check_finite(computes=True, resumable=True)
@@ -99,7 +96,7 @@ class Housekeeping(TrainerCallback):
             tqdm.write(f"estimate: {self._estimate()}", file=sys.stderr)
         self._calibrate_guards()
         if self.sharded:
-            trainer._frozen = trainer._frozen.without(unwrap(trainer.model))
+            trainer._frozen = trainer._frozen.without(trainer._policy)
         if trainer._checkpoint is not None:
             with continuing_from(trainer._checkpoint):
                 trainer._load_state(trainer._checkpoint)
@@ -120,7 +117,7 @@ class Housekeeping(TrainerCallback):
         if what is None and computes and not self.sharded:
             with torch.no_grad(), trainer.accelerator.autocast():
                 clips = self._any_clips(1, min(trainer._num_frames, 8))
-                terms, _ = student_terms(unwrap(trainer.model), clips, trainer._loss_settings)
+                terms, _ = student_terms(trainer._policy, clips, trainer._loss_settings)
             what = None if terms.logps.isfinite().all() else "the student's logits are inf or nan"
         if what is not None:
             raise FloatingPointError(
@@ -132,15 +129,15 @@ class Housekeeping(TrainerCallback):
         """Clips of no meaning, to measure with."""
         trainer = self.trainer
         codes = torch.zeros(num_clips, trainer._num_codebooks, num_frames, dtype=torch.long)
-        condition = encode_text(unwrap(trainer.model), trainer._tokenizer, ["a song"] * num_clips)
-        return Clips(codes.to(trainer.accelerator.device), trainer._sampling_rate, condition=condition)
+        condition = trainer._policy.encode_text(["a song"] * num_clips)
+        return Clips(codes.to(trainer.accelerator.device), trainer._policy.sampling_rate, condition=condition)
 
     def _estimate(self) -> str:
         """What the run needs: memory, and seconds per step."""
         trainer = self.trainer
         args = trainer.args
         needs = memory(
-            unwrap(trainer.model),
+            trainer._policy,
             args,
             num_frames=trainer._num_frames,
             samplings=all_samplings(args, trainer.eval_dataset is not None),
@@ -168,7 +165,7 @@ class Housekeeping(TrainerCallback):
                 teacher = trainer._teacher(batch.codes, batch.condition)
                 weight = 1 / batch.codes.numel()
                 terms, _ = student_terms(
-                    unwrap(trainer.model), batch, trainer._loss_settings, teacher, divergence_weight=weight
+                    trainer._policy, batch, trainer._loss_settings, teacher, divergence_weight=weight
                 )
             torch.autograd.grad(terms.loss, parameters, allow_unused=True)
 
@@ -191,7 +188,7 @@ class Housekeeping(TrainerCallback):
         rows = itertools.islice(trainer.train_dataset, CALIBRATION_PROMPTS)
         rows = [row for row in rows for _ in range(group)]
         prompts = [row["prompt"] for row in rows]
-        condition = encode_text(unwrap(trainer.model), trainer._tokenizer, prompts)
+        condition = trainer._policy.encode_text(prompts)
         ids = torch.arange(len(prompts), device=condition.hidden_states.device)
         if guards.distance_quantile is not None:  # of the unguided base
             codes = trainer._sample(condition, ids, trainer.args.seed, True, guidance_scale=1.0)
@@ -201,6 +198,6 @@ class Housekeeping(TrainerCallback):
                 )
         if guards.gate is not None:  # of the guided teacher
             codes = trainer._sample(condition, ids, trainer.args.seed, True)
-            clips = Clips(codes, trainer._sampling_rate, prompts=prompts, columns=columns(rows))
-            clips.waveforms = decode_codes(unwrap(trainer.model), codes)
+            clips = Clips(codes, trainer._policy.sampling_rate, prompts=prompts, columns=columns(rows))
+            clips.waveforms = trainer._policy.decode(codes)
             trainer._cross_guards.measure_gate(prompts, reward_context(clips, group))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.functional.codebooks import apply_delay_pattern, revert_delay_pattern, valid_cells
 from diverse_cfg.functional.distillation import DistillationTerms, GuidedTeacher, distillation_loss
-from diverse_cfg.policies.musicgen.model import code_hidden_states, head_weights
+from diverse_cfg.policies.policy import Policy
 from diverse_cfg.types import Clips
 
 
@@ -45,7 +45,7 @@ class LossSettings:
 
 
 def student_terms(
-    model: nn.Module,
+    policy: Policy,
     clips: Clips,
     settings: LossSettings,
     teacher: GuidedTeacher | None = None,
@@ -57,7 +57,7 @@ def student_terms(
     """Loss, divergences, log-probs and entropies of a micro-batch.
 
     Args:
-        model: the policy, within its own forward pass.
+        policy: the student, within its model's own forward pass.
         clips: codes and condition; with advantages there is a policy gradient, with old log-probs it is
             clipped.
         settings: of the loss.
@@ -67,8 +67,7 @@ def student_terms(
         probe: also return the distillation and the policy-gradient loss as two scalars on the same graph, so
             that their gradients can be measured apart.
     """
-    hidden = code_hidden_states(model, clips.codes, clips.condition)
-    heads = head_weights(model)
+    hidden, heads = policy.hidden_states(clips.codes, clips.condition), policy.head_weights()
 
     def terms(teacher: GuidedTeacher | None, logp_weights: Tensor | None) -> DistillationTerms:
         return distillation_loss(

@@ -20,13 +20,7 @@ from datasets.features.features import require_decoding
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import (
-    EncodecFeatureExtractor,
-    MusicgenForConditionalGeneration,
-    MusicgenProcessor,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-)
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import HubStrategy
 
 from diverse_cfg.assets import nano_path
@@ -37,21 +31,17 @@ from diverse_cfg.embeddings.clap import ClapEmbedder
 from diverse_cfg.functional.codebooks import num_decoder_steps
 from diverse_cfg.policies.checkpoints import inexact_options
 from diverse_cfg.policies.loading import load_policy, load_processor
-from diverse_cfg.policies.musicgen.model import LORA_TARGET_MODULES, delays, frame_rate, unwrap, usual_seconds
-from diverse_cfg.policies.policy import as_policy, require_prompts
+from diverse_cfg.policies.policy import Policy, as_policy, plain, require_prompts
 from diverse_cfg.policies.stored import same_base
 from diverse_cfg.prompts import check_column, check_prompts, load_prompts
 from diverse_cfg.provenance import read_provenance
 from diverse_cfg.rewards import DiversityReward, is_pairwise, keywords
-from diverse_cfg.trainer.disguises import TrainerFacingConfig
 from diverse_cfg.trainer.teacher import fingerprint
 from diverse_cfg.types import Clips
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_CLAP = "laion/larger_clap_music"
-# What is trained: all else of a model is the teacher's too.
-_TRAINED = ("decoder.", "enc_to_dec_proj.")
 GIVEN = {
     *("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"),  # by TRL
     *("num_generations", "sampling_rate", "codes", "waveforms"),  # by this package
@@ -59,7 +49,7 @@ GIVEN = {
 """What every reward function is called with, besides the columns of the dataset."""
 
 
-# ---- the model: the only section that knows its family -----------------------------------------------------
+# ---- the model ---------------------------------------------------------------------------------------------
 
 
 def base_model_name(model: str | os.PathLike | nn.Module) -> str | None:
@@ -69,9 +59,7 @@ def base_model_name(model: str | os.PathLike | nn.Module) -> str | None:
     return os.fspath(model)
 
 
-def prepare_policy(
-    model: str | os.PathLike | nn.Module, args: CFGDiversityConfig, lora: bool
-) -> MusicgenForConditionalGeneration:
+def prepare_policy(model: str | os.PathLike | nn.Module, args: CFGDiversityConfig, lora: bool) -> Policy:
     """Load or take the policy: float32, no dropout, encoders frozen, generation settings of a distilled
     model.
 
@@ -86,27 +74,23 @@ def prepare_policy(
             "first)"
         )
     if isinstance(model, nn.Module):
-        policy = unwrap(model)
-        if any(isinstance(module, BaseTunerLayer) for module in policy.modules()):
+        inner = plain(model)
+        if any(isinstance(module, BaseTunerLayer) for module in inner.modules()):
             raise ValueError(
                 "the model still has adapters inside, which would be saved as weights of its own: pass what "
                 "PeftModel.merge_and_unload() returns"
             )
-        policy.name_or_path = policy.config._name_or_path or ""  # by which an adapter names its base
+        inner.name_or_path = inner.config._name_or_path or ""  # by which an adapter names its base
         if lora:
-            _check_named_base(policy)
+            _check_named_base(as_policy(inner))
     elif os.fspath(model) == "nano" and not os.path.isdir(model):
         raise ValueError("there is no folder nano; in Python use diverse_cfg.nano_path()")
     # Half precision is widened, since steps of the usual size vanish in it.
-    own = unwrap(model).decoder.dtype if isinstance(model, nn.Module) else torch.float32
-    policy = load_policy(model, torch_dtype=torch.promote_types(own, torch.float32))
-    as_policy(policy).freeze()
-    _unfreeze_decoder(policy, warn=isinstance(model, nn.Module) and not lora)
-    policy.config.__class__ = TrainerFacingConfig
-    if args.device.type == "cpu":
-        # At clip lengths of a CPU run, fused attention's backward pass is twice as slow as plain matrix
-        # products.
-        policy.decoder.set_attn_implementation("eager")
+    own = as_policy(model).dtype if isinstance(model, nn.Module) else torch.float32
+    policy = as_policy(load_policy(model, torch_dtype=torch.promote_types(own, torch.float32)))
+    policy.freeze()
+    _unfreeze_trained(policy, warn=isinstance(model, nn.Module) and not lora)
+    policy.prepare_training(args.device)
     return policy
 
 
@@ -125,13 +109,13 @@ def _check_output(model: str | os.PathLike | nn.Module, args: CFGDiversityConfig
             )
 
 
-def _check_named_base(policy: MusicgenForConditionalGeneration) -> None:
+def _check_named_base(policy: Policy) -> None:
     """Refuse a live model that differs from the checkpoint that it names: an adapter is saved for that name."""
-    name = base_model_name(policy)
+    name = base_model_name(policy.model)
     if name is None:
         return
     try:
-        named = load_policy(name, torch_dtype=policy.decoder.dtype)
+        named = as_policy(load_policy(name, torch_dtype=policy.dtype))
     except (OSError, ValueError) as error:
         warnings.warn(
             f"the adapter will name {name} as its base, which could not be compared with the model: {error}",
@@ -146,12 +130,12 @@ def _check_named_base(policy: MusicgenForConditionalGeneration) -> None:
         )
 
 
-def _unfreeze_decoder(policy: MusicgenForConditionalGeneration, warn: bool) -> None:
-    """Train all of the decoder, also where PEFT's `merge_and_unload` or another program froze it.
+def _unfreeze_trained(policy: Policy, warn: bool) -> None:
+    """Train all that a policy trains, also where PEFT's `merge_and_unload` or another program froze it.
 
     A live model that is frozen in part is left so, with a warning if `warn`.
     """
-    trained = {name: p for name, p in policy.named_parameters() if name.startswith(_TRAINED)}
+    trained = {name: p for name, p in policy.model.named_parameters() if name.startswith(policy.trained)}
     frozen = [name for name, p in trained.items() if not p.requires_grad]
     if warn and 0 < len(frozen) < len(trained):
         warnings.warn(
@@ -164,39 +148,38 @@ def _unfreeze_decoder(policy: MusicgenForConditionalGeneration, warn: bool) -> N
         parameter.requires_grad_(True)
 
 
-def check_trained(policy: MusicgenForConditionalGeneration) -> None:
+def check_trained(policy: Policy) -> None:
     """Refuse to train what the teacher reads too.
 
     Raises:
         ValueError: an adapter, or a layer that the text encoder shares with the decoder, outside the decoder.
     """
-    encoders = {id(p) for part in (policy.text_encoder, policy.audio_encoder) for p in part.parameters()}
-    for name, parameter in policy.named_parameters(remove_duplicate=False):
-        decoders = name.startswith(_TRAINED)
+    named = list(policy.model.named_parameters(remove_duplicate=False))
+    encoders = {id(parameter) for name, parameter in named if not name.startswith(policy.trained)}
+    for name, parameter in named:
+        decoders = name.startswith(policy.trained)
         if (parameter.requires_grad and not decoders) or (decoders and id(parameter) in encoders):
             raise ValueError(
                 f"{name} would be trained, but the teacher reads it too: only the decoder may be (target_modules "
-                f"such as {', '.join(LORA_TARGET_MODULES)}; modules_to_save in the decoder)"
+                f"such as {', '.join(policy.lora_targets)}; modules_to_save in the decoder)"
             )
 
 
 def processor_of(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
-    policy: MusicgenForConditionalGeneration,
+    policy: Policy,
     base_model: str | None,
-) -> ProcessorMixin:
+) -> Any:
     """What is saved with the student: what was given, a tokenizer with the feature extractor of the policy's codec
     beside it, or the processor of the base."""
     if processing_class is None:
         return load_processor(base_model)
     if isinstance(processing_class, ProcessorMixin):
         return processing_class
-    channels, rate = policy.config.decoder.audio_channels, policy.config.audio_encoder.sampling_rate
-    features = EncodecFeatureExtractor(feature_size=channels, sampling_rate=rate)
-    return MusicgenProcessor(features, processing_class)
+    return policy.processor_of(processing_class)
 
 
-def clip_frames(policy: MusicgenForConditionalGeneration, clip_seconds: float | None) -> int:
+def clip_frames(policy: Policy, clip_seconds: float | None) -> int:
     """T of the training clips.
 
     Args:
@@ -206,46 +189,43 @@ def clip_frames(policy: MusicgenForConditionalGeneration, clip_seconds: float | 
     Raises:
         ValueError: shorter than a frame, or longer than the model's positions.
     """
-    decoder = policy.config.decoder
-    rate = frame_rate(policy)
+    rate = policy.frame_rate
     if clip_seconds is None:
-        clip_seconds = usual_seconds(policy)
+        clip_seconds = policy.usual_seconds
     frames = round(clip_seconds * rate)
     if frames < 1:
         raise ValueError(f"clip_seconds={clip_seconds} is shorter than one frame ({1 / rate:g} s)")
-    steps = num_decoder_steps(frames, delays(policy))
-    if steps > decoder.max_position_embeddings:
-        longest = (decoder.max_position_embeddings - (steps - frames)) / rate
+    steps = num_decoder_steps(frames, policy.delays)
+    if steps > policy.max_steps:
+        longest = (policy.max_steps - (steps - frames)) / rate
         raise ValueError(
             f"clip_seconds={clip_seconds} needs {steps} positions, the model has "
-            f"{decoder.max_position_embeddings}: use at most {longest:g}"
+            f"{policy.max_steps}: use at most {longest:g}"
         )
     return frames
 
 
-def clip_shape(
-    policy: MusicgenForConditionalGeneration, args: CFGDiversityConfig
-) -> tuple[int, tuple[int, ...], int]:
-    """Of the training clips: T, the delay of every codebook in decoder steps, and samples per second (Hz).
+def check_clips(policy: Policy, args: CFGDiversityConfig) -> int:
+    """T of the training clips.
 
     Raises:
         ValueError: a length that the model cannot play, or more codebooks than a channel of the model has.
     """
-    frames, pattern = clip_frames(policy, args.clip_seconds), delays(policy)
-    there, wanted = max(pattern) + 1, args.diversity_codebooks
+    frames = clip_frames(policy, args.clip_seconds)
+    there, wanted = max(policy.delays) + 1, args.diversity_codebooks
     if wanted is not None and wanted > there:
         raise ValueError(
             f"diversity_codebooks={wanted}, but the model has {there} codebooks per channel: leave it unset to "
             "reach all of them"
         )
-    return frames, pattern, policy.config.audio_encoder.sampling_rate
+    return frames
 
 
 # ---- the adapter, and what is pushed or sharded ------------------------------------------------------------
 
 
 def lora_config(peft_config: PeftConfig | None) -> PeftConfig | None:
-    """The user's adapter with the decoder's own projections as default targets.
+    """The user's adapter; without targets, it gets a policy's own from `give_targets`.
 
     Raises:
         ValueError: an adapter that changes the base, or that cannot be merged exactly afterwards.
@@ -264,12 +244,10 @@ def lora_config(peft_config: PeftConfig | None) -> PeftConfig | None:
             f"bias={peft_config.bias!r} trains biases of the base itself, which is the teacher: use bias='none'"
         )
     peft_config = copy.deepcopy(peft_config)
-    if peft_config.target_modules is None:
-        peft_config.target_modules = list(LORA_TARGET_MODULES)
     if peft_config.target_modules == "all-linear":
         raise ValueError(
             "target_modules='all-linear' would also adapt the frozen text encoder and the heads; leave it "
-            f"unset, or name modules of the decoder: {', '.join(LORA_TARGET_MODULES)}"
+            "unset, or name modules of the decoder, such as q_proj, v_proj, fc1"
         )
     if peft_config.lora_dropout:
         raise ValueError(
@@ -277,6 +255,12 @@ def lora_config(peft_config: PeftConfig | None) -> PeftConfig | None:
             "trained; set 0"
         )
     return peft_config
+
+
+def give_targets(peft_config: PeftConfig | None, policy: Policy) -> None:
+    """Give an adapter without targets those of the policy, in place."""
+    if isinstance(peft_config, LoraConfig) and peft_config.target_modules is None:
+        peft_config.target_modules = list(policy.lora_targets)
 
 
 def check_pushing(args: CFGDiversityConfig, peft_config: PeftConfig | None, base_model: str | None) -> None:

@@ -41,8 +41,7 @@ from diverse_cfg.embeddings import Embedder, load_embedder
 from diverse_cfg.functional.diversity import diversity_reward
 from diverse_cfg.merging.adapter import AdapterStart
 from diverse_cfg.policies.audiocraft import from_audiocraft, is_live_audiocraft
-from diverse_cfg.policies.musicgen.model import encode_text, frame_rate, unwrap
-from diverse_cfg.policies.sampler.rollout import decode_codes
+from diverse_cfg.policies.policy import Policy
 from diverse_cfg.policies.stored import is_adapter
 from diverse_cfg.provenance import Provenance, read_provenance, write_provenance
 from diverse_cfg.rewards import checked, embed_clips, is_pairwise, reads_waveforms
@@ -60,7 +59,6 @@ from diverse_cfg.trainer.teacher import (
     sampler_share,
     samplers,
     separate_teacher,
-    to_device,
 )
 from diverse_cfg.types import Clips
 
@@ -102,7 +100,7 @@ class CFGDiversityTrainer(RLOOTrainer):
 
     def __init__(
         self,
-        model: str | os.PathLike | nn.Module,
+        model: str | os.PathLike | nn.Module | Policy,
         reward_funcs: Callable | list[Callable] | None = None,
         args: CFGDiversityConfig | None = None,
         train_dataset: Any = None,
@@ -115,6 +113,9 @@ class CFGDiversityTrainer(RLOOTrainer):
         if is_live_audiocraft(model):
             model, processor = from_audiocraft(model)
             processing_class = processor if processing_class is None else processing_class
+        if isinstance(model, Policy):
+            processing_class = model.processor if processing_class is None else processing_class
+            model = model.model
         self._base_model = setup.base_model_name(model)
         if args is None:
             args = CFGDiversityConfig(output_dir=f"{Path(self._base_model or 'musicgen').name}-diverse-cfg")
@@ -127,16 +128,16 @@ class CFGDiversityTrainer(RLOOTrainer):
         base = self._start.base_model if self._start else self._base_model
         setup.check_pushing(args, peft_config, base)
         check_teacher(model, args)
-        policy = setup.prepare_policy(model, args, lora)
-        self._num_frames, self._delays, self._sampling_rate = setup.clip_shape(policy, args)
-        self._num_codebooks = len(self._delays)
+        policy = self._policy = setup.prepare_policy(model, args, lora)
+        setup.give_targets(peft_config, policy)
+        self._num_frames, self._num_codebooks = setup.check_clips(policy, args), len(policy.delays)
         args.max_completion_length = self._num_frames * self._num_codebooks
-        self._processor = setup.processor_of(processing_class, policy, self._base_model)
-        tokenizer = getattr(self._processor, "tokenizer", self._processor)
+        policy.processor = setup.processor_of(processing_class, policy, self._base_model)
+        tokenizer = policy.tokenizer
         given = reward_funcs is not None
         reward_funcs = setup.check_reward_funcs(reward_funcs, args, self._base_model)
         setup.check_run(args, reward_funcs, given, eval_dataset)
-        setup.check_embedders(reward_funcs, self._sampling_rate)
+        setup.check_embedders(reward_funcs, policy.sampling_rate)
         self._has_own_teacher = has_own_teacher(model, args)
         frozen = separate_teacher(policy, args.teacher_model if self._has_own_teacher else None, lora)
         # With LoRA, the student's own weights too: its adapter is saved for them.
@@ -146,7 +147,7 @@ class CFGDiversityTrainer(RLOOTrainer):
         self.args = args  # seams that TRL calls while it is built read it
         set_seed(args.seed)  # new adapters start at random, and not every TRL seeds them
         super().__init__(
-            model=policy,
+            model=policy.model,
             reward_funcs=reward_funcs,
             args=args,
             train_dataset=setup.train_prompts(train_dataset, tokenizer, args, reward_funcs),
@@ -156,39 +157,36 @@ class CFGDiversityTrainer(RLOOTrainer):
             optimizers=optimizers,
             peft_config=peft_config,
         )
-        disguises.route_forward(policy)
+        disguises.route_forward(policy.model)
         setup.check_trained(policy)
         self._frozen.check("peft_config rewrites them; use a plain LoraConfig (init_lora_weights=True)")
         if self._start is not None:
             self._start.attach(self.model)
         self._sampling = {"temperature": args.temperature, "top_k": 0, "num_frames": self._num_frames}
-        disguises.restore_token_ids(policy, self._sampling)
+        policy.set_sampling(self._sampling)
         negative = None
         if args.negative_prompt is not None:
-            negative = encode_text(unwrap(self.model), tokenizer, [args.negative_prompt])
+            negative = policy.encode_text([args.negative_prompt])
         if frozen is not None:
-            to_device(frozen, self.accelerator.device)
-        self._teacher = Teacher(self.model if frozen is None else frozen, args.guidance_scale, negative)
+            frozen.move_own(self.accelerator.device)
+        adapted = self.model if frozen is None else None
+        self._teacher = Teacher(frozen or policy, args.guidance_scale, negative, adapted)
         setup.check_sharding(self.accelerator, args)
         self._prepare_run()
 
     def _prepare_run(self) -> None:
         args = self.args
-        self._loss_settings = LossSettings.of(args, self._delays)
+        self._loss_settings = LossSettings.of(args, self._policy.delays)
         if args.prefix_baseline and args.diversity_coef > 0:
             self._memory.prefix = PrefixBaseline(
-                self._num_frames, args.prefix_lambda, self._delays, self.accelerator.reduce
+                self._num_frames, args.prefix_lambda, self._policy.delays, self.accelerator.reduce
             )
         self._cross_guards = CrossGuards(args.guards, self.reward_func_names, self.reward_funcs)
         self._advantages = Advantages(
-            args, self.reward_funcs, self.reward_weights, self._delays, self._memory.prefix
+            args, self.reward_funcs, self.reward_weights, self._policy.delays, self._memory.prefix
         )
         self._sample = Sampler(
-            args,
-            self._num_frames,
-            self._num_codebooks,
-            lambda: (self.model, self.model_wrapped),
-            self._teacher,
+            args, self._num_frames, self._policy, self._teacher, lambda: self.model_wrapped
         )
         self._clips: Clips | None = None  # that TRL is handling
         self._generation_seconds = 0.0
@@ -255,7 +253,7 @@ class CFGDiversityTrainer(RLOOTrainer):
         """Sample one clip per row of the dataset; the rows of a prompt are adjacent."""
         started = time.perf_counter()
         prompts = [row["prompt"] for row in rows]
-        condition = encode_text(unwrap(self.model), self._tokenizer, prompts)
+        condition = self._policy.encode_text(prompts)
         index = torch.arange(len(prompts), device=condition.hidden_states.device)
         sample_ids = index + self._first_row(len(prompts))
         from_teacher, who = torch.zeros_like(index, dtype=torch.bool), (False,)
@@ -272,7 +270,7 @@ class CFGDiversityTrainer(RLOOTrainer):
         self._log_time("rollout", started)
         return Clips(
             codes,
-            self._sampling_rate,
+            self._policy.sampling_rate,
             prompts=prompts,
             columns=setup.columns(rows),
             condition=condition,
@@ -332,7 +330,7 @@ class CFGDiversityTrainer(RLOOTrainer):
         for rows in torch.arange(len(clips), device=clips.codes.device).split(batch_size or len(clips)):
             part = Clips(clips.codes[rows], clips.sampling_rate, condition=clips.condition.select(rows))
             with self.accelerator.autocast():
-                terms, _ = student_terms(unwrap(model), part, self._loss_settings)
+                terms, _ = student_terms(self._policy, part, self._loss_settings)
             logps.append(terms.logps)
         clips.old_logps = torch.cat(logps)
         return clips.old_logps.flatten(1), None, None
@@ -349,7 +347,7 @@ class CFGDiversityTrainer(RLOOTrainer):
         """Hand the reward functions audio, group size and sampling rate; gathered rewards [N, F]."""
         started, clips = time.perf_counter(), self._clips
         assert clips is not None
-        clips.waveforms = decode_codes(unwrap(self.model), clips.codes) if self._listens() else None
+        clips.waveforms = self._policy.decode(clips.codes) if self._listens() else None
         if not self.model.training:
             self._watch(clips)
         if not self.reward_funcs:  # TRL wants a column
@@ -390,8 +388,8 @@ class CFGDiversityTrainer(RLOOTrainer):
     def _embed(self, embedder: Embedder, codes: Tensor) -> Tensor:
         """Embeddings of clips, or of their beginnings, decoded anew: a decoded clip that is cut has heard what comes
         later."""
-        inputs = codes if embedder.reads == "codes" else decode_codes(unwrap(self.model), codes)
-        return embed_clips(embedder, inputs, self._sampling_rate)
+        inputs = codes if embedder.reads == "codes" else self._policy.decode(codes)
+        return embed_clips(embedder, inputs, self._policy.sampling_rate)
 
     # ---- advantages --------------------------------------------------------------------------------------
 
@@ -423,7 +421,7 @@ class CFGDiversityTrainer(RLOOTrainer):
     def _compute_loss(self, model, inputs):
         training, args = self.model.training, self.args
         clips = disguises.from_batch(
-            inputs, self._num_codebooks, self._sampling_rate, self._advantages.wanted
+            inputs, self._num_codebooks, self._policy.sampling_rate, self._advantages.wanted
         )
         started = time.perf_counter()
         with self.accelerator.autocast():
@@ -432,7 +430,8 @@ class CFGDiversityTrainer(RLOOTrainer):
         terms, losses = model(
             run=functools.partial(
                 student_terms,
-                clips=clips,
+                self._policy,
+                clips,
                 settings=self._loss_settings,
                 teacher=teacher,
                 divergence_weight=args.distillation_coef / clips.codes.numel(),
@@ -658,8 +657,9 @@ class CFGDiversityTrainer(RLOOTrainer):
                 if self._start is not None:
                     self._start.write(own, folder)
                     shutil.rmtree(own)
-            generation_config = unwrap(self.model).generation_config
-            checkpoints.complete(folder, self._processor, generation_config, self._provenance())
+            checkpoints.complete(
+                folder, self._policy.processor, self._policy.model.generation_config, self._provenance()
+            )
         (Path(output_dir) / checkpoints.PICKLE).unlink(missing_ok=True)  # transformers writes it with a push
         if (Path(output_dir) / "adapter_config.json").is_file():
             write_card(output_dir)  # PEFT's does not say that other programs would guide it
@@ -672,7 +672,7 @@ class CFGDiversityTrainer(RLOOTrainer):
             named=public_name if self._pushing else str,
             sampling=self._sampling,
             steps=self.state.global_step,
-            clip_seconds=self._num_frames / frame_rate(unwrap(self.model)),
+            clip_seconds=self._num_frames / self._policy.frame_rate,
         )
 
     def push_to_hub(self, *args, blocking: bool = True, **kwargs):
