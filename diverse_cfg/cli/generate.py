@@ -102,32 +102,25 @@ def _run(args: argparse.Namespace) -> None:
     source = model_source(args.model)
     model: Any = _load(source, args.adapter, args.merge_weight)
     policy = as_policy(model)
-    own = model.generation_config
-    guidance_scale = _first(args.guidance_scale, own.guidance_scale, 1.0)
+    sampling = {"guidance_scale": 1.0, "temperature": 1.0, "top_k": USUAL_TOP_K}
+    own = {name: getattr(model.generation_config, name) for name in sampling}
+    sampling |= {name: value for name, value in own.items() if value is not None} | typed
     name = " + ".join([args.model, *args.adapter])
     if args.merge_weight:
         name += f" at {' '.join(f'{weight:g}' for weight in args.merge_weight)}"
-    seconds = _first(args.seconds, policy.usual_seconds)
+    seconds = args.seconds or policy.usual_seconds
+    names = ("num_generations", "negative_prompt", "sample_format", "resume", "batch_size", "rollout_backend")
     clips = generate_files(
         model.to(device),
         list(prompts["prompt"]),
         args.output,
         processor=load_processor(source),
         num_frames=max(1, round(seconds * policy.frame_rate)),
-        num_generations=args.num_generations,
-        guidance_scale=guidance_scale,
-        temperature=_first(args.temperature, own.temperature, 1.0),
-        top_k=_first(args.top_k, own.top_k, USUAL_TOP_K),
-        top_p=_first(args.top_p, 1.0),
-        min_p=_first(args.min_p, 0.0),
         seed=args.seed or 0,
-        negative_prompt=args.negative_prompt,
-        sample_format=args.sample_format,
-        resume=args.resume,
         model_name=name,
-        batch_size=args.batch_size,
-        rollout_backend=args.rollout_backend,
         dtype=getattr(torch, args.dtype),
+        **sampling,
+        **{name: getattr(args, name) for name in names},
     )
     print(f"{len(clips)} clips in {args.output}")
 
@@ -149,10 +142,6 @@ def _load(source: str, adapters: list[str], merge_weight: list[float] | None):
 
     weight = merge_weight[0] if len(merge_weight) == 1 else merge_weight
     return load_slider(source, adapters, merge_weight=weight).model
-
-
-def _first(*values):
-    return next(value for value in values if value is not None)
 
 
 COMMAND = Command(

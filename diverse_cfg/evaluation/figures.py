@@ -21,7 +21,14 @@ from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox
 
 from diverse_cfg.evaluation.metrics import METRICS, require_known
-from diverse_cfg.evaluation.results import Estimate, Results, SystemResult, above_line, mean_estimate
+from diverse_cfg.evaluation.results import (
+    Estimate,
+    Results,
+    SystemResult,
+    above_line,
+    lerp_ends,
+    mean_estimate,
+)
 from diverse_cfg.plotting import LEGEND, STYLE, Look, new_figure, save
 
 _LABEL_SIZE = 6.5  # points
@@ -142,12 +149,8 @@ def merge_curve(results: Results, series: str, metrics: Sequence[str], stem: str
         row for row in results.usable if row.system.series == series and row.system.merge_weight is not None
     ]
     rows.sort(key=lambda row: row.system.merge_weight or 0.0)
+    first, last = lerp_ends(rows)
     weights = [row.system.merge_weight for row in rows]
-    if len(rows) < 3 or weights[0] != 0 or weights[-1] != 1:
-        raise ValueError(
-            f"series {series!r} has the merge weights {weights}: a LERP needs 0, 1 and something between"
-        )
-    first, last = rows[0], rows[-1]
     table = []
     with matplotlib.rc_context(STYLE):
         figure, panels = new_figure(len(metrics), height=2.0)

@@ -16,6 +16,7 @@ from diverse_cfg.evaluation.results import (
     Results,
     SystemResult,
     above_line,
+    lerp_ends,
     markdown_table,
     mean_estimate,
 )
@@ -241,16 +242,10 @@ def merges_of(results: Results, arms: Arms) -> list[SystemResult]:
     return sorted(rows, key=lambda row: row.system.merge_weight or 0.0)
 
 
-def _ends(merges: Sequence[SystemResult]) -> tuple[SystemResult, list[SystemResult], SystemResult]:
-    if len(merges) < 3 or merges[0].system.merge_weight != 0 or merges[-1].system.merge_weight != 1:
-        raise ValueError("a LERP needs its two ends and something between")
-    return merges[0], list(merges[1:-1]), merges[-1]
-
-
 def _mean_above_line(merges: Sequence[SystemResult], metric: str) -> Estimate:
     """Mean over the inner merges of v(λ) − (1 − λ)·v(0) − λ·v(1), by prompt."""
-    first, inner, last = _ends(merges)
-    return mean_estimate(np.mean([above_line(first, row, last, metric) for row in inner], axis=0))
+    first, last = lerp_ends(merges)
+    return mean_estimate(np.mean([above_line(first, row, last, metric) for row in merges[1:-1]], axis=0))
 
 
 def _beside_front(row: SystemResult, merges: Sequence[SystemResult], x: str, y: str) -> Estimate:
@@ -259,12 +254,11 @@ def _beside_front(row: SystemResult, merges: Sequence[SystemResult], x: str, y: 
     The place on the LERP is found on the means (outside of its range: the nearer end), the difference is
     taken by prompt.
     """
-    first, inner, last = _ends(merges)
-    points = [first, *inner, last]
-    places, wanted = [point.mean(x) for point in points], row.mean(x)
-    order = sorted(range(len(points)), key=places.__getitem__)
+    lerp_ends(merges)
+    places, wanted = [point.mean(x) for point in merges], row.mean(x)
+    order = sorted(range(len(merges)), key=places.__getitem__)
     shares = [
-        np.interp(wanted, sorted(places), [float(index == k) for index in order]) for k in range(len(points))
+        np.interp(wanted, sorted(places), [float(index == k) for index in order]) for k in range(len(merges))
     ]
-    front = sum(share * point.by_prompt(y) for share, point in zip(shares, points, strict=True))
+    front = sum(share * point.by_prompt(y) for share, point in zip(shares, merges, strict=True))
     return mean_estimate(row.by_prompt(y) - front)

@@ -215,7 +215,7 @@ def test_labels_of_a_crowd_hide_neither_each_other_nor_a_point(tmp_path, monkeyp
 
 
 def test_a_lerp_needs_its_ends(tmp_path):
-    with pytest.raises(ValueError, match="a LERP needs 0, 1"):
+    with pytest.raises(ValueError, match="no LERP can be made: it needs 0, 1"):
         merge_curve(results(*lerp()[:2]), "LERP", ["adherence"], tmp_path / "lerp")
 
 
