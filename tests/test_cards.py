@@ -17,20 +17,13 @@ from transformers import MusicgenForConditionalGeneration, pipeline, set_seed
 
 from diverse_cfg import cards
 from diverse_cfg.cards import CardMetric, Sample, render_card, write_card, write_metrics, write_samples
-from diverse_cfg.merging import merge_checkpoints
 from diverse_cfg.provenance import Provenance, write_provenance
 from tests import checkpoints as made
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Base, students, and the same merge as a full model and as an adapter."""
-    root = tmp_path_factory.mktemp("cards")
-    folders = made.make_world(root)
-    pair = [folders["lora1"], folders["lora2"]]
-    folders["merged"] = merge_checkpoints(pair, 0.3, root / "merged")
-    folders["adapter"] = merge_checkpoints(pair, 0.3, root / "adapter", format="adapter")
-    return folders
+    return made.make_merges(tmp_path_factory.mktemp("cards"))
 
 
 @pytest.fixture
