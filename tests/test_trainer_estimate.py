@@ -139,8 +139,8 @@ def test_an_update_and_a_rollout_do_not_add_up():
     assert estimate.activations > estimate.caches > 0
     always = estimate.weights + estimate.optimizer + estimate.copies
     assert estimate.peak == pytest.approx(always + estimate.activations)
-    one = {"per_device_train_batch_size": 1, "num_generations": 1, "diversity_coef": 0.0}
-    long = needs(clips=64, gradient_checkpointing=True, **one)
+    one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "num_generations": 2}
+    long = needs(clips=64, gradient_checkpointing=True, diversity_coef=0.0, **one)
     assert long.caches > long.activations
     assert long.peak == pytest.approx(long.weights + long.optimizer + long.copies + long.caches)
     assert f"{estimate.peak:.2g} GB per process at the peak" in str(estimate)

@@ -150,7 +150,7 @@ def test_both_backends_train_alike(tmp_path, monkeypatch, case):
     reference.train()
     assert losses(reference) == pytest.approx(losses(fast), abs=1e-5)
     assert torch.equal(play(reference), play(fast)) and not torch.equal(play(fast), before[0])
-    assert not reference._fused_weights
+    assert not reference._sample.weights
 
 
 def test_the_reference_computes_in_the_runs_dtype(tmp_path):
