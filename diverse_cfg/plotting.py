@@ -155,12 +155,15 @@ def draw_curves(
         figure, panels = new_figure(len(found), height=2.2, columns=columns)
         for axes, (name, label) in zip(panels, found, strict=True):
             for index, (arm, logs) in enumerate(arms.items()):
-                steps, values = _aligned(logs, name)
+                (steps, values), look = _aligned(logs, name), Look.number(index)
                 if len(steps):
-                    _line(axes, steps, values, smooth, arm, Look.number(index))
+                    _line(axes, steps, values, smooth, arm, look)
                     hollow = [step in _flagged(logs, name) for step in steps]
                     if any(hollow):
-                        _hollow(axes, steps[hollow], values.mean(0)[hollow], Look.number(index))
+                        axes.plot(
+                            steps[hollow], values.mean(0)[hollow], color=look.color, linestyle="none",
+                            marker=look.marker, markersize=5, markerfacecolor="white", markeredgewidth=0.7, zorder=3,
+                        )  # fmt: skip
                     rows = zip(steps, values.mean(0), values.min(0), values.max(0), strict=True)
                     table += [[arm, name, int(step), *numbers] for step, *numbers in rows]
             axes.set_xlabel("training step")
@@ -209,13 +212,6 @@ def _aligned(logs: Sequence[Log], name: str) -> tuple[np.ndarray, np.ndarray]:
 def _flagged(logs: Sequence[Log], name: str) -> set[float]:
     """Steps at which a metric was measured of something flagged."""
     return {entry["step"] for log in logs for entry in log if name in entry and entry.get("flagged")}
-
-
-def _hollow(axes: Axes, steps: np.ndarray, values: np.ndarray, look: Look) -> None:
-    axes.plot(
-        steps, values, color=look.color, linestyle="none", marker=look.marker, markersize=5,
-        markerfacecolor="white", markeredgewidth=0.7, zorder=3,
-    )  # fmt: skip
 
 
 def _line(axes: Axes, steps: np.ndarray, values: np.ndarray, smooth: int, label: str, look: Look) -> None:

@@ -132,10 +132,7 @@ def _looks_like_path(source: str) -> bool:
 
 
 def _format(path: Path) -> str | None:
-    suffixes = path.suffixes[-2:]
-    if suffixes and suffixes[-1] == ".gz":
-        suffixes = suffixes[:-1]
-    ending = suffixes[-1].lower() if suffixes else ""
+    ending = (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
     return ending if ending in _FORMATS else None
 
 

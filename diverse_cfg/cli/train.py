@@ -166,7 +166,9 @@ def train(args: TrainArguments, config, callbacks: Sequence[Any] = ()) -> None:
 
 
 def _train(args: TrainArguments, config, callbacks: Sequence[Any]) -> None:
-    _check_reward_names(args.reward_funcs or [])
+    unknown = [name for name in args.reward_funcs or () if name not in REWARDS]
+    if unknown:
+        raise ValueError(f"reward_funcs has no {', '.join(unknown)}; known: {', '.join(REWARDS)}")
     from transformers import PrinterCallback
 
     from diverse_cfg.prompts import load_prompts
@@ -177,13 +179,20 @@ def _train(args: TrainArguments, config, callbacks: Sequence[Any]) -> None:
     prompts = load_prompts(
         prompt_source(args.dataset_name), split=args.dataset_train_split, column=args.dataset_prompt_column
     )
+    peft_config = None
+    if args.use_peft:
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(
+            r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=args.lora_target_modules
+        )
     trainer = CFGDiversityTrainer(
         model,
         reward_funcs=_rewards(args, config, model),
         args=config,
         train_dataset=prompts,
         eval_dataset=_held_out(args),
-        peft_config=_lora(args),
+        peft_config=peft_config,
         callbacks=list(callbacks),
     )
     if callbacks:
@@ -204,12 +213,6 @@ def _resolve_nano(config) -> None:
     for name in ("diversity_embedder", "monitor_embedder"):
         if (value := getattr(config, name)) is not None:
             setattr(config, name, embedder_source(value))
-
-
-def _check_reward_names(names: list[str]) -> None:
-    unknown = [name for name in names if name not in REWARDS]
-    if unknown:
-        raise ValueError(f"reward_funcs has no {', '.join(unknown)}; known: {', '.join(REWARDS)}")
 
 
 def _rewards(args: TrainArguments, config, model: str):
@@ -241,14 +244,6 @@ def _held_out(args: TrainArguments):
             "evaluated on what it trains on; name held-out prompts with eval_dataset_name"
         )
     return load_prompts(source, split=args.dataset_test_split or "test", column=args.dataset_prompt_column)
-
-
-def _lora(args: TrainArguments):
-    if not args.use_peft:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=args.lora_target_modules)
 
 
 def _checkpoint(config) -> str | None:

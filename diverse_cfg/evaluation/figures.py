@@ -306,13 +306,15 @@ def _label_points(
     # Each series tries another side first, so that the labels of neighbouring curves do not meet.
     sides = ((-1, -1), (1, 1), (1, -1), (-1, 1))
     inner = rows[1:-1] if len(rows) <= _MANY else rows[2:-1:2]
+    low, high = axes.get_window_extent().get_points() * 72 / axes.get_figure(root=True).dpi
     for row in [rows[0], rows[-1], *inner]:
         text = _short_label(row, varied) or row.system.name
         width, height = 0.6 * _LABEL_SIZE * len(text), 1.2 * _LABEL_SIZE
         for right, up in (*sides[index % 4 :], *sides[: index % 4]):
             left, bottom = _in_points(axes, row, x, y) + np.array([4 * right, 3.5 * up])
             place = Bbox.from_bounds(left - width * (right < 0), bottom - height * (up < 0), width, height)
-            if any(place.overlaps(other) for other in taken) or not _inside(place, axes):
+            # The axis and its numbers are left alone.
+            if any(map(place.overlaps, taken)) or (place.min < low + 1).any() or (place.max > high).any():
                 continue
             taken.append(place)
             axes.annotate(
@@ -321,12 +323,6 @@ def _label_points(
                 fontsize=_LABEL_SIZE, color=look.color,
             )  # fmt: skip
             break
-
-
-def _inside(place: Bbox, axes: Axes) -> bool:
-    """Whether a label leaves the axis and its numbers alone."""
-    frame = axes.get_window_extent().get_points() * 72 / axes.get_figure(root=True).dpi
-    return bool((place.min >= frame[0] + 1).all() and (place.max <= frame[1]).all())
 
 
 def _short_label(row: SystemResult, varied: Mapping[str, bool]) -> str:

@@ -210,9 +210,11 @@ def _flag_incomparable(rows: Sequence[SystemResult]) -> None:
     Args:
         rows: of one sweep; their flags are extended.
     """
-    base = next((row for row in rows if row.ok and not row.flags and _is_unguided_base(row.system)), None)
-    if base is None:
+    sound = [row for row in rows if row.ok and not row.flags and row.system.role == "base"]
+    bases = [row for row in sound if row.system.guidance_scale == row.system.temperature == 1]
+    if not bases:
         return
+    base = bases[0]
     checks = [("kl_teacher", 1, _MAX_DIVERGENCE, 1.0)]
     checks += [(name, -1, _MIN_ADHERENCE, 0.0) for name in ("adherence", "rules", "text")]
     for row in rows:
@@ -227,10 +229,6 @@ def _flag_incomparable(rows: Sequence[SystemResult]) -> None:
                     f"{base.metrics[metric].text()} of {base.system.name}: its diversity is not comparable, and it is "
                     "left out of fronts"
                 )
-
-
-def _is_unguided_base(system: System) -> bool:
-    return system.role == "base" and system.guidance_scale == 1 and system.temperature == 1
 
 
 # ---- the clips again -----------------------------------------------------------------------------

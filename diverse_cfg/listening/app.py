@@ -77,7 +77,7 @@ def _build_app(folder: str | os.PathLike) -> Any:
             now = _view(votes, listener)
         except ValueError as error:
             raise gradio.Error(str(error)) from None
-        clips = [*_two(now.left), *_two(now.right)]
+        clips = [clip for files in (now.left, now.right) for clip in (*files, None, None)[:2]]
         players = [gradio.update(value=clip, visible=clip is not None) for clip in clips]
         buttons = [gradio.update(visible=now.trial is not None) for _ in _CHOICES]
         return [now.trial.id if now.trial else "", now.text, *players, *buttons]
@@ -199,7 +199,3 @@ def serve(
         allowed_paths=[str(Path(folder).resolve() / "audio")],
         app_kwargs={"middleware": [(_Doorkeeper, (), {"host": host, "names": names})]},
     )
-
-
-def _two(files: tuple[str, ...]) -> list[str | None]:
-    return [*files, *[None] * (2 - len(files))]
