@@ -30,29 +30,23 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     from diverse_cfg.atomic import new_folder, require_new
-    from diverse_cfg.policies.audiocraft.folders import is_audiocraft
+    from diverse_cfg.policies.audiocraft import folders
 
     source = model_source(args.model)
     require_new(args.output)
-    stored_as = "audiocraft" if is_audiocraft(source) else "transformers"
+    stored_as = "audiocraft" if folders.is_audiocraft(source) else "transformers"
     if stored_as == args.to:
         remedy = "; `diverse-cfg merge` makes a full model of an adapter" if args.to == "transformers" else ""
         raise ValueError(f"{args.model} is in the format of {args.to} already{remedy}")
     if args.to == "transformers":
         if args.dtype:
             raise ValueError("--dtype goes with --to audiocraft: tensors are kept as they are stored here")
-        _to_transformers(source, args.output, args.text_encoder)
+        stored = folders.read_audiocraft(source, text_encoder=args.text_encoder)
+        folders.write_transformers(stored, args.output, like=folders.checkpoint_files(source)[0].parent)
     else:
         with new_folder(args.output) as folder:
             _to_audiocraft(source, folder, args.text_encoder, args.dtype)
     print(args.output)
-
-
-def _to_transformers(source: str, output: str, text_encoder: str | None) -> None:
-    from diverse_cfg.policies.audiocraft.folders import checkpoint_files, read_audiocraft, write_transformers
-
-    stored = read_audiocraft(source, text_encoder=text_encoder)
-    write_transformers(stored, output, like=checkpoint_files(source)[0].parent)
 
 
 def _to_audiocraft(source: str, folder, text_encoder: str | None, dtype: str | None) -> None:

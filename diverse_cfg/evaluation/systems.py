@@ -107,9 +107,7 @@ class System:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the results file."""
-        values = asdict(self)
-        values["replicates"] = [[list(part) for part in mixture] for mixture in self.replicates]
-        return values
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "System":

@@ -233,27 +233,18 @@ def _explained(plan: UploadPlan, token: str) -> Iterator[None]:
 
 
 def _explanation(status: int | None, repo_id: str, reason: str) -> OSError:
-    owner = repo_id.split("/")[0]
-    if status == 401:
-        return PermissionError(
-            f"the Hub does not accept the token: log in again with `hf auth login` ({reason})"
-        )
-    if status in (402, 403):
-        return PermissionError(
-            f"the token may not write to {repo_id}: it needs write access for {owner} ({reason})"
-        )
-    if status == 404:
-        return FileNotFoundError(
-            f"{repo_id} or {owner} does not exist, or the token does not see it ({reason})"
-        )
-    if status == 429:
-        return ConnectionError(
-            f"the Hub asks for a pause (too many requests): run again later to go on ({reason})"
-        )
-    if status in _CONFLICT:
-        return FileExistsError(f"{repo_id} is being changed by somebody else: run again ({reason})")
-    if status is None or status in _TRANSIENT:
-        return ConnectionError(
-            f"the Hub does not answer properly; run again to go on where it broke off ({reason})"
-        )
-    return OSError(f"the Hub refused the upload to {repo_id}: {reason}")
+    owner, may_not_write = repo_id.split("/")[0], f"the token may not write to {repo_id}"
+    known = {
+        401: (PermissionError, "the Hub does not accept the token: log in again with `hf auth login`"),
+        402: (PermissionError, f"{may_not_write}: it needs write access for {owner}"),
+        403: (PermissionError, f"{may_not_write}: it needs write access for {owner}"),
+        404: (FileNotFoundError, f"{repo_id} or {owner} does not exist, or the token does not see it"),
+        409: (FileExistsError, f"{repo_id} is being changed by somebody else: run again"),
+        412: (FileExistsError, f"{repo_id} is being changed by somebody else: run again"),
+        429: (ConnectionError, "the Hub asks for a pause (too many requests): run again later to go on"),
+    }
+    silent = (ConnectionError, "the Hub does not answer properly; run again to go on where it broke off")
+    if status is not None and status not in known and status not in _TRANSIENT:
+        return OSError(f"the Hub refused the upload to {repo_id}: {reason}")
+    kind, what = known.get(status or 0, silent)
+    return kind(f"{what} ({reason})")
