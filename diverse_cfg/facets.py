@@ -33,7 +33,7 @@ from scipy.ndimage import median_filter
 from scipy.signal import find_peaks
 from torch import Tensor
 
-from diverse_cfg.acoustics import loudness
+from diverse_cfg.acoustics import DYING_SECONDS, loudness
 from diverse_cfg.config import GuardConfig
 from diverse_cfg.embeddings.audio import LogMel, resample, to_mono
 from diverse_cfg.nano.rules import PITCH_HOP, RATE, pitches
@@ -43,9 +43,6 @@ FACETS = ("melody", "rhythm", "pitch", "timbre", "level", "rests")
 
 REWARDED_FACETS = FACETS[:-1]
 """A reward for different rests would pay for clips that die."""
-
-DEAD_SECONDS = 0.4
-"""Silence of this length is no part of the music."""
 
 _LOUDNESS = -20.0  # LUFS at which all but level is measured
 _QUIET = -40.0  # dB below the loudness
@@ -101,13 +98,6 @@ def _measure(audio: Tensor, facets: Collection[str]) -> dict[str, np.ndarray]:
     return {facet: np.column_stack([found[facet], alive]) for facet in facets}
 
 
-def trailing_silence(waveforms: Tensor, sampling_rate: int) -> np.ndarray:
-    """Seconds at the end of clips [N, L] or [N, 2, L] that are below −60 dBFS [N]."""
-    sounding = _frame_power(to_mono(waveforms).cpu(), sampling_rate) >= 1e-6
-    last = np.where(sounding.any(1), sounding[:, ::-1].argmax(1), sounding.shape[1])
-    return last * _FRAME
-
-
 def _frame_power(waveforms: Tensor, sampling_rate: int) -> np.ndarray:
     """Mean square of the 20 ms frames of clips [N, L] → [N, frames]."""
     size = min(max(round(_FRAME * sampling_rate), 1), waveforms.shape[1])
@@ -116,10 +106,10 @@ def _frame_power(waveforms: Tensor, sampling_rate: int) -> np.ndarray:
 
 
 def _long_rests(quiet: np.ndarray) -> float:
-    """Share of the frames that lie in silences of `DEAD_SECONDS` and more."""
+    """Share of the frames that lie in silences of `DYING_SECONDS` and more."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], quiet, [0]])))
     lengths = edges[1::2] - edges[::2]
-    return lengths[lengths >= round(DEAD_SECONDS / _FRAME)].sum() / len(quiet)
+    return lengths[lengths >= round(DYING_SECONDS / _FRAME)].sum() / len(quiet)
 
 
 def _notes(hertz: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:

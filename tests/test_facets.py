@@ -14,7 +14,6 @@ from diverse_cfg.facets import (
     _rhythm_distance,
     facet_distances,
     measure,
-    trailing_silence,
 )
 from diverse_cfg.functional.diversity import diversity_advantages
 from diverse_cfg.rewards import DiversityReward
@@ -199,15 +198,6 @@ def test_distances_of_groups():
     assert found.shape == (2, 3, 4, 4)
     assert torch.equal(found, found.mT) and (found.diagonal(dim1=-2, dim2=-1) == 0).all()
     np.testing.assert_allclose(found[1, 2], facet_distances("pitch", values[1, 2]))
-
-
-def test_the_end_in_seconds():
-    clip = played()
-    cut = clip.clone()
-    cut[2 * RATE :] = 0
-    np.testing.assert_allclose(
-        trailing_silence(torch.stack([clip, cut, 0 * clip]), RATE), [0, 1, 3], atol=0.03
-    )
 
 
 # ---- as a reward ---------------------------------------------------------------------------------

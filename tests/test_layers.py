@@ -26,7 +26,7 @@ LAYERS = [
     ["callbacks"],
     ["trainer"],
     ["evaluation"],
-    ["publishing"],
+    ["listening", "publishing"],
     ["cli"],
     ["__main__"],
 ]

@@ -73,11 +73,11 @@ class TrainArguments:
     )
 
 
-def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     """None here: TRL's parser knows them, and importing it takes seconds."""
 
 
-def run_train(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> None:
     from trl import TrlParser
 
     from diverse_cfg.config import CFGDiversityConfig
@@ -173,7 +173,9 @@ def train(args: TrainArguments, config, callbacks: Sequence[Any] = ()) -> None:
 
 
 def _train(args: TrainArguments, config, callbacks: Sequence[Any]) -> None:
-    _check_reward_names(args.reward_funcs or [])
+    unknown = [name for name in args.reward_funcs or () if name not in REWARDS]
+    if unknown:
+        raise ValueError(f"reward_funcs has no {', '.join(unknown)}; known: {', '.join(REWARDS)}")
     from transformers import PrinterCallback
 
     from diverse_cfg.prompts import load_prompts
@@ -184,13 +186,20 @@ def _train(args: TrainArguments, config, callbacks: Sequence[Any]) -> None:
     prompts = load_prompts(
         prompt_source(args.dataset_name), split=args.dataset_train_split, column=args.dataset_prompt_column
     )
+    peft_config = None
+    if args.use_peft:
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(
+            r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=args.lora_target_modules
+        )
     trainer = CFGDiversityTrainer(
         model,
         reward_funcs=_rewards(args, config, model),
         args=config,
         train_dataset=prompts,
         eval_dataset=_held_out(args),
-        peft_config=_lora(args),
+        peft_config=peft_config,
         callbacks=list(callbacks),
     )
     if callbacks:
@@ -211,12 +220,6 @@ def _resolve_nano(config) -> None:
     for name in ("diversity_embedder", "monitor_embedder"):
         if (value := getattr(config, name)) is not None:
             setattr(config, name, embedder_source(value))
-
-
-def _check_reward_names(names: list[str]) -> None:
-    unknown = [name for name in names if name not in REWARDS]
-    if unknown:
-        raise ValueError(f"reward_funcs has no {', '.join(unknown)}; known: {', '.join(REWARDS)}")
 
 
 def _rewards(args: TrainArguments, config, model: str):
@@ -253,14 +256,6 @@ def _held_out(args: TrainArguments):
     return load_prompts(source, split=args.dataset_test_split or "test", column=args.dataset_prompt_column)
 
 
-def _lora(args: TrainArguments):
-    if not args.use_peft:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=args.lora_target_modules)
-
-
 def _checkpoint(config) -> str | None:
     """Where to continue; None to begin. A folder with something in it is not written over by accident."""
     from diverse_cfg.reading import last_checkpoint
@@ -286,8 +281,8 @@ def _checkpoint(config) -> str | None:
 COMMAND = Command(
     name="train",
     summary="train a student that needs no guidance: CFG distillation with a diversity reward",
-    add_arguments=add_train_arguments,
-    run=run_train,
+    add_arguments=_add_arguments,
+    run=_run,
     resume="continue from the last checkpoint with --resume_from_checkpoint true",
     parses_rest=True,
 )

@@ -171,7 +171,7 @@ class ValidityFeature:
 
 
 class FacetsFeature:
-    """What each facet of the music is in a clip, a column each, and `trailing_silence` in seconds."""
+    """What each facet of the music is in a clip, a column each."""
 
     name = "facets"
 
@@ -183,9 +183,7 @@ class FacetsFeature:
         }
 
     def compute(self, batch: Batch) -> dict[str, np.ndarray]:
-        columns = facets.measure(batch.waveforms, batch.sampling_rate)
-        silence = facets.trailing_silence(batch.waveforms, batch.sampling_rate)
-        return _floats({**columns, "trailing_silence": silence})
+        return _floats(facets.measure(batch.waveforms, batch.sampling_rate))
 
 
 class _RewardFeature:

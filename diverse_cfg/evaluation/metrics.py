@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diverse_cfg.facets import DEAD_SECONDS, facet_distances
+from diverse_cfg.facets import facet_distances
 from diverse_cfg.functional.diversity import pairwise_cosine_distance, unit_embeddings, vendi_score
 from diverse_cfg.functional.statistics import frechet_distance, mmd
 
@@ -138,7 +138,7 @@ def clean_clips(replicate: Replicate) -> Tensor:
     """Which clips count for the clean measures [P, S, G]: they are valid, do not end in silence of 0.4 s or more,
     and have all that their prompt names, where a judge can tell."""
     clean = replicate.features["validity"]["valid"] == 1
-    clean &= replicate.features["facets"]["trailing_silence"] < DEAD_SECONDS
+    clean &= replicate.features["validity"]["dying"] == 0
     if "judge" in replicate.features:
         clean &= ~(replicate.features["judge"]["mean"] < 1)  # NaN where a prompt names nothing
     return torch.from_numpy(clean)
@@ -152,11 +152,6 @@ def clean_share(replicate: Replicate) -> np.ndarray:
 def clean_prompts(replicate: Replicate) -> np.ndarray:
     """Cells: 1 for a prompt that has two clean clips under some seed, so that a distance exists, else 0."""
     return (clean_clips(replicate).sum(dim=2) >= 2).any(dim=1).double().numpy()
-
-
-def dying_share(replicate: Replicate) -> np.ndarray:
-    """Cells: share of the clips that end in silence of 0.4 s or more."""
-    return (replicate.clips("facets", "trailing_silence") >= DEAD_SECONDS).mean(axis=1)
 
 
 def among_clean(distances: Callable[[Replicate], Tensor]) -> ByPrompt:
@@ -400,8 +395,6 @@ for _name, _label, _text, _measure in (
     ("clean_prompts", "prompts with clean clips", f"Share of prompts with two {_clean}.", clean_prompts),
 ):
     register(Metric(_name, _label, _text, 1, _needs, _measure, is_share=True))
-_text = "Share of clips that end in silence of 0.4 s or more."
-register(Metric("dying", "dying clips", _text, -1, ("facets",), dying_share, is_share=True))
 for _name, _under in (("heldout", "an encoder that was never rewarded"), ("reward", "the reward's encoder")):
     _label = "clean diversity" + (" (reward encoder)" if _name == "reward" else "")
     _text = f"Mean cosine distance under {_under} of two clean clips of one prompt: {_clean}."

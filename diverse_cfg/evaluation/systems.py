@@ -17,7 +17,7 @@ from diverse_cfg.functional.guidance import guidance_schedule
 from diverse_cfg.merging.weights import parse_sweep, resolve_weights
 from diverse_cfg.policies.loading import is_distilled
 from diverse_cfg.policies.sampler.draws import SamplingSettings
-from diverse_cfg.settings import require_type
+from diverse_cfg.settings import require_settings
 from diverse_cfg.untrusted import plain
 
 ROLES = ("base", "guided", "student", "merge")
@@ -195,13 +195,8 @@ def _expand(entry: Mapping[str, Any]) -> list[System]:
     if not isinstance(entry, Mapping) or not str(entry.get("name") or "").strip():
         raise ValueError(f"every system needs a name, got {entry!r}")
     name = entry["name"]
-    unknown = [str(key) for key in entry if key not in _ENTRY_TYPES]
-    if unknown:
-        raise ValueError(
-            f"system {name!r} has no setting {', '.join(unknown)}; known: {', '.join(_ENTRY_TYPES)}"
-        )
+    require_settings(entry, _ENTRY_TYPES, f"system {name!r}", prefix=f"system {name!r}: ")
     for key, value in entry.items():
-        require_type(f"system {name!r}: {key}", value, _ENTRY_TYPES[key])
         if value in ([], ()):
             raise ValueError(f"system {name!r}: {key}={value!r} is empty: name at least one, or leave it out")
     if ("model" in entry) == ("checkpoints" in entry):

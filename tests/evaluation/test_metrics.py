@@ -165,16 +165,15 @@ def world_with_clean_clips(judge=True):
     """Per prompt: three of four clips clean under the first seed; one under the second; none at all."""
     generator = np.random.default_rng(3)
     shape = (3, 2, 4)
-    valid, silence, right = np.ones(shape), np.zeros(shape), np.full(shape, np.nan)
+    valid, dying, right = np.ones(shape), np.zeros(shape), np.full(shape, np.nan)
     valid[0, 0, 3] = 0
-    silence[0, 1, :3] = 0.4
-    silence[1] = 0.39  # a breath at the end
+    dying[0, 1, :3] = 1
     right[1], right[1, 1, :3] = 1, 0.75  # one of four attributes is missing
     right[2] = 0.0
     columns = {facet: generator.random((*shape, 6)) for facet in FACETS}
     features = {
-        "validity": {"valid": valid},
-        "facets": {**columns, "trailing_silence": silence},
+        "validity": {"valid": valid, "dying": dying},
+        "facets": columns,
         "heldout": {"values": generator.normal(size=(*shape, D))},
     }
     return Replicate(features | ({"judge": {"mean": right}} if judge else {}), np.zeros((*shape, 1, 1), int))
