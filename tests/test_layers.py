@@ -21,11 +21,12 @@ LAYERS = [
     ["config"],
     ["policies", "embeddings", "prompts", "assets"],
     ["rewards", "cards", "nano"],
+    ["facets"],
     ["merging"],
     ["callbacks"],
     ["trainer"],
     ["evaluation"],
-    ["publishing"],
+    ["listening", "publishing"],
     ["cli"],
     ["__main__"],
 ]
