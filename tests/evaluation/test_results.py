@@ -15,8 +15,8 @@ from diverse_cfg.evaluation.results import (
     Estimate,
     Results,
     SystemResult,
-    estimate_of_cells,
     estimate,
+    estimate_of_cells,
     mean_estimate,
 )
 from diverse_cfg.evaluation.systems import System, single
