@@ -49,6 +49,8 @@ def test_a_claim_is_measured_on_its_levels_and_against_what_it_names():
     assert measure(system="β=80", line="guidance", levels=[1, 2]) == pytest.approx(0.1), "the nearest: γ = 1"
     assert measure(other="base γ=1", levels=[1]) == pytest.approx(0.3)
     assert measure(system="half", parents=["β=0", "β=80"], levels=[1, 2]) == pytest.approx((0.05 * 3) / 3)
+    # The mean of 0.5, 0.6, 0.5 and 0.9, 1.0, 0.9 is 0.7, 0.8, 0.7 again.
+    assert measure(parents=["base γ=1", "base γ=3"], levels=[1, 2]) == pytest.approx(0.31 / 3)
     assert measure(levels=[4]) == pytest.approx(0.9)
     rows = [row(name, [0.5], [x], "guidance") for name, x in (("a", 0.3), ("b", 0.4))]
     less_diverse = Results(PROMPTS[3:], [*rows, row("β=40", [0.5], [0.2], "students")])

@@ -94,8 +94,8 @@ def test_the_open_experiment_is_guarded_and_chooses_without_test_prompts(tmp_pat
     check_plan(experiment)
     for arm in experiment.arms:
         settings = experiment.settings_of(arm, 1)
-        guards = settings.get("guards")
-        assert guards == ({"max_silence": 0.1} if settings["diversity_coef"] else None), arm
+        guarded = settings["diversity_coef"] > 0 and arm != "unguarded"
+        assert settings.get("guards") == ({"max_silence": 0.1} if guarded else None), arm
         assert settings["dataset_name"] == "nano-open" and settings["save_steps"] < settings["max_steps"]
     validation = experiment.sweeps["validation"]
     assert validation["prompts_split"] == "validation"

@@ -15,7 +15,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,8 @@ class Claim:
     """One claim about a system of the sweep `test`: that a number lies above a bound, below one, or between two.
 
     The number is the system's own, or its difference from `other`; or from what the systems of the series `line` have
-    where they are as diverse (by `x`), linear between them; or from what its two `parents` have on average by its
-    merge weight.
+    where they are as diverse (by `x`), linear between them; or from the mean of two `parents`, weighted as they were
+    merged, or evenly where it is no merge of them.
     """
 
     claim: str
@@ -98,7 +98,10 @@ class Claim:
             return at_equal_diversity(part, self.system, self.line, self.x, self.metric)
         if self.parents:
             first, last = (part[name] for name in self.parents)
-            return mean_estimate(above_line(first, part[self.system], last, self.metric))
+            row = part[self.system]
+            if row.system.merge_weight is None:
+                row = replace(row, system=replace(row.system, merge_weight=0.5))
+            return mean_estimate(above_line(first, row, last, self.metric))
         part[self.system].by_prompt(self.metric)
         return part[self.system].number(self.metric)
 
