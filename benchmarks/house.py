@@ -22,7 +22,8 @@ from pathlib import Path
 
 FAMILY = re.compile(r"Musicgen\w*|EncodecModel|T5\w*")
 PARTS = {"decoder", "audio_encoder", "text_encoder", "enc_to_dec_proj"}
-POLICIES = ("policies", "musicgen")
+SETTINGS = ("args", "settings")  # whose attributes are options, not parts of a model
+POLICIES = ("policies",)
 
 STEP = """
 import json, sys, tempfile
@@ -79,7 +80,8 @@ def family_words(tree: ast.Module) -> set[str]:
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr in PARTS:
-            found.add("." + node.attr)
+            option = isinstance(node.value, ast.Name) and node.value.id in SETTINGS
+            found.update(set() if option else {"." + node.attr})
         names = [node.id] if isinstance(node, ast.Name) else []
         names += [node.attr] if isinstance(node, ast.Attribute) else []
         names += [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []

@@ -46,7 +46,6 @@ from diverse_cfg.embeddings.contrastive import ContrastiveConfig, ContrastiveEmb
 from diverse_cfg.policies.loading import load_policy, load_processor
 from diverse_cfg.rewards import DiversityReward
 from diverse_cfg.trainer import CFGDiversityTrainer
-from diverse_cfg.trainer import rollouts as rollouts_module
 from diverse_cfg.trainer import trainer as trainer_module
 
 # In the order of a step. "student" includes the loss and its gradient with respect to the logits.
@@ -233,12 +232,12 @@ class instrumented:
         self.places: list[tuple[Any, str, Any]] = []
         timed = turns.clock.timed
         self.new = [
-            (rollouts_module, "encode_text", timed("text", rollouts_module.encode_text)),
-            (rollouts_module, "sample_codes", timed("rollout", rollouts_module.sample_codes)),
-            (rollouts_module, "decode_codes", timed("decode", rollouts_module.decode_codes)),
+            (trainer._policy, "encode_text", timed("text", trainer._policy.encode_text)),
+            (trainer._policy, "sample", timed("rollout", trainer._policy.sample)),
+            (trainer._policy, "decode", timed("decode", trainer._policy.decode)),
             (trainer_module, "student_terms", timed("student", trainer_module.student_terms)),
-            (trainer, "_rollout_weights", timed("refresh", trainer._rollout_weights)),
-            (trainer, "_measure", lambda: (0.0, 0.0)),  # the estimate at the start
+            (trainer._sample, "rollout_weights", timed("refresh", trainer._sample.rollout_weights)),
+            (trainer._housekeeping, "_measure", lambda: (0.0, 0.0)),  # the estimate at the start
             (trainer, "_teacher", _Callable(timed("teacher", trainer._teacher), trainer._teacher)),
             (trainer.accelerator, "backward", timed("backward", trainer.accelerator.backward)),
         ]

@@ -8,7 +8,6 @@ render the same card through `write_card`.
 
 import json
 import os
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -157,16 +156,33 @@ def render_card(
     adapter = (folder / "adapter_config.json").is_file()
     name = repo_id or folder.resolve().name
     base = base_model or base_name(folder, provenance)
-    license = license or base_license(base, folder)
+    license = license or _base_license(base, folder)
     evaluation = _read_json(folder / METRICS_FILE)
     with reading(folder / METRICS_FILE, _REMEDY):
         metrics = [CardMetric(**metric) for metric in evaluation.get("metrics", [])]
         assert not metrics or {"prompts", "num_clips"} <= {*evaluation}, "prompts or num_clips is missing"
-    with reading(folder / SAMPLES_FILE, _REMEDY):
-        samples = _read_samples(folder / SAMPLES_FILE)
+    listed = folder / SAMPLES_FILE
+    with reading(listed, _REMEDY):
+        entries = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else []
+        samples = [Sample(**entry) for entry in entries]
     for sample in samples:
         inside(folder, sample.file)
-    data = _metadata(name, provenance, adapter, base, license, metrics, evaluation, samples, datasets, tags)
+    own = ["musicgen", "text-to-audio", "music", "cfg-distillation", "diverse-cfg", PAPER]
+    kind = "merge" if provenance.kind == "merge" else "finetune"
+    data = ModelCardData(
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-to-audio",
+        license=license,
+        tags=[*own, *(["merge"] if kind == "merge" else []), *tags],
+        base_model=base if is_hub_id(base) else None,
+        base_model_relation=("adapter" if adapter else kind) if is_hub_id(base) else None,
+        eval_results=[_model_index(metric, evaluation["prompts"]) for metric in metrics] or None,
+        model_name=name.split("/")[-1] if metrics else None,
+        datasets=[dataset for dataset in datasets if is_hub_id(dataset)] or None,
+        widget=[{"text": s.prompt, "output": {"url": s.file}} for s in samples] or None,
+    )
+    generation = _generation(folder)
+    frames, seconds = _length(folder, provenance, generation)
     values = {
         "name": name,
         "title": name.split("/")[-1],
@@ -184,9 +200,9 @@ def render_card(
         "samples": samples,
         "prompt": samples[0].prompt if samples else _DEFAULT_PROMPT,
         "curves": CURVES_FILE if (folder / CURVES_FILE).is_file() else None,
-        "generation": _generation(folder),
-        "seconds": _clip_seconds(folder, provenance),
-        "fast": _fast_settings(folder, provenance),
+        "generation": generation,
+        "seconds": seconds,
+        "fast": _fast_settings(generation, frames),
         "paper": PAPER,
         "mark": MARK,
     }
@@ -194,7 +210,7 @@ def render_card(
     return f"---\n{data.to_yaml()}\n---\n\n{body.strip()}\n"
 
 
-def base_license(base: str | None, near: str | os.PathLike | None = None) -> str | None:
+def _base_license(base: str | None, near: str | os.PathLike | None = None) -> str | None:
     """Licence of a base's weights: from its card where that is at hand (folder or cache), else from a short
     list.
 
@@ -237,63 +253,20 @@ def plot_training_curves(folder: str | os.PathLike, log_history: Sequence[Mappin
     return path
 
 
-def snippets(card: str) -> list[str]:
-    """The Python code blocks of a card, in order (tests and users run them)."""
-    return re.findall(r"^```python\n(.*?)^```", card, flags=re.DOTALL | re.MULTILINE)
-
-
-def _metadata(
-    name: str,
-    provenance: Provenance,
-    adapter: bool,
-    base: str | None,
-    license: str | None,
-    metrics: Sequence[CardMetric],
-    evaluation: Mapping[str, Any],
-    samples: Sequence[Sample],
-    datasets: Sequence[str],
-    tags: Sequence[str],
-) -> ModelCardData:
-    relation = "adapter" if adapter else "merge" if provenance.kind == "merge" else "finetune"
-    results = [
-        EvalResult(
-            task_type="text-to-audio",
-            task_name="Text-to-music generation",
-            dataset_type="custom",
-            dataset_name=evaluation["prompts"],
-            metric_type=slug(metric.name, default="metric"),
-            metric_name=metric.name + (f" ({metric.judge})" if metric.judge else ""),
-            metric_value=metric.value,
-        )
-        for metric in metrics
-    ]
-    optional: dict[str, Any] = {}
-    if is_hub_id(base):
-        optional |= {"base_model": base, "base_model_relation": relation}
-    if results:
-        optional |= {"eval_results": results, "model_name": name.split("/")[-1]}
-    if datasets := [name for name in datasets if is_hub_id(name)]:
-        optional["datasets"] = datasets
-    if samples:
-        optional["widget"] = [{"text": s.prompt, "output": {"url": s.file}} for s in samples]
-    own = ["musicgen", "text-to-audio", "music", "cfg-distillation", "diverse-cfg", PAPER]
-    return ModelCardData(
-        library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-to-audio",
-        license=license,
-        tags=[*own, *(["merge"] if provenance.kind == "merge" else []), *tags],
-        **optional,
+def _model_index(metric: CardMetric, prompts: str) -> EvalResult:
+    return EvalResult(
+        task_type="text-to-audio",
+        task_name="Text-to-music generation",
+        dataset_type="custom",
+        dataset_name=prompts,
+        metric_type=slug(metric.name, default="metric"),
+        metric_name=metric.name + (f" ({metric.judge})" if metric.judge else ""),
+        metric_value=metric.value,
     )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
-
-
-def _read_samples(path: Path) -> list[Sample]:
-    return (
-        [Sample(**sample) for sample in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
-    )
 
 
 def base_name(folder: Path, provenance: Provenance) -> str | None:
@@ -328,30 +301,24 @@ def _generation(folder: Path) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(config, name, None)) is not None}
 
 
-def _num_frames(folder: Path, provenance: Provenance) -> int | None:
-    if provenance.sampling.get("num_frames"):
-        return int(provenance.sampling["num_frames"])
-    tokens = _generation(folder).get("max_new_tokens")
-    if tokens is None or not (folder / "config.json").is_file():
-        return None
-    return tokens - family_of(folder).num_frames_to_tokens(0, load_config(folder))
+def _length(
+    folder: Path, provenance: Provenance, generation: Mapping[str, Any]
+) -> tuple[int | None, float | None]:
+    """Frames and seconds of a clip, each None where it is not known."""
+    frames, seconds = provenance.sampling.get("num_frames"), provenance.training.get("clip_seconds")
+    if (folder / "config.json").is_file():
+        family, config = family_of(folder), load_config(folder)
+        if not frames and "max_new_tokens" in generation:
+            frames = generation["max_new_tokens"] - family.num_frames_to_tokens(0, config)
+        if not seconds and frames is not None:
+            seconds = family.frames_to_seconds(int(frames), config)
+    return (int(frames) if frames else None), (float(seconds) if seconds else None)
 
 
-def _clip_seconds(folder: Path, provenance: Provenance) -> float | None:
-    if provenance.training.get("clip_seconds"):
-        return float(provenance.training["clip_seconds"])
-    frames = _num_frames(folder, provenance)
-    if frames is None or not (folder / "config.json").is_file():
-        return None
-    return family_of(folder).frames_to_seconds(frames, load_config(folder))
-
-
-def _fast_settings(folder: Path, provenance: Provenance) -> dict[str, Any] | None:
+def _fast_settings(generation: Mapping[str, Any], frames: int | None) -> dict[str, Any] | None:
     """The same settings in the words of `fast_generate`, which has no clip length of its own."""
-    frames = _num_frames(folder, provenance)
     if frames is None:
         return None
-    generation = _generation(folder)
     settings = {"num_frames": frames, "temperature": generation.get("temperature", 1.0)}
     settings["top_k"] = generation.get("top_k", TRANSFORMERS_TOP_K)
     return settings | {name: generation[name] for name in ("top_p", "min_p") if name in generation}

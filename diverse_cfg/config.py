@@ -18,6 +18,7 @@ from trl import RLOOConfig
 
 from diverse_cfg.effects import idle_settings, refused_settings
 from diverse_cfg.functional.divergence import DIVERGENCES
+from diverse_cfg.functional.guidance import guidance_schedule
 from diverse_cfg.settings import field_types, parse_settings, require_type
 from diverse_cfg.types import ROLLOUT_BACKENDS
 
@@ -110,6 +111,8 @@ class CFGDiversityConfig(RLOOConfig):
         hub_private_repo: create the repository private. An existing one stays as it is.
         hub_strategy: what is pushed and when; at the end, the finished student with its card.
         guidance_scale: γ of the teacher, `l_null + γ·(l_cond − l_null)`; the paper uses 3.
+        guidance_schedule: γ over the frames of a clip: "constant" (the paper), "linear" or "cosine" down to 1, or
+            "interval A B" of places in [0, 1].
         diversity_coef: β, weight of the diversity reward in units of the KL summed over positions; the
             paper trains {0, 5, 10, 15}. 0 is pure distillation.
         distillation_coef: weight of Q; 1 in the paper, 0 leaves pure diversity.
@@ -173,6 +176,7 @@ class CFGDiversityConfig(RLOOConfig):
     hub_strategy: HubStrategy | str = "end"
 
     guidance_scale: float = 3.0
+    guidance_schedule: str = "constant"
     diversity_coef: float = 5.0
     distillation_coef: float = 1.0
     negative_prompt: str | None = None
@@ -306,9 +310,18 @@ def _explain(owner: type) -> None:
 
 _explain(CFGDiversityConfig)
 
+
+def _is_schedule(value: str) -> bool:
+    try:
+        return bool(guidance_schedule(value, 2.0, 2))
+    except ValueError:
+        return False
+
+
 # fields → (condition, what the message asks for); types, and that numbers are finite, are checked before
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "guidance_scale": (lambda value: value >= 1, "a finite number ≥ 1 (1 is no guidance)"),
+    "guidance_schedule": (_is_schedule, "constant, linear, cosine or 'interval A B' with 0 ≤ A ≤ B ≤ 1"),
     "diversity_coef distillation_coef learning_rate weight_decay warmup_steps eval_delay epsilon epsilon_high": (
         lambda value: value >= 0,
         "a finite number ≥ 0",

@@ -20,6 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from diverse_cfg.atomic import replacing, write_text
+from diverse_cfg.reading import last_checkpoint
 from diverse_cfg.untrusted import frame_csv
 
 Log = Sequence[Mapping[str, Any]]
@@ -123,7 +124,7 @@ def training_curves(
         FileNotFoundError: a run without a log.
         ValueError: no run has any of the metrics.
     """
-    logs = {label: [training_log(folder)] for label, folder in runs.items()}
+    logs = {label: [_training_log(folder)] for label, folder in runs.items()}
     return draw_curves(logs, stem, metrics, smooth)
 
 
@@ -154,12 +155,15 @@ def draw_curves(
         figure, panels = new_figure(len(found), height=2.2, columns=columns)
         for axes, (name, label) in zip(panels, found, strict=True):
             for index, (arm, logs) in enumerate(arms.items()):
-                steps, values = _aligned(logs, name)
+                (steps, values), look = _aligned(logs, name), Look.number(index)
                 if len(steps):
-                    _line(axes, steps, values, smooth, arm, Look.number(index))
+                    _line(axes, steps, values, smooth, arm, look)
                     hollow = [step in _flagged(logs, name) for step in steps]
                     if any(hollow):
-                        _hollow(axes, steps[hollow], values.mean(0)[hollow], Look.number(index))
+                        axes.plot(
+                            steps[hollow], values.mean(0)[hollow], color=look.color, linestyle="none",
+                            marker=look.marker, markersize=5, markerfacecolor="white", markeredgewidth=0.7, zorder=3,
+                        )  # fmt: skip
                     rows = zip(steps, values.mean(0), values.min(0), values.max(0), strict=True)
                     table += [[arm, name, int(step), *numbers] for step, *numbers in rows]
             axes.set_xlabel("training step")
@@ -182,20 +186,19 @@ def draw_curves(
         )
 
 
-def training_log(folder: str | os.PathLike) -> list[dict[str, Any]]:
+def _training_log(folder: str | os.PathLike) -> list[dict[str, Any]]:
     """What a training run logged, one entry per logged step.
 
     Raises:
         FileNotFoundError: neither the folder nor a checkpoint in it has a `trainer_state.json`.
     """
-    folder = Path(folder)
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for path in (folder, *reversed(checkpoints)):
-        if (path / "trainer_state.json").is_file():
-            return json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    raise FileNotFoundError(
-        f"{folder} has no trainer_state.json, nor has a checkpoint in it: is it a training run?"
-    )
+    whole_run = (Path(folder) / "trainer_state.json").is_file()
+    state = folder if whole_run else last_checkpoint(folder)
+    if state is None:
+        raise FileNotFoundError(
+            f"{folder} has no trainer_state.json, nor has a checkpoint in it: is it a training run?"
+        )
+    return json.loads((Path(state) / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
 
 
 def _aligned(logs: Sequence[Log], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -211,16 +214,9 @@ def _flagged(logs: Sequence[Log], name: str) -> set[float]:
     return {entry["step"] for log in logs for entry in log if name in entry and entry.get("flagged")}
 
 
-def _hollow(axes: Axes, steps: np.ndarray, values: np.ndarray, look: Look) -> None:
-    axes.plot(
-        steps, values, color=look.color, linestyle="none", marker=look.marker, markersize=5,
-        markerfacecolor="white", markeredgewidth=0.7, zorder=3,
-    )  # fmt: skip
-
-
 def _line(axes: Axes, steps: np.ndarray, values: np.ndarray, smooth: int, label: str, look: Look) -> None:
     width = round(smooth / np.diff(steps).mean()) if len(steps) > 1 else 1
-    smoothed = [running_mean(steps, row, width) for row in values]
+    smoothed = [_running_mean(steps, row, width) for row in values]
     at, lines = smoothed[0][0], np.stack([line for _, line in smoothed])
     axes.plot(
         at, lines.mean(0), color=look.color, linestyle=look.linestyle, label=label,
@@ -230,7 +226,7 @@ def _line(axes: Axes, steps: np.ndarray, values: np.ndarray, smooth: int, label:
         axes.fill_between(at, lines.min(0), lines.max(0), color=look.color, alpha=0.18, linewidth=0)
 
 
-def running_mean(steps: np.ndarray, values: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+def _running_mean(steps: np.ndarray, values: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
     width = min(width, len(values))
     if width < 2:
         return steps, values

@@ -132,17 +132,15 @@ def _looks_like_path(source: str) -> bool:
 
 
 def _format(path: Path) -> str | None:
-    suffixes = path.suffixes[-2:]
-    if suffixes and suffixes[-1] == ".gz":
-        suffixes = suffixes[:-1]
-    ending = suffixes[-1].lower() if suffixes else ""
+    ending = (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
     return ending if ending in _FORMATS else None
 
 
 def _from_hub(name: str, split: str) -> Dataset:
-    if name == "nano":
+    if name in ("nano", "nano-open"):
+        part = "prompts" if name == "nano" else "open-prompts"
         raise FileNotFoundError(
-            'there is no prompt file or folder nano; in Python use diverse_cfg.nano_path("prompts")'
+            f'there is no prompt file or folder {name}; in Python use diverse_cfg.nano_path("{part}")'
         )
     from datasets import Dataset, load_dataset
     from datasets.exceptions import DatasetNotFoundError
@@ -226,29 +224,26 @@ def _lines(text: str) -> Iterator[str]:
 
 
 def _csv_rows(text: str, path: Path) -> list[dict[str, Any]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    rows = []
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows, whole = [], 0  # the last line of what could be read
     try:
-        header = list(reader.fieldnames or ())
+        header = next(reader, [])
+        whole = reader.line_num
         _check_distinct(header, str(path))
         if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
             raise ValueError(f"{path} has the single column {header[0]!r}: separate columns by commas")
-        for row in reader:
-            if None in row or None in row.values():
+        for cells in filter(None, reader):  # a blank line has none
+            if len(cells) != len(header):
                 raise ValueError(
-                    f"{path}, line {reader.line_num}: {_columns(row)} cells do not match the header"
+                    f"{path}, line {reader.line_num}: {len(cells)} cells do not match the header"
                 )
-            rows.append(row)
+            rows.append(dict(zip(header, cells, strict=True)))
+            whole = reader.line_num
     except csv.Error as error:
         raise ValueError(
-            f"{path}, after line {reader.line_num}: {error}; a quote that opens a cell must close it"
+            f"{path}, after line {whole}: {error}; a quote that opens a cell must close it"
         ) from error
     return rows
-
-
-def _columns(row: dict) -> int:
-    extra = row.get(None) or []
-    return sum(value is not None for name, value in row.items() if name is not None) + len(extra)
 
 
 def _json_rows(text: str, path: Path, *, lines: bool) -> list[dict[str, Any]]:

@@ -64,6 +64,17 @@ def read_json(path: str | os.PathLike, remedy: str = COPY_AGAIN) -> dict[str, An
     return content
 
 
+def last_checkpoint(output_dir: str | os.PathLike, before: int | None = None) -> str | None:
+    """The newest complete checkpoint of a run, or the newest before a step; None without one.
+
+    It is written beside its place. Older versions of this package wrote it there, `trainer_state.json` last.
+    """
+    found = [path.parent for path in Path(output_dir).glob("checkpoint-*/trainer_state.json")]
+    numbers = {int(path.name.removeprefix("checkpoint-")): path for path in found if path.name[11:].isdigit()}
+    numbers = {number: path for number, path in numbers.items() if before is None or number < before}
+    return str(numbers[max(numbers)]) if numbers else None
+
+
 def load_complete(kind: Any, source: str | os.PathLike, **options: Any) -> Any:
     """`kind.from_pretrained(source)`, but tensors that the files lack are not filled with random numbers.
 

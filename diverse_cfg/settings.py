@@ -105,6 +105,24 @@ def field_types(owner: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in fields(owner)}
 
 
+def require_settings(
+    values: Mapping[str, Any], annotations: Mapping[str, Any], where: str, prefix: str = ""
+) -> None:
+    """Refuse names that are no setting, and values of another type than their setting's.
+
+    Args:
+        values: settings by name.
+        annotations: every setting's name and type.
+        where: whose settings they are, for the message about a name.
+        prefix: stands before the name in the message about a value.
+    """
+    unknown = [str(name) for name in values if name not in annotations]
+    if unknown:
+        raise ValueError(f"{where} has no setting {', '.join(unknown)}; known: {', '.join(annotations)}")
+    for name, value in values.items():
+        require_type(prefix + name, value, annotations[name])
+
+
 def require_type(name: str, value: Any, annotation: Any) -> None:
     """Refuse a value that is not of a setting's type.
 

@@ -78,19 +78,12 @@ def frame_csv(frame: Any, **options: Any) -> str:
 
 
 def _cell(value: Any) -> Any:
-    if value is None:
-        return ""
-    if isinstance(value, str) and value.lstrip()[:1] in tuple("=+-@") and not _is_number(value):
-        return f"'{value}"
-    return value
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    if isinstance(value, str) and value.lstrip()[:1] in tuple("=+-@"):
+        try:
+            float(value)
+        except ValueError:
+            return f"'{value}"
+    return "" if value is None else value
 
 
 def render(template: str, values: Mapping[str, Any]) -> str:

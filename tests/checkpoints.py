@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import MusicgenForConditionalGeneration
 
+from diverse_cfg.merging import merge_checkpoints
 from diverse_cfg.provenance import Provenance, write_provenance
 from tests.tiny import save_tiny, tiny_musicgen
 
@@ -61,6 +62,15 @@ def make_world(root: Path) -> dict[str, Path]:
             sampling={"temperature": 1.0, "top_k": 0, "num_frames": 17},
         )
         write_provenance(folders[name], student)
+    return folders
+
+
+def make_merges(root: Path) -> dict[str, Path]:
+    """`make_world`, and the same merge of its adapters as a full model and as an adapter."""
+    folders = make_world(root)
+    pair = [folders["lora1"], folders["lora2"]]
+    folders["merged"] = merge_checkpoints(pair, 0.3, root / "merged")
+    folders["adapter"] = merge_checkpoints(pair, 0.3, root / "adapter", format="adapter")
     return folders
 
 

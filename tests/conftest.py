@@ -43,6 +43,20 @@ def _offline(request, monkeypatch):
 
 
 @pytest.fixture
+def refused(capsys):
+    """Gives the one line that a command says which is refused."""
+    from diverse_cfg.cli import main
+
+    def run(*words):
+        assert main([str(word) for word in words]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("diverse-cfg: error: ")
+        return line.removeprefix("diverse-cfg: error: ")
+
+    return run
+
+
+@pytest.fixture
 def nano_recipe(monkeypatch):
     """The folder `recipes/nano`, whose modules can be imported while the test runs."""
     folder = Path(__file__).parents[1] / "recipes" / "nano"

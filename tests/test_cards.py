@@ -17,20 +17,13 @@ from transformers import MusicgenForConditionalGeneration, pipeline, set_seed
 
 from diverse_cfg import cards
 from diverse_cfg.cards import CardMetric, Sample, render_card, write_card, write_metrics, write_samples
-from diverse_cfg.merging import merge_checkpoints
 from diverse_cfg.provenance import Provenance, write_provenance
 from tests import checkpoints as made
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Base, students, and the same merge as a full model and as an adapter."""
-    root = tmp_path_factory.mktemp("cards")
-    folders = made.make_world(root)
-    pair = [folders["lora1"], folders["lora2"]]
-    folders["merged"] = merge_checkpoints(pair, 0.3, root / "merged")
-    folders["adapter"] = merge_checkpoints(pair, 0.3, root / "adapter", format="adapter")
-    return folders
+    return made.make_merges(tmp_path_factory.mktemp("cards"))
 
 
 @pytest.fixture
@@ -49,6 +42,11 @@ def decoder_rows(monkeypatch):
     return rows
 
 
+def snippets(card):
+    """Its Python code blocks."""
+    return re.findall(r"^```python\n(.*?)^```", card, flags=re.DOTALL | re.MULTILINE)
+
+
 def metadata(card):
     return yaml.safe_load(card.split("---\n")[1])
 
@@ -58,7 +56,7 @@ def test_snippets_run_and_play_without_guidance(world, tmp_path, monkeypatch, de
     """Every Python block, as a reader would paste it; catches guidance that comes back (2 rows for a
     clip)."""
     monkeypatch.chdir(tmp_path)
-    blocks = cards.snippets(render_card(world[kind], repo_id=str(world[kind])))
+    blocks = snippets(render_card(world[kind], repo_id=str(world[kind])))
     assert len(blocks) == 4
     for block in blocks:
         decoder_rows.clear()
@@ -163,7 +161,7 @@ def test_samples_are_played(world, tmp_path):
     assert '<audio controls src="samples/a b.wav"></audio>' in card
     assert "<script>" not in re.sub(r"^---.*?^---|```.*?```", "", card, flags=re.DOTALL | re.MULTILINE)
     assert metadata(card)["widget"] == [{"text": prompt, "output": {"url": "samples/a b.wav"}}]
-    for block in cards.snippets(card):
+    for block in snippets(card):
         compile(block, "card", "exec")
     with pytest.raises(FileNotFoundError, match=r"missing\.wav"):
         write_samples(folder, [Sample("samples/missing.wav", "x")])
@@ -184,7 +182,7 @@ def test_what_is_not_known_is_not_claimed(world, tmp_path):
     [("facebook/musicgen-stereo-large", "cc-by-nc-4.0"), ("somebody/musicgen", None), (None, None)],
 )
 def test_the_licence_is_the_bases(base, license):
-    assert cards.base_license(base) == license
+    assert cards._base_license(base) == license
 
 
 def test_the_licence_is_read_from_the_bases_card(world, tmp_path):

@@ -12,7 +12,7 @@ import warnings
 
 import pytest
 
-from diverse_cfg.cli import COMMANDS, build_parser, main
+from diverse_cfg.cli import COMMANDS, _build_parser, main
 from diverse_cfg.cli.command import Command
 
 
@@ -154,9 +154,9 @@ def test_the_real_commands():
     """Every command has its own name, a line of help, and a parser that builds."""
     names = [command.name for command in COMMANDS]
     assert len(set(names)) == len(names) > 0
-    text = build_parser().format_help()
+    text = _build_parser().format_help()
     assert all(f"\n    {name}" in text for name in names)
-    choices = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    choices = next(a for a in _build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
     assert list(choices) == names
 
 

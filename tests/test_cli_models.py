@@ -36,12 +36,11 @@ def test_merge_weight_is_the_weight_of_the_second(pair, tmp_path, capsys):
     assert (heads(tmp_path / "out") - expected).abs().max() < 1e-6
 
 
-def test_weights_dtype_and_extrapolation_arrive(pair, tmp_path):
+def test_weights_dtype_and_extrapolation_arrive(pair, tmp_path, refused):
     first, second = pair
     out = tmp_path / "out"
     arguments = ["merge", first, second, "--weights", "-0.5", "1.5", "--output", str(out)]
-    assert main(arguments) == 2
-    assert not out.exists()
+    assert "--extrapolate" in refused(*arguments) and not out.exists()
     assert main([*arguments, "--extrapolate", "--dtype", "bfloat16"]) == 0
     merged = heads(out)
     assert str(merged.dtype) == "torch.bfloat16"
@@ -69,12 +68,8 @@ def test_a_sweep_writes_one_folder_per_weight_and_goes_on(pair, tmp_path, capsys
         (["--weight", "nan"], "merge weights must be finite"),
     ],
 )
-def test_wrong_merges_are_one_line(pair, tmp_path, capsys, extra, message):
-    assert main(["merge", *pair, "--output", str(tmp_path / "out"), *extra]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("diverse-cfg: error: ")
-    assert message in error
-    assert error.count("\n") == 1
+def test_wrong_merges_are_one_line(pair, tmp_path, refused, extra, message):
+    assert message in refused("merge", *pair, "--output", tmp_path / "out", *extra)
     assert not (tmp_path / "out").exists()
 
 
@@ -95,12 +90,11 @@ def test_wrong_merges_are_one_line(pair, tmp_path, capsys, extra, message):
         ("base: null", "base=None must be text"),
     ],
 )
-def test_a_wrong_recipe_is_one_line(pair, tmp_path, capsys, recipe, message):
+def test_a_wrong_recipe_is_one_line(pair, tmp_path, refused, recipe, message):
     """Fault: a TypeError, or one of two ways that is dropped in silence."""
     (tmp_path / "merge.yaml").write_text(recipe)
-    arguments = ["merge", *pair, "--config", str(tmp_path / "merge.yaml"), "-o", str(tmp_path / "out")]
-    assert main(arguments) == 2
-    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert message in refused("merge", *pair, "--config", tmp_path / "merge.yaml", "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_typed_wins_over_the_recipe(pair, tmp_path):
@@ -111,11 +105,10 @@ def test_what_is_typed_wins_over_the_recipe(pair, tmp_path):
     assert (heads(tmp_path / "out") == heads(pair[0])).all()
 
 
-def test_nothing_is_overwritten(pair, tmp_path, capsys):
+def test_nothing_is_overwritten(pair, tmp_path, refused):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
-    assert main(["merge", *pair, "--output", str(tmp_path / "out")]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "exists already" in refused("merge", *pair, "--output", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
 
 
@@ -131,8 +124,5 @@ def test_inspect_reports_the_difference_from_a_base(pair, capsys):
     assert report["difference"]["parts"]["codec"]["changed_tensors"] == 0
 
 
-def test_inspect_of_nothing_is_one_line(tmp_path, capsys):
-    assert main(["inspect", str(tmp_path / "nowhere")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("diverse-cfg: error: ")
-    assert "nowhere" in error
+def test_inspect_of_nothing_is_one_line(tmp_path, refused):
+    assert "nowhere" in refused("inspect", tmp_path / "nowhere")

@@ -26,15 +26,8 @@ def test_the_defaults_are_harmless(published):
     assert main(["publish", "folder", "user/name"]) == 0
     args, kwargs = published[0]
     assert args == ("folder", "user/name")
-    harmless = {
-        "private": True,
-        "dry_run": True,
-        "update": False,
-        "card": "refuse",
-        "check": True,
-        "merged": False,
-    }
-    assert {name: kwargs[name] for name in harmless} == harmless
+    harmless = {"private": True, "dry_run": True, "update": False, "check": True, "merged": False}
+    assert {name: kwargs[name] for name in harmless} == harmless and kwargs["card"] == "refuse"
     assert (kwargs["base_model"], kwargs["license"]) == (None, None)
     assert (kwargs["tags"], kwargs["samples"]) == ([], [])
 
@@ -57,23 +50,16 @@ def test_every_flag_arrives(published, capsys):
         "merged",
     ]
     assert main(["publish", "folder", "user/name", *flags, *names]) == 0
-    assert published[0][1] == {
-        **{
-            "private": False,
-            "dry_run": False,
-            "merged": True,
-            "update": True,
-            "check": False,
-            "card": "keep",
-        },
-        **{
-            "base_model": "a/b",
-            "license": "mit",
-            "tags": ["x", "y"],
-            "samples": ["z"],
-            "results": ["runs/eval", "merged"],
-        },
+    decided = {
+        "private": False,
+        "dry_run": False,
+        "merged": True,
+        "update": True,
+        "check": False,
+        "card": "keep",
     }
+    named = {"base_model": "a/b", "license": "mit", "tags": ["x", "y"], "samples": ["z"]}
+    assert published[0][1] == decided | named | {"results": ["runs/eval", "merged"]}
     assert capsys.readouterr().out == "https://hub/user/name (PUBLIC, 7 files)\n"
 
 
@@ -88,8 +74,5 @@ def test_a_plan_is_shown_and_says_that_nothing_was_sent(monkeypatch, capsys):
     assert text.endswith("Nothing was sent. Add --upload to publish it.\n")
 
 
-def test_a_folder_of_another_program_is_one_line(tiny_folder, capsys):
-    assert main(["publish", tiny_folder, "user/name"]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("diverse-cfg: error: ")
-    assert "diverse_cfg.json" in error
+def test_a_folder_of_another_program_is_one_line(tiny_folder, refused):
+    assert "diverse_cfg.json" in refused("publish", tiny_folder, "user/name")

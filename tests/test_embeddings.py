@@ -9,15 +9,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy.signal import resample_poly
 
-from diverse_cfg.embeddings import ContrastiveEmbedder, SentenceTransformerEmbedder, load_embedder
+from diverse_cfg.embeddings import load_embedder
 from diverse_cfg.embeddings.audio import resample, to_mono
 from diverse_cfg.embeddings.contrastive import (
     ContrastiveConfig,
+    ContrastiveEmbedder,
     ContrastiveEncoder,
     retrieval_at_1,
     semi_hard_triplet_loss,
     train_contrastive,
 )
+from diverse_cfg.embeddings.sentence import SentenceTransformerEmbedder
 
 SMALL = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "dim": 8, "dropout": 0.0}
 

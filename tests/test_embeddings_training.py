@@ -9,7 +9,7 @@ import torch
 
 from diverse_cfg.embeddings import load_embedder
 from diverse_cfg.embeddings.contrastive import ContrastiveConfig, semi_hard_triplet_loss, train_contrastive
-from diverse_cfg.embeddings.recordings import AudioRecordings, CodeRecordings, disjoint_starts
+from diverse_cfg.embeddings.recordings import AudioRecordings, CodeRecordings, _disjoint_starts
 from diverse_cfg.embeddings.training import SIZES, _draw_groups, _split, encoder_config, train_embedder
 
 SMALL = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "dim": 8, "dropout": 0.0}
@@ -33,9 +33,9 @@ def generator(seed=0):
 def test_chunks_never_overlap_and_reach_everywhere():
     """Faults: a positive that shares samples with its anchor, which is told by them; places never drawn."""
     drawn = generator()
-    found = {tuple(disjoint_starts(9, 3, drawn)) for _ in range(2000)}
+    found = {tuple(_disjoint_starts(9, 3, drawn)) for _ in range(2000)}
     assert found == {(a, b) for a in range(7) for b in range(7) if abs(a - b) >= 3}
-    assert {tuple(disjoint_starts(6, 3, drawn)) for _ in range(20)} == {(0, 3), (3, 0)}
+    assert {tuple(_disjoint_starts(6, 3, drawn)) for _ in range(20)} == {(0, 3), (3, 0)}
 
 
 def test_audio_is_read_where_the_chunks_are_at_one_rate_and_mono(tmp_path):

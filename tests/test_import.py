@@ -41,7 +41,7 @@ def loaded_after(code: str) -> list[str]:
         "import diverse_cfg; dir(diverse_cfg); diverse_cfg.__version__",
         "import diverse_cfg; diverse_cfg.nano_path",
         "import diverse_cfg.prompts",
-        "from diverse_cfg.cli import build_parser; build_parser().format_help()",
+        "from diverse_cfg.cli import _build_parser; _build_parser().format_help()",
     ],
 )
 def test_nothing_heavy_is_loaded(code):

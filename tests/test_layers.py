@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 import sys
 import tomllib
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "diverse_cfg"
+family_words = runpy.run_path(str(ROOT / "benchmarks" / "house.py"))["family_words"]
 
 # Lowest first. A module may import what stands before its own line, never from its own line or after it; the
 # files of one folder may import each other. A new module needs a place here, chosen on purpose.
@@ -19,11 +21,12 @@ LAYERS = [
     ["config"],
     ["policies", "embeddings", "prompts", "assets"],
     ["rewards", "cards", "nano"],
+    ["facets"],
     ["merging"],
     ["callbacks"],
     ["trainer"],
     ["evaluation"],
-    ["publishing"],
+    ["listening", "publishing"],
     ["cli"],
     ["__main__"],
 ]
@@ -106,6 +109,21 @@ def test_the_layer_test_sees(tmp_path, path, source, fault):
     faults = layer_faults(tmp_path)
     assert len(faults) == 1
     assert fault in faults[0]
+
+
+def test_families_are_known_in_their_folder_only():
+    """Fault: a part or a class of MusicGen outside `policies/`, where another family has none."""
+    faults = {
+        str(path.relative_to(PACKAGE)): words
+        for path in module_files(PACKAGE)
+        if room(path, PACKAGE) != "policies"
+        and (words := family_words(ast.parse(path.read_text(encoding="utf-8"))))
+    }
+    assert faults == {}
+    assert family_words(ast.parse("from transformers import MusicgenConfig\nmodel.decoder.config")) == {
+        "MusicgenConfig",
+        ".decoder",
+    }
 
 
 def test_the_mathematics_needs_no_framework():

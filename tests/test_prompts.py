@@ -1,6 +1,5 @@
 """Prompt files of every format give the same prompts, and every bad file is refused by name and row."""
 
-import csv
 import gzip
 import json
 
@@ -16,42 +15,20 @@ PROMPTS = ["a calm piano song", 'flute, "fast", in D', "ein trauriges Lied für 
 KEYS = ["C", "D", "e"]
 
 
-def write_csv(path):
-    with open(path, "w", newline="", encoding="utf-8-sig") as file:  # as spreadsheets save it
-        rows = csv.writer(file)
-        rows.writerow(["prompt", "key"])
-        rows.writerows(zip(PROMPTS, KEYS, strict=True))
-
-
-def write_jsonl(path):
-    rows = [
-        json.dumps({"prompt": p, "key": k}, ensure_ascii=False) for p, k in zip(PROMPTS, KEYS, strict=True)
-    ]
-    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
-
-
-def write_jsonl_gz(path):
-    rows = [json.dumps({"prompt": p, "key": k}) for p, k in zip(PROMPTS, KEYS, strict=True)]
-    path.write_bytes(gzip.compress("\n".join(rows).encode()))
-
-
-def write_json(path):
-    path.write_text(json.dumps([{"prompt": p, "key": k} for p, k in zip(PROMPTS, KEYS, strict=True)]))
-
-
-def write_parquet(path):
-    Dataset.from_dict({"prompt": PROMPTS, "key": KEYS}).to_parquet(str(path))
+FRAME = pd.DataFrame({"prompt": PROMPTS, "key": KEYS})
+RECORDS = {"orient": "records", "force_ascii": False}
 
 
 @pytest.mark.parametrize(
     ("name", "write"),
     [
-        ("p.csv", write_csv),
-        ("p.jsonl", write_jsonl),
-        ("p.v2.jsonl.gz", write_jsonl_gz),
-        ("p.JSON", write_json),
-        ("p.parquet", write_parquet),
+        ("p.csv", lambda path: FRAME.to_csv(path, index=False, encoding="utf-8-sig")),  # as spreadsheets do
+        ("p.jsonl", lambda path: FRAME.to_json(path, **RECORDS, lines=True)),
+        ("p.v2.jsonl.gz", lambda path: FRAME.to_json(path, **RECORDS, lines=True)),
+        ("p.JSON", lambda path: FRAME.to_json(path, orient="records")),
+        ("p.parquet", lambda path: FRAME.to_parquet(path)),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_every_format_keeps_prompts_and_other_columns(tmp_path, name, write):
     """Catches quoting, encoding and byte-order-mark faults, and columns that get lost."""
@@ -87,7 +64,6 @@ def test_only_ends_of_lines_end_a_line(tmp_path, name, content, encoding):
     assert list(load_prompts(tmp_path / name)["prompt"]) == [ODD, "second"]
 
 
-FRAME = pd.DataFrame({"prompt": PROMPTS, "key": KEYS}, index=[7, 8, 9])
 SET = Dataset.from_dict({"prompt": PROMPTS, "key": KEYS})
 
 
@@ -96,7 +72,7 @@ SET = Dataset.from_dict({"prompt": PROMPTS, "key": KEYS})
     [
         SET,
         DatasetDict(test=SET.select([0]), train=SET),
-        FRAME,
+        FRAME.set_index(np.array([7, 8, 9])),
         pa.table({"prompt": PROMPTS, "key": KEYS}),
         {"prompt": np.array(PROMPTS), "key": tuple(KEYS)},
         SET.to_list(),

@@ -16,7 +16,7 @@ from diverse_cfg.rewards import (
     checked,
     valid_audio,
 )
-from diverse_cfg.trainer.guarding import CrossGuards
+from diverse_cfg.trainer.advantages import CrossGuards
 from tests.training import CodeEmbedder, WaveEmbedder
 
 RATE = 3200

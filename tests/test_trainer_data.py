@@ -12,8 +12,7 @@ from packaging.version import Version
 
 from diverse_cfg.rewards import DiversityReward
 from diverse_cfg.trainer import CFGDiversityTrainer
-from diverse_cfg.trainer.data import GIVEN, prompt_dataset, train_prompts
-from diverse_cfg.trainer.setup import check_reward_funcs
+from diverse_cfg.trainer.setup import GIVEN, check_reward_funcs, prompt_dataset, train_prompts
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor, tiny_tokenizer
 from tests.training import CodeEmbedder, losses, tiny_args
 

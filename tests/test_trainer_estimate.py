@@ -6,31 +6,26 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from diverse_cfg.policies.musicgen.model import unwrap
+from diverse_cfg.policies.policy import as_policy
 from diverse_cfg.policies.sampler import batches
 from diverse_cfg.policies.sampler.loop import DecodeLoop
-from diverse_cfg.trainer import checkpointing
-from diverse_cfg.trainer.estimate import Sampling, fused_bytes, memory
+from diverse_cfg.trainer import housekeeping
+from diverse_cfg.trainer.estimate import Rollout, all_rollouts, memory
 from tests.tiny import PROMPTS, tiny_musicgen
-from tests.training import tiny_trainer
+from tests.training import tiny_args, tiny_trainer
 
 
 def needs(policy=None, **settings):
-    """An estimate; `clips` of a student's rollout unless `samplings` says otherwise."""
+    """An estimate; `clips` of a student's rollout unless `rollouts` says otherwise."""
     defaults = {
-        "micro_batch": 4,
         "num_frames": 30,
-        "samplings": [Sampling(False, settings.pop("clips", 8))],
-        "rollout_batch_size": None,
-        "rollout_dtype": torch.float32,
-        "fused": True,
+        "rollouts": [Rollout(False, settings.pop("clips", 8))],
         "trained": 1000,
         "separate_teacher": False,
-        "averaged": False,
-        "half_precision": False,
-        "checkpointing": False,
     }
-    return memory(policy or tiny_musicgen(), **{**defaults, **settings})
+    given = {name: settings.pop(name) for name in defaults.keys() & settings.keys()}
+    args = tiny_args("unused", **{"per_device_train_batch_size": 4, **settings})
+    return memory(as_policy(policy or tiny_musicgen()), args, **{**defaults, **given})
 
 
 def held(tensors) -> int:
@@ -39,7 +34,7 @@ def held(tensors) -> int:
 
 def measured(trainer, monkeypatch):
     """Train; the estimate that was made, bytes of the fused copies, and of the largest set of caches."""
-    estimates, caches, initialise, remember = [], [0], DecodeLoop.__init__, checkpointing.memory
+    estimates, caches, initialise, remember = [], [0], DecodeLoop.__init__, housekeeping.memory
 
     def watched(loop, weights, condition, num_clips, num_frames, *rest):
         initialise(loop, weights, condition, num_clips, num_frames, *rest)
@@ -50,9 +45,9 @@ def measured(trainer, monkeypatch):
         return estimates[-1]
 
     monkeypatch.setattr(DecodeLoop, "__init__", watched)
-    monkeypatch.setattr(checkpointing, "memory", estimated)
+    monkeypatch.setattr(housekeeping, "memory", estimated)
     trainer.train()
-    copies = sum(held(weights.tensors.values()) for weights in trainer._fused_weights.values())
+    copies = sum(held(weights.tensors.values()) for weights in trainer._sample.weights.values())
     return estimates[0], copies / 1e9, max(caches) / 1e9
 
 
@@ -112,7 +107,7 @@ def test_the_fused_copys_bytes_are_counted(config, dtype):
 
     policy = tiny_musicgen(**config)
     weights = RolloutWeights.from_model(policy, dtype)
-    assert fused_bytes(policy, dtype) == held(weights.tensors.values())
+    assert as_policy(policy).snapshot_bytes(dtype) == held(weights.tensors.values())
 
 
 def test_caches_grow_with_clips_until_the_cap_and_with_their_length(monkeypatch):
@@ -122,7 +117,7 @@ def test_caches_grow_with_clips_until_the_cap_and_with_their_length(monkeypatch)
     assert needs(clips=1000, rollout_batch_size=100).caches == pytest.approx(100 * one)
     monkeypatch.setattr(batches, "_CPU_CACHE_BYTES", int(5.5e9 * one))
     assert needs(clips=1000).caches == pytest.approx(5 * one)
-    guided = needs(samplings=[Sampling(True, 1000, guided=True)])
+    guided = needs(rollouts=[Rollout(True, 1000, guided=True)])
     assert guided.caches == pytest.approx(2 * 2 * one)
     monkeypatch.undo()
     lengths = [needs(num_frames=frames) for frames in (5, 10, 40, 100)]
@@ -133,10 +128,10 @@ def test_caches_grow_with_clips_until_the_cap_and_with_their_length(monkeypatch)
 def test_more_generations_per_prompt_need_more(tmp_path):
     """Fault: a count of prompts where clips are meant."""
     by_group = [
-        tiny_trainer(tmp_path, num_generations=size, per_device_train_batch_size=2 * size)._samplings()
+        all_rollouts(tiny_args(tmp_path, num_generations=size, per_device_train_batch_size=2 * size), False)
         for size in (4, 8, 16)
     ]
-    assert [sampling.clips for (sampling,) in by_group] == [8, 16, 32]
+    assert [rollout.clips for (rollout,) in by_group] == [8, 16, 32]
 
 
 def test_an_update_and_a_rollout_do_not_add_up():
@@ -144,7 +139,8 @@ def test_an_update_and_a_rollout_do_not_add_up():
     assert estimate.activations > estimate.caches > 0
     always = estimate.weights + estimate.optimizer + estimate.copies
     assert estimate.peak == pytest.approx(always + estimate.activations)
-    long = needs(clips=64, micro_batch=1, checkpointing=True)
+    one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "num_generations": 2}
+    long = needs(clips=64, gradient_checkpointing=True, diversity_coef=0.0, **one)
     assert long.caches > long.activations
     assert long.peak == pytest.approx(long.weights + long.optimizer + long.copies + long.caches)
     assert f"{estimate.peak:.2g} GB per process at the peak" in str(estimate)
@@ -152,5 +148,5 @@ def test_an_update_and_a_rollout_do_not_add_up():
 
 def test_adapters_are_no_part_of_a_fused_copy(tmp_path):
     plain, adapted = tiny_trainer(tmp_path), tiny_trainer(tmp_path, peft_config=LoraConfig(r=2, lora_alpha=4))
-    found = [fused_bytes(unwrap(trainer.model), torch.float32) for trainer in (plain, adapted)]
+    found = [trainer._policy.snapshot_bytes(torch.float32) for trainer in (plain, adapted)]
     assert found[0] == found[1]

@@ -10,9 +10,9 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from diverse_cfg.reading import last_checkpoint
 from diverse_cfg.rewards import DiversityReward
 from diverse_cfg.trainer import CFGDiversityTrainer
-from diverse_cfg.trainer.state import last_checkpoint
 from tests.faults import largest_file
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
 from tests.training import CodeEmbedder, largest_difference, losses, tiny_args, tiny_trainer, trained

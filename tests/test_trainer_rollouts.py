@@ -13,7 +13,7 @@ from diverse_cfg.policies.musicgen.model import encode_text, unwrap
 from diverse_cfg.policies.sampler.decoders import EagerDecoder
 from diverse_cfg.policies.sampler.loop import DecodeLoop
 from diverse_cfg.policies.sampler.rollout import RolloutWeights, sample_codes
-from diverse_cfg.trainer import rollouts
+from diverse_cfg.trainer import teacher as teacher_module
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
 from tests.training import losses, tiny_args, tiny_trainer
 
@@ -41,14 +41,14 @@ def test_clips_follow_the_student_and_not_the_teacher(tmp_path, peft_config):
     before, teacher = play(trainer), play(trainer, is_teacher=True)
     assert torch.equal(before, fresh(trainer))
     assert torch.equal(teacher, fresh(trainer, guidance_scale=3.0))
-    kept = dict(trainer._fused_weights)
+    kept = dict(trainer._sample.weights)
     trainer.train()
     after = play(trainer)
     assert not torch.equal(after, before)
     assert torch.equal(after, fresh(trainer))
     assert torch.equal(play(trainer, is_teacher=True), teacher)
     assert not torch.equal(teacher, fresh(trainer, guidance_scale=3.0))
-    assert trainer._fused_weights[False] is kept[False] and trainer._fused_weights[True] is kept[True]
+    assert trainer._sample.weights[False] is kept[False] and trainer._sample.weights[True] is kept[True]
 
 
 @pytest.mark.parametrize("is_teacher", [False, True])
@@ -150,7 +150,7 @@ def test_both_backends_train_alike(tmp_path, monkeypatch, case):
     reference.train()
     assert losses(reference) == pytest.approx(losses(fast), abs=1e-5)
     assert torch.equal(play(reference), play(fast)) and not torch.equal(play(fast), before[0])
-    assert not reference._fused_weights
+    assert not reference._sample.weights
 
 
 def test_the_reference_computes_in_the_runs_dtype(tmp_path):
@@ -188,7 +188,7 @@ def test_every_process_gathers_the_weights_as_often(tmp_path, monkeypatch, sourc
     """Faults: a process without clips of the teacher (or of the student) skips a gathering that the others wait
     in, for ever; weights are gathered for a teacher's copy that is there already."""
     coef = 0.0 if source == "teacher" else 5.0
-    whole, gathered = rollouts.whole_weights, []
+    whole, gathered = teacher_module.whole_weights, []
 
     def gathering(model):
         gathered.append(model)
@@ -207,7 +207,7 @@ def test_every_process_gathers_the_weights_as_often(tmp_path, monkeypatch, sourc
             counts.append(len(gathered))
         return counts
 
-    monkeypatch.setattr(rollouts, "whole_weights", gathering)
+    monkeypatch.setattr(teacher_module, "whole_weights", gathering)
     expected = {"student": [1, 1, 1], "teacher": [1, 0, 0], "mix": [2, 1, 1]}[source]
     assert gatherings([[False], [True], [False]]) == expected
     assert gatherings([[True], [False], [False]]) == expected

@@ -7,9 +7,12 @@ import torch
 from torch.distributed.fsdp import fully_shard
 
 from diverse_cfg.policies.musicgen.model import encode_text
+from diverse_cfg.policies.policy import as_policy
 from diverse_cfg.policies.sampler.rollout import RolloutWeights, sample_codes
-from diverse_cfg.trainer.objective import LossSettings, route_forward, student_terms
-from diverse_cfg.trainer.sharding import check_sharding, whole_weights
+from diverse_cfg.policies.sampler.weights import whole_weights
+from diverse_cfg.trainer.disguises import route_forward
+from diverse_cfg.trainer.objective import LossSettings, student_terms
+from diverse_cfg.trainer.setup import check_sharding
 from diverse_cfg.types import Clips
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
 from tests.training import tiny_args
@@ -45,13 +48,13 @@ def test_a_sharded_policy_plays_and_learns_like_a_whole_one(one_process):
     codes, condition = clips(plain)
     advantages = torch.linspace(-1, 1, codes.numel()).view(codes.shape)
     batch = Clips(codes, 3200, condition=condition, advantages=advantages)
-    student_terms(plain, batch, SETTINGS)[0].loss.backward()
+    student_terms(as_policy(plain), batch, SETTINGS)[0].loss.backward()
 
     model = sharded(tiny_musicgen())
     with whole_weights(model):
         played, _ = clips(model)
     assert torch.equal(played, codes)
-    terms, _ = model(run=lambda policy: student_terms(policy, batch, SETTINGS))
+    terms, _ = model(run=lambda: student_terms(as_policy(model), batch, SETTINGS))
     terms.loss.backward()
     found = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
     wanted = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}

@@ -14,6 +14,7 @@ from diverse_cfg.functional.guidance import guided_logits
 from diverse_cfg.merging import merge_checkpoints
 from diverse_cfg.policies.loading import load_policy, load_processor
 from diverse_cfg.policies.musicgen.model import code_logits, encode_text
+from diverse_cfg.policies.policy import as_policy
 from diverse_cfg.provenance import Provenance, read_provenance, write_provenance
 from diverse_cfg.publishing.plan import check_loads, plan_upload
 from diverse_cfg.rewards import DiversityReward
@@ -24,7 +25,7 @@ from tests.checkpoints import teacher_forced_logits
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
 from tests.training import CodeEmbedder, tiny_args, tiny_trainer, trained
 
-AUDIOCRAFT = Path(__file__).parent / "musicgen" / "data" / "audiocraft" / "mono"
+AUDIOCRAFT = Path(__file__).parent / "policies" / "data" / "audiocraft" / "mono"
 # A scaling that is no power of two, layers that stage 1 adapts and others, two ranks.
 LORA = LoraConfig(
     r=2, lora_alpha=3, target_modules=["q_proj", "fc2", "embed_tokens.1"], rank_pattern={"fc2": 1}
@@ -258,7 +259,7 @@ def test_adapters_that_change_the_teacher_are_refused(tmp_path, options, message
 
 
 def test_an_initialisation_that_nobody_listed_is_noticed(tmp_path, monkeypatch):
-    monkeypatch.setattr("diverse_cfg.trainer.start.inexact_options", lambda config: [])
+    monkeypatch.setattr("diverse_cfg.trainer.setup.inexact_options", lambda config: [])
     with pytest.raises(ValueError, match=r"weights of the frozen base changed .*init_lora_weights=True"):
         tiny_trainer(tmp_path, peft_config=LoraConfig(r=2, init_lora_weights="pissa"))
 
@@ -302,8 +303,8 @@ def test_a_teacher_that_changes_is_noticed(tmp_path, lora, at):
         callbacks=[meddler],
         peft_config=LORA if lora else None,
     )
-    with trainer._teacher.policy() as teacher:
-        meddler.victim = teacher.decoder.lm_heads[2].weight
+    with trainer._teacher.frozen() as teacher:
+        meddler.victim = teacher.model.decoder.lm_heads[2].weight
     with pytest.raises(
         ValueError, match=r"1 weights of the frozen base changed .*decoder\.lm_heads\.2\.weight"
     ):
@@ -316,25 +317,26 @@ def test_sharded_students_are_not_compared(tmp_path, second):
     """Fault: DeepSpeed's own precision of a student passes for a teacher that changed."""
     trainer = tiny_trainer(tmp_path, peft_config=SECOND[second])
     trainer.is_deepspeed_enabled = True
-    trainer._begin()
+    trainer._housekeeping.begin()
     trainer.model.to(torch.bfloat16)
     trainer._frozen.check("")
-    assert len(trainer._frozen.models) == (second == "full")
+    assert len(trainer._frozen.policies) == (second == "full")
 
 
 def test_the_fingerprint_sees_every_weight_and_no_adapter(tmp_path):
     """Fault: a fingerprint that a swap of threads changes, or that a change escapes."""
     model = tiny_musicgen()
-    before = fingerprint(model)
+    policy = as_policy(model)
+    before = fingerprint(policy)
     for name, parameter in model.named_parameters():
         if not name.startswith("audio_encoder."):
             value = parameter.data.view(-1)[-1].clone()
             parameter.data.view(-1)[-1] = torch.nextafter(value, value + 1)
-            assert [key for key, found in fingerprint(model).items() if found != before[key]] == [name]
+            assert [key for key, found in fingerprint(policy).items() if found != before[key]] == [name]
             parameter.data.view(-1)[-1] = value
     trainer = tiny_trainer(tmp_path, model=model, peft_config=LORA)
     trainer.train()
-    after = fingerprint(model)
+    after = fingerprint(policy)
     assert {name: after[name] for name in before} == before
 
 

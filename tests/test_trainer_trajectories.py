@@ -93,10 +93,10 @@ def test_diversity_changes_the_run(tmp_path):
 def test_teacher_stays_and_student_moves(tmp_path):
     """Fault: teacher and student share weights, so that the divergence compares the student with itself."""
     trainer = tiny_trainer(tmp_path)
-    before = {name: p.clone() for name, p in trainer._teacher.model.named_parameters()}
+    before = {name: p.clone() for name, p in trainer._teacher.policy.model.named_parameters()}
     start = trained(trainer)
     trainer.train()
-    after = dict(trainer._teacher.model.named_parameters())
+    after = dict(trainer._teacher.policy.model.named_parameters())
     assert all(torch.equal(before[name], after[name]) for name in before)
     moved = trained(trainer)
     assert all(not torch.equal(start[name], moved[name]) for name in start)

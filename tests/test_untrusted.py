@@ -18,14 +18,14 @@ from huggingface_hub import ModelCard
 
 from diverse_cfg.cards import CardMetric, Sample, render_card, write_metrics, write_samples
 from diverse_cfg.embeddings.recordings import AudioRecordings
-from diverse_cfg.evaluation.listening import TRIALS_FILE, Votes, load_trials
-from diverse_cfg.evaluation.listening_app import view
 from diverse_cfg.evaluation.protocol import SweepConfig
-from diverse_cfg.evaluation.report import Picture, draw, to_page, write_gallery
+from diverse_cfg.evaluation.report import Picture, _draw, _to_page, _write_gallery
 from diverse_cfg.evaluation.results import Results
-from diverse_cfg.evaluation.signatures import HOLDS, Evidence, Signature, to_markdown
+from diverse_cfg.evaluation.signatures import HOLDS, Signature, _Evidence, to_markdown
 from diverse_cfg.evaluation.systems import System, single
-from diverse_cfg.evaluation.webmushra import export_study
+from diverse_cfg.listening.app import _view
+from diverse_cfg.listening.study import TRIALS_FILE, Votes, load_trials
+from diverse_cfg.listening.webmushra import export_study
 from diverse_cfg.policies.files import _plan
 from diverse_cfg.prompts import load_prompts
 from diverse_cfg.provenance import Provenance, write_provenance
@@ -150,14 +150,14 @@ def page(folder, text):
     results = evaluated(text)
     files = {(r.system.name, p): ["audio/a.wav"] for r in results.usable for p in (0, 1)}
     pictures = [Picture("front.svg", text)]
-    write_gallery(results, files, folder, title=text, introduction=text, pictures=pictures)
+    _write_gallery(results, files, folder, title=text, introduction=text, pictures=pictures)
     return Tags((folder / "index.html").read_text(encoding="utf-8")).found
 
 
 def results_page(text):
-    found = Signature(1, "title", (Evidence(f"{text} is more", None, HOLDS),))
+    found = Signature(1, "title", (_Evidence(f"{text} is more", None, HOLDS),))
     config = SweepConfig(systems=[{"name": "x", "model": "x"}], output="x")
-    return to_page(evaluated(text), [Picture("front.svg", text)], config) + "\n" + to_markdown([found])
+    return _to_page(evaluated(text), [Picture("front.svg", text)], config) + "\n" + to_markdown([found])
 
 
 def test_pages_of_results(tmp_path):
@@ -171,7 +171,7 @@ def test_pages_of_results(tmp_path):
 def test_figures_and_their_numbers(tmp_path):
     """Fault: a name with two dollar signs is mathematics to matplotlib, and wrong mathematics stops it."""
     for number in (10, -1):
-        draw(evaluated(HOSTILE[number]), tmp_path / str(number))
+        _draw(evaluated(HOSTILE[number]), tmp_path / str(number))
         root = ElementTree.parse(tmp_path / str(number) / "front.svg").getroot()
         assert not [element.tag for element in root.iter() if element.tag.endswith(("script", "image"))]
     names = [line[0] for line in csv.reader((tmp_path / "10" / "front.csv").open(encoding="utf-8")) if line]
@@ -195,13 +195,8 @@ def study(tmp_path):
         (folder / "audio").mkdir(parents=True, exist_ok=True)
         for name in ("l", "r"):
             soundfile.write(folder / "audio" / f"{name}.wav", np.zeros(800), 8000)
-        trial = {
-            "id": "abc",
-            "kind": "quality",
-            "prompt": "words",
-            "left": ["audio/l.wav"],
-            "right": ["audio/r.wav"],
-        }
+        trial = {"id": "abc", "kind": "quality", "prompt": "words"}
+        trial |= {"left": ["audio/l.wav"], "right": ["audio/r.wav"]}
         (folder / TRIALS_FILE).write_text(json.dumps([trial | changes]))
         return folder
 
@@ -209,10 +204,10 @@ def study(tmp_path):
 
 
 def test_listening_pages(study, tmp_path):
-    wanted = structure(view(Votes(study()), "anna").text)
+    wanted = structure(_view(Votes(study()), "anna").text)
     for number, text in enumerate(HOSTILE):
         folder = study(prompt=text)
-        assert structure(view(Votes(folder), text).text) == wanted, text
+        assert structure(_view(Votes(folder), text).text) == wanted, text
         config = yaml.safe_load(export_study(folder, tmp_path / str(number)).read_text(encoding="utf-8"))
         assert Tags(config["pages"][1][1]["content"]).found == [("p",), ("p",)], text
 

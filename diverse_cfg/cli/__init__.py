@@ -1,6 +1,6 @@
 """`diverse-cfg`: a thin launcher over what is importable from the package.
 
-Each command lives in a module of this folder as a pair `add_…_arguments` / `run_…` and a `COMMAND`; to add
+Each command lives in a module of this folder as a pair `_add_arguments` / `_run` and a `COMMAND`; to add
 one, write the module and name it in `COMMANDS`. Nothing heavy is imported before a command runs, so help is
 instant.
 """
@@ -34,18 +34,8 @@ from diverse_cfg.cli.memory import keep_freed_memory
 from diverse_cfg.threads import available_cores
 from diverse_cfg.untrusted import plain
 
-COMMANDS: tuple[Command, ...] = (
-    demo.COMMAND,
-    train.COMMAND,
-    generate.COMMAND,
-    merge.COMMAND,
-    evaluate.COMMAND,
-    listen.COMMAND,
-    inspect.COMMAND,
-    convert.COMMAND,
-    publish.COMMAND,
-    train_embedder.COMMAND,
-)
+_IN_ORDER = (demo, train, generate, merge, evaluate, listen, inspect, convert, publish, train_embedder)
+COMMANDS: tuple[Command, ...] = tuple(module.COMMAND for module in _IN_ORDER)
 
 # What a person can put right: one line, no traceback. Everything else is our bug and keeps its traceback.
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
@@ -59,7 +49,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"diverse-cfg: error: {plain(message)}{where}\n")
 
 
-def build_parser(commands: Sequence[Command] = COMMANDS) -> argparse.ArgumentParser:
+def _build_parser(commands: Sequence[Command] = COMMANDS) -> argparse.ArgumentParser:
     """The parser of `diverse-cfg` with one subparser per command."""
     parser = _Parser(
         prog="diverse-cfg",
@@ -89,7 +79,7 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
     Returns:
         0; 2 after wrong input (one line on stderr); 130 after Ctrl-C, 143 after SIGTERM.
     """
-    parser = build_parser(commands)
+    parser = _build_parser(commands)
     args, rest = parser.parse_known_args(argv)
     command = next(command for command in commands if command.name == args.command)
     if rest and not command.parses_rest:

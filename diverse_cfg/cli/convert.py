@@ -7,51 +7,46 @@ from diverse_cfg.cli.command import Command, model_source
 FORMATS = ("transformers", "audiocraft")
 
 
-def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
         "model",
         help="folder or Hub id of a model, adapter or AudioCraft checkpoint, or `nano` for the shipped base",
     )
-    parser.add_argument("--to", choices=FORMATS, required=True, help="the format to write")
-    parser.add_argument("-o", "--output", required=True, help="folder to create")
-    parser.add_argument(
+    add("--to", choices=FORMATS, required=True, help="the format to write")
+    add("-o", "--output", required=True, help="folder to create")
+    add(
         "--text-encoder",
         metavar="T5",
         help="to transformers: folder or Hub id of the T5, if it is not found by its name; to audiocraft: the "
         "name of the T5 that AudioCraft is to load",
     )
-    parser.add_argument(
+    add(
         "--dtype",
         choices=["float32", "float16", "bfloat16"],
         help="of the language model, with --to audiocraft (default: float32; AudioCraft's releases are float16)",
     )
 
 
-def run_convert(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> None:
     from diverse_cfg.atomic import new_folder, require_new
-    from diverse_cfg.policies.audiocraft.folders import is_audiocraft
+    from diverse_cfg.policies.audiocraft import folders
 
     source = model_source(args.model)
     require_new(args.output)
-    stored_as = "audiocraft" if is_audiocraft(source) else "transformers"
+    stored_as = "audiocraft" if folders.is_audiocraft(source) else "transformers"
     if stored_as == args.to:
         remedy = "; `diverse-cfg merge` makes a full model of an adapter" if args.to == "transformers" else ""
         raise ValueError(f"{args.model} is in the format of {args.to} already{remedy}")
     if args.to == "transformers":
         if args.dtype:
             raise ValueError("--dtype goes with --to audiocraft: tensors are kept as they are stored here")
-        _to_transformers(source, args.output, args.text_encoder)
+        stored = folders.read_audiocraft(source, text_encoder=args.text_encoder)
+        folders.write_transformers(stored, args.output, like=folders.checkpoint_files(source)[0].parent)
     else:
         with new_folder(args.output) as folder:
             _to_audiocraft(source, folder, args.text_encoder, args.dtype)
     print(args.output)
-
-
-def _to_transformers(source: str, output: str, text_encoder: str | None) -> None:
-    from diverse_cfg.policies.audiocraft.folders import checkpoint_files, read_audiocraft, write_transformers
-
-    stored = read_audiocraft(source, text_encoder=text_encoder)
-    write_transformers(stored, output, like=checkpoint_files(source)[0].parent)
 
 
 def _to_audiocraft(source: str, folder, text_encoder: str | None, dtype: str | None) -> None:
@@ -80,7 +75,7 @@ def _to_audiocraft(source: str, folder, text_encoder: str | None, dtype: str | N
 COMMAND = Command(
     name="convert",
     summary="convert a MusicGen between transformers' format and AudioCraft's",
-    add_arguments=add_convert_arguments,
-    run=run_convert,
+    add_arguments=_add_arguments,
+    run=_run,
     resume="nothing half-written is left; run it again",
 )

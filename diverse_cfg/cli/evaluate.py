@@ -6,20 +6,19 @@ from diverse_cfg.cli.command import Command
 from diverse_cfg.cli.quiet import quiet_libraries
 
 
-def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
         "--config",
         required=True,
         help="YAML file with systems, prompts and metrics (see diverse_cfg.evaluation)",
     )
-    parser.add_argument("--output", help="folder of the results, in place of the file's")
-    parser.add_argument("--device", help="torch device (default: a GPU if there is one)")
-    parser.add_argument(
-        "--no-gallery", action="store_true", help="no page to listen, tables and figures only"
-    )
+    add("--output", help="folder of the results, in place of the file's")
+    add("--device", help="torch device (default: a GPU if there is one)")
+    add("--no-gallery", action="store_true", help="no page to listen, tables and figures only")
 
 
-def run_evaluate(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> None:
     from diverse_cfg.settings import read_settings
 
     overrides = {
@@ -46,7 +45,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
 COMMAND = Command(
     name="evaluate",
     summary="measure systems against each other: quality, diversity, cost, with intervals",
-    add_arguments=add_evaluate_arguments,
-    run=run_evaluate,
+    add_arguments=_add_arguments,
+    run=_run,
     resume="what was generated and computed is kept; run the same command again to go on",
 )

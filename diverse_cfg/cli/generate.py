@@ -10,19 +10,20 @@ from diverse_cfg.cli.command import Command, model_source, number, prompt_source
 USUAL_TOP_K = 250
 
 
-def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
         "--model",
         required=True,
         help="folder or Hub id of a model or adapter, or `nano` for the shipped base",
     )
-    parser.add_argument(
+    add(
         "--adapter",
         action="append",
         default=[],
         help="a LoRA adapter to apply to --model; with --merge-weight, an expert (repeatable)",
     )
-    parser.add_argument(
+    add(
         "--merge-weight",
         type=float,
         nargs="+",
@@ -31,44 +32,39 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", help="a text (repeatable)")
-    what.add_argument("--prompts", metavar="SOURCE", help="a file, folder or Hub dataset of texts, or `nano`")
-    parser.add_argument("--prompts-split", help="split of a folder or dataset (default: test)")
-    parser.add_argument("--prompt-column", help="column of --prompts that holds the texts (default: prompt)")
-    parser.add_argument(
-        "--output", required=True, help="folder for the WAV files; new, empty, or begun with --resume"
+    what.add_argument(
+        "--prompts", metavar="SOURCE", help="a file, folder or Hub dataset of texts, `nano`, `nano-open`"
     )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with a folder that the same command has begun"
-    )
-    parser.add_argument(
+    add("--prompts-split", help="split of a folder or dataset (default: test)")
+    add("--prompt-column", help="column of --prompts that holds the texts (default: prompt)")
+    add("--output", required=True, help="folder for the WAV files; new, empty, or begun with --resume")
+    add("--resume", action="store_true", help="go on with a folder that the same command has begun")
+    add(
         "--num-generations", type=number(int, 1), default=1, metavar="G", help="clips per prompt (default: 1)"
     )
-    parser.add_argument("--seed", type=number(int, 0, 2**64 - 1), help="same seed, same clips (default: 0)")
-    parser.add_argument(
-        "--seconds", type=number(float, 0, above=True), help="length (default: the model's own, at most 10)"
+    add("--seed", type=number(int, 0, 2**64 - 1), help="same seed, same clips (default: 0)")
+    add("--seconds", type=number(float, 0, above=True), help="length (default: the model's own, at most 10)")
+    add("--guidance-scale", type=float, metavar="γ", help="default: the model's own; 1 is no guidance")
+    add(
+        "--guidance-schedule",
+        metavar="NAME",
+        help="γ over the clip: linear or cosine (down to 1), or 'interval A B' of places in [0, 1]",
     )
-    parser.add_argument(
-        "--guidance-scale", type=float, metavar="γ", help="default: the model's own; 1 is no guidance"
-    )
-    parser.add_argument("--negative-prompt", help="text to be guided away from, instead of no text")
-    parser.add_argument("--temperature", type=float, help="default: the model's own, or 1; 0 is greedy")
-    parser.add_argument(
-        "--top-k", type=int, help=f"default: the model's own, or {USUAL_TOP_K}; 0 keeps all codes"
-    )
-    parser.add_argument("--top-p", type=float, help="default: 1, which keeps all codes")
-    parser.add_argument("--min-p", type=float, help="default: 0, which keeps all codes")
-    parser.add_argument(
+    add("--negative-prompt", help="text to be guided away from, instead of no text")
+    add("--temperature", type=float, help="default: the model's own, or 1; 0 is greedy")
+    add("--top-k", type=int, help=f"default: the model's own, or {USUAL_TOP_K}; 0 keeps all codes")
+    add("--top-p", type=float, help="default: 1, which keeps all codes")
+    add("--min-p", type=float, help="default: 0, which keeps all codes")
+    add(
         "--sample-format",
         choices=["int16", "float32"],
         default="int16",
         help="of the WAV files (default: int16)",
     )
-    parser.add_argument("--batch-size", type=number(int, 1), default=16, help="clips at once (default: 16)")
-    parser.add_argument("--device", help="torch device (default: a GPU if there is one)")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the decoder"
-    )
-    parser.add_argument(
+    add("--batch-size", type=number(int, 1), default=16, help="clips at once (default: 16)")
+    add("--device", help="torch device (default: a GPU if there is one)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the decoder")
+    add(
         "--rollout-backend",
         choices=["fast", "transformers"],
         default="fast",
@@ -76,7 +72,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_generate(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> None:
     from diverse_cfg.prompts import load_prompts
 
     if args.prompt:
@@ -94,56 +90,51 @@ def run_generate(args: argparse.Namespace) -> None:
                 f"--num-generations {args.num_generations} at temperature 0 is the same clip every time: leave it out"
             )
     if args.guidance_scale == 1:
-        refuse_idle(args, "negative_prompt", "with --guidance-scale 1, which guides away from nothing")
-    wanted = {
-        "guidance_scale": args.guidance_scale,
-        "temperature": args.temperature,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "min_p": args.min_p,
-    }
+        idle = "negative_prompt guidance_schedule"
+        refuse_idle(args, idle, "with --guidance-scale 1, which guides away from nothing")
+    names = ("guidance_scale", "temperature", "top_k", "top_p", "min_p")
+    typed = {name: value for name in names if (value := getattr(args, name)) is not None}
     output = Path(args.output)
     if not args.resume and output.is_dir() and any(output.iterdir()):  # before the model is loaded
         raise ValueError(f"{output} is not empty: choose another --output, or add --resume to go on with it")
 
     import torch
 
+    from diverse_cfg.functional.guidance import guidance_schedule
     from diverse_cfg.policies.files import generate_files
     from diverse_cfg.policies.loading import load_processor, torch_device
     from diverse_cfg.policies.policy import as_policy
     from diverse_cfg.policies.sampler.draws import SamplingSettings
 
     device = torch_device(args.device)
-    SamplingSettings(**{name: value for name, value in wanted.items() if value is not None})  # in range
+    if args.guidance_schedule is not None:
+        guidance_schedule(args.guidance_schedule, 2.0, 2)  # it is one
+    SamplingSettings(**typed)  # in range
     source = model_source(args.model)
     model: Any = _load(source, args.adapter, args.merge_weight)
     policy = as_policy(model)
-    own = model.generation_config
-    guidance_scale = _first(args.guidance_scale, own.guidance_scale, 1.0)
+    sampling = {"guidance_scale": 1.0, "temperature": 1.0, "top_k": USUAL_TOP_K}
+    own = {name: getattr(model.generation_config, name) for name in sampling}
+    sampling |= {name: value for name, value in own.items() if value is not None} | typed
     name = " + ".join([args.model, *args.adapter])
     if args.merge_weight:
         name += f" at {' '.join(f'{weight:g}' for weight in args.merge_weight)}"
-    seconds = _first(args.seconds, policy.usual_seconds)
+    num_frames = max(1, round((args.seconds or policy.usual_seconds) * policy.frame_rate))
+    if args.guidance_schedule is not None:
+        scale = sampling["guidance_scale"]
+        sampling["guidance_scale"] = guidance_schedule(args.guidance_schedule, scale, num_frames)
+    names = ("num_generations", "negative_prompt", "sample_format", "resume", "batch_size", "rollout_backend")
     clips = generate_files(
         model.to(device),
         list(prompts["prompt"]),
         args.output,
         processor=load_processor(source),
-        num_frames=max(1, round(seconds * policy.frame_rate)),
-        num_generations=args.num_generations,
-        guidance_scale=guidance_scale,
-        temperature=_first(args.temperature, own.temperature, 1.0),
-        top_k=_first(args.top_k, own.top_k, USUAL_TOP_K),
-        top_p=_first(args.top_p, 1.0),
-        min_p=_first(args.min_p, 0.0),
+        num_frames=num_frames,
         seed=args.seed or 0,
-        negative_prompt=args.negative_prompt,
-        sample_format=args.sample_format,
-        resume=args.resume,
         model_name=name,
-        batch_size=args.batch_size,
-        rollout_backend=args.rollout_backend,
         dtype=getattr(torch, args.dtype),
+        **sampling,
+        **{name: getattr(args, name) for name in names},
     )
     print(f"{len(clips)} clips in {args.output}")
 
@@ -167,14 +158,10 @@ def _load(source: str, adapters: list[str], merge_weight: list[float] | None):
     return load_slider(source, adapters, merge_weight=weight).model
 
 
-def _first(*values):
-    return next(value for value in values if value is not None)
-
-
 COMMAND = Command(
     name="generate",
     summary="generate clips for prompts with any MusicGen, student, adapter or merge",
-    add_arguments=add_generate_arguments,
-    run=run_generate,
+    add_arguments=_add_arguments,
+    run=_run,
     resume="clips that are there are kept; add --resume to go on",
 )

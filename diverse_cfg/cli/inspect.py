@@ -6,17 +6,14 @@ import json
 from diverse_cfg.cli.command import Command, model_source
 
 
-def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", help="folder or Hub id of a model or adapter, or `nano` for the shipped base"
-    )
-    parser.add_argument(
-        "--base", help="what to compare with, where it is not the base that the checkpoint names"
-    )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", help="folder or Hub id of a model or adapter, or `nano` for the shipped base")
+    add("--base", help="what to compare with, where it is not the base that the checkpoint names")
+    add("--json", action="store_true", help="print the report as JSON")
 
 
-def run_inspect(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> None:
     from diverse_cfg.merging import format_report, inspect_checkpoint
 
     report = inspect_checkpoint(model_source(args.model), base=args.base and model_source(args.base))
@@ -26,6 +23,6 @@ def run_inspect(args: argparse.Namespace) -> None:
 COMMAND = Command(
     name="inspect",
     summary="show what a checkpoint is, how it was made, and how far it lies from its base",
-    add_arguments=add_inspect_arguments,
-    run=run_inspect,
+    add_arguments=_add_arguments,
+    run=_run,
 )

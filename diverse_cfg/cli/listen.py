@@ -7,14 +7,14 @@ from diverse_cfg.cli.command import SEED, Command, number
 from diverse_cfg.cli.quiet import quiet_libraries
 
 
-def add_listen_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="action", required=True)
 
-    make = actions.add_parser("make", help="write a study from the clips of an evaluation")
-    make.add_argument("study", help="folder to create")
-    make.add_argument("--config", required=True, help="YAML file of the evaluation that made the clips")
-    make.add_argument("--output", help="folder of the results, in place of the file's")
-    make.add_argument(
+    make = actions.add_parser("make", help="write a study from the clips of an evaluation").add_argument
+    make("study", help="folder to create")
+    make("--config", required=True, help="YAML file of the evaluation that made the clips")
+    make("--output", help="folder of the results, in place of the file's")
+    make(
         "--pair",
         nargs=2,
         action="append",
@@ -22,23 +22,23 @@ def add_listen_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("A", "B"),
         help="systems to compare (repeatable)",
     )
-    make.add_argument(
+    make(
         "--quality", type=number(int, 0), default=20, metavar="N", help="single clips compared (default: 20)"
     )
-    make.add_argument(
+    make(
         "--diversity",
         type=number(int, 0),
         default=10,
         metavar="N",
         help="pairs of clips compared (default: 10)",
     )
-    make.add_argument("--seed", type=SEED, default=0, help="of sides and order (default: 0)")
+    make("--seed", type=SEED, default=0, help="of sides and order (default: 0)")
 
-    run = actions.add_parser("run", help="ask the questions on a local web page (needs gradio)")
-    run.add_argument("study")
-    run.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets others in your network listen")
-    run.add_argument("--port", type=number(int, 1, 65535), default=7860)
-    run.add_argument(
+    run = actions.add_parser("run", help="ask the questions on a local web page (needs gradio)").add_argument
+    run("study")
+    run("--host", default="127.0.0.1", help="0.0.0.0 lets others in your network listen")
+    run("--port", type=number(int, 1, 65535), default=7860)
+    run(
         "--allow-host",
         action="append",
         default=[],
@@ -46,29 +46,32 @@ def add_listen_arguments(parser: argparse.ArgumentParser) -> None:
         help="also answer as NAME, e.g. that of a proxy in front (repeatable)",
     )
 
-    count = actions.add_parser("count", help="count the votes: win rates with intervals")
-    count.add_argument("study")
+    actions.add_parser("count", help="count the votes: win rates with intervals").add_argument("study")
 
-    export = actions.add_parser("webmushra", help="write the study as a configuration of webMUSHRA")
-    export.add_argument("study")
-    export.add_argument("--output", required=True, help="folder to create, to be copied over webMUSHRA's")
-    export.add_argument(
-        "--test-id", default="diverse_cfg", help="name of the configuration (default: diverse_cfg)"
+    export = actions.add_parser(
+        "webmushra", help="write the study as a configuration of webMUSHRA"
+    ).add_argument
+    export("study")
+    export("--output", required=True, help="folder to create, to be copied over webMUSHRA's")
+    export("--test-id", default="diverse_cfg", help="name of the configuration (default: diverse_cfg)")
+
+    ratings = actions.add_parser(
+        "import", help="add the ratings that webMUSHRA collected to the votes"
+    ).add_argument
+    ratings("study")
+    ratings("ratings", help="results/<test id>/lms.csv")
+
+
+def _run(args: argparse.Namespace) -> None:
+    {"make": _make, "run": _serve, "count": _count, "webmushra": _export, "import": _import}[args.action](
+        args
     )
-
-    ratings = actions.add_parser("import", help="add the ratings that webMUSHRA collected to the votes")
-    ratings.add_argument("study")
-    ratings.add_argument("ratings", help="results/<test id>/lms.csv")
-
-
-def run_listen(args: argparse.Namespace) -> None:
-    {"make": _make, "run": _run, "count": _count, "webmushra": _export, "import": _import}[args.action](args)
 
 
 def _make(args: argparse.Namespace) -> None:
-    from diverse_cfg.evaluation.listening import load_trials, make_study
     from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
     from diverse_cfg.evaluation.results import Results
+    from diverse_cfg.listening.study import load_trials, make_study
     from diverse_cfg.settings import read_settings
 
     quiet_libraries()
@@ -93,14 +96,14 @@ def _make(args: argparse.Namespace) -> None:
     print(f"{len(load_trials(folder))} trials in {folder}; ask them with: diverse-cfg listen run {folder}")
 
 
-def _run(args: argparse.Namespace) -> None:
-    from diverse_cfg.evaluation.listening_app import serve
+def _serve(args: argparse.Namespace) -> None:
+    from diverse_cfg.listening.app import serve
 
     serve(args.study, host=args.host, port=args.port, names=args.allow_host)
 
 
 def _count(args: argparse.Namespace) -> None:
-    from diverse_cfg.evaluation.listening import win_rates
+    from diverse_cfg.listening.study import win_rates
 
     rates = win_rates(args.study)
     if not rates:
@@ -115,7 +118,7 @@ def _count(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from diverse_cfg.evaluation.webmushra import export_study
+    from diverse_cfg.listening.webmushra import export_study
 
     print(
         f"copy {args.output}/configs over webMUSHRA's: {export_study(args.study, args.output, args.test_id)}"
@@ -123,7 +126,7 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _import(args: argparse.Namespace) -> None:
-    from diverse_cfg.evaluation.webmushra import import_ratings
+    from diverse_cfg.listening.webmushra import import_ratings
 
     print(f"{import_ratings(args.study, args.ratings)} new votes")
 
@@ -131,7 +134,7 @@ def _import(args: argparse.Namespace) -> None:
 COMMAND = Command(
     name="listen",
     summary="a blind listening test: is it better, is it more diverse",
-    add_arguments=add_listen_arguments,
-    run=run_listen,
+    add_arguments=_add_arguments,
+    run=_run,
     resume="every vote so far is on the disk; run it again to go on",
 )

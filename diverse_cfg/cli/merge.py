@@ -8,14 +8,13 @@ from diverse_cfg.cli.command import Command, model_source, refuse_idle
 
 
 def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "checkpoints",
         nargs="*",
         help="folders or Hub ids: full models, LoRA adapters, or `nano` for the shipped base",
     )
-    parser.add_argument(
-        "--config", metavar="YAML", help="recipe with these settings by name; what is typed beside it wins"
-    )
+    add("--config", metavar="YAML", help="recipe with these settings by name; what is typed beside it wins")
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
         "--weight",
@@ -35,23 +34,19 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--sweep", metavar="START:STOP:STEP", help="several λ at once, e.g. 0:1:0.05, one folder each"
     )
-    parser.add_argument("-o", "--output", help="folder to create (a sweep continues in an existing one)")
-    parser.add_argument("--base", help="the adapters' base, if it differs from the one that they name")
-    parser.add_argument(
+    add("-o", "--output", help="folder to create (a sweep continues in an existing one)")
+    add("--base", help="the adapters' base, if it differs from the one that they name")
+    add(
         "--dtype",
         help="float32, bfloat16, float16 or float64 (default: the widest in which a checkpoint is stored)",
     )
-    parser.add_argument(
+    add(
         "--format",
         choices=["full", "adapter"],
         help="what to write: a full model, or one adapter (default: full)",
     )
-    parser.add_argument(
-        "--extrapolate", action="store_true", default=None, help="allow weights outside [0, 1]"
-    )
-    parser.add_argument(
-        "--unnormalized", action="store_true", default=None, help="allow weights that do not sum to 1"
-    )
+    add("--extrapolate", action="store_true", default=None, help="allow weights outside [0, 1]")
+    add("--unnormalized", action="store_true", default=None, help="allow weights that do not sum to 1")
 
 
 _WAYS = ("merge_weight", "uniform", "weights", "sweep")
@@ -70,7 +65,7 @@ _TYPES: dict[str, Any] = {
 }
 
 
-def apply_recipe(args: argparse.Namespace) -> None:
+def _apply_recipe(args: argparse.Namespace) -> None:
     """Fill in what was not typed from the recipe, in place.
 
     Raises:
@@ -78,16 +73,10 @@ def apply_recipe(args: argparse.Namespace) -> None:
             output in the end.
     """
     if args.config:
-        from diverse_cfg.settings import read_settings, require_type
+        from diverse_cfg.settings import read_settings, require_settings
 
         recipe = read_settings(args.config)
-        unknown = sorted(set(recipe) - set(_TYPES))
-        if unknown:
-            raise ValueError(
-                f"{args.config} has no setting {', '.join(unknown)}; known: {', '.join(sorted(_TYPES))}"
-            )
-        for name, value in recipe.items():
-            require_type(f"{args.config}: {name}", value, _TYPES[name])
+        require_settings(recipe, _TYPES, args.config, prefix=f"{args.config}: ")
         ways = [name for name in _WAYS if recipe.get(name, False) is not False]
         if len(ways) > 1:
             raise ValueError(f"{args.config} names several ways to weigh: {' and '.join(ways)}; keep one")
@@ -102,10 +91,9 @@ def apply_recipe(args: argparse.Namespace) -> None:
         raise ValueError("no output: name the folder to create with -o, or a --config that does")
 
 
-def run_merge(args: argparse.Namespace) -> None:
-    apply_recipe(args)
-    for folder in merge(args):
-        print(folder)
+def _run(args: argparse.Namespace) -> None:
+    _apply_recipe(args)
+    print(*merge(args), sep="\n")
 
 
 def merge(args: argparse.Namespace) -> list[Path]:
@@ -130,15 +118,14 @@ def merge(args: argparse.Namespace) -> list[Path]:
     if args.sweep:
         return merge_sweep(checkpoints, parse_sweep(args.sweep), args.output, **shared)
     weights = args.weights if args.merge_weight is None else args.merge_weight
-    return [
-        merge_checkpoints(checkpoints, weights, args.output, unnormalized=bool(args.unnormalized), **shared)
-    ]
+    shared["unnormalized"] = bool(args.unnormalized)
+    return [merge_checkpoints(checkpoints, weights, args.output, **shared)]
 
 
 COMMAND = Command(
     name="merge",
     summary="interpolate checkpoints into one model, e.g. a quality student and a diversity student",
     add_arguments=add_merge_arguments,
-    run=run_merge,
+    run=_run,
     resume="nothing half-written is left; a sweep goes on where it stopped when run again",
 )

@@ -5,47 +5,40 @@ import argparse
 from diverse_cfg.cli.command import Command
 
 
-def add_publish_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", help="what `train` or `merge` wrote")
-    parser.add_argument("repo_id", help="user/name on the Hub")
-    parser.add_argument(
-        "--upload", action="store_true", help="send it; without this, only show what would be sent"
-    )
-    parser.add_argument(
-        "--public", action="store_true", help="make the repository public; private by default"
-    )
-    parser.add_argument(
-        "--merged", action="store_true", help="publish the full model that an adapter makes of its base"
-    )
-    parser.add_argument(
-        "--base-model", help="Hub id of the base, where the folder names a place on this machine"
-    )
-    parser.add_argument("--license", help="licence of the weights, where the base's is not known")
-    parser.add_argument("--tag", action="append", default=[], help="one more tag for the card (repeatable)")
-    parser.add_argument(
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("folder", help="what `train` or `merge` wrote")
+    add("repo_id", help="user/name on the Hub")
+    add("--upload", action="store_true", help="send it; without this, only show what would be sent")
+    add("--public", action="store_true", help="make the repository public; private by default")
+    add("--merged", action="store_true", help="publish the full model that an adapter makes of its base")
+    add("--base-model", help="Hub id of the base, where the folder names a place on this machine")
+    add("--license", help="licence of the weights, where the base's is not known")
+    add("--tag", action="append", default=[], help="one more tag for the card (repeatable)")
+    add(
         "--sample",
         action="append",
         default=[],
         metavar="PROMPT",
         help="make a clip for the card, kept in the folder's samples/ (repeatable)",
     )
-    parser.add_argument(
+    add(
         "--results",
         nargs=2,
         metavar=("EVALUATION", "SYSTEM"),
         help="what `evaluate` wrote, and the name of this model's row, for the card's numbers",
     )
-    parser.add_argument("--update", action="store_true", help="allow a repository that has files already")
-    parser.add_argument(
+    add("--update", action="store_true", help="allow a repository that has files already")
+    add(
         "--card",
         choices=["refuse", "keep", "overwrite"],
         default="refuse",
         help="what to do about another README.md in that repository",
     )
-    parser.add_argument("--no-check", action="store_true", help="do not load and play the model first")
+    add("--no-check", action="store_true", help="do not load and play the model first")
 
 
-def run_publish(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> None:
     from diverse_cfg.publishing import UploadPlan, publish
 
     result = publish(
@@ -73,7 +66,7 @@ def run_publish(args: argparse.Namespace) -> None:
 COMMAND = Command(
     name="publish",
     summary="check a model folder and upload it to the Hub: a dry run and private unless told otherwise",
-    add_arguments=add_publish_arguments,
-    run=run_publish,
+    add_arguments=_add_arguments,
+    run=_run,
     resume="nothing is visible before everything arrived; run it again to go on",
 )

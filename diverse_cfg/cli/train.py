@@ -22,7 +22,11 @@ USAGE = (
     "--output_dir FOLDER [--setting value …]"
 )
 
-REWARDS = ("text_adherence", "aesthetics_ce", "aesthetics_cu", "aesthetics_pc", "aesthetics_pq")
+FACETS = ("melody", "rhythm", "pitch", "timbre", "level")  # `facets.REWARDED_FACETS`, without loading torch
+REWARDS = (
+    *("text_adherence", "aesthetics_ce", "aesthetics_cu", "aesthetics_pc", "aesthetics_pq"),
+    *(f"diversity_{facet}" for facet in FACETS),
+)
 
 # Any of these packages serves the tracker.
 _TRACKERS = {
@@ -40,7 +44,9 @@ class TrainArguments:
         metadata={"help": "Student's start and teacher: Hub id, folder, or `nano` for the shipped base."}
     )
     dataset_name: str = field(
-        metadata={"help": "Prompts: Hub dataset id, folder, file, or `nano` for the shipped ones."}
+        metadata={
+            "help": "Prompts: Hub dataset id, folder, file, or `nano` or `nano-open`: the shipped ones."
+        }
     )
     dataset_train_split: str = field(default="train", metadata={"help": "Split of the prompts to train on."})
     dataset_prompt_column: str | None = field(
@@ -54,8 +60,9 @@ class TrainArguments:
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Rewards beside diversity: text_adherence (CLAP), aesthetics_ce, _cu, _pc or _pq. "
-            "With reward_weights, the diversity reward comes first and has weight 1."
+            "help": "Rewards beside diversity: text_adherence (CLAP), aesthetics_ce, _cu, _pc or _pq; or one facet's "
+            "diversity, diversity_melody, _rhythm, _pitch, _timbre or _level, by rules, with diversity_coef too. "
+            "With reward_weights, the diversity reward comes first; it and the facets have weight 1."
         },
     )
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
@@ -66,11 +73,11 @@ class TrainArguments:
     )
 
 
-def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     """None here: TRL's parser knows them, and importing it takes seconds."""
 
 
-def run_train(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> None:
     from trl import TrlParser
 
     from diverse_cfg.config import CFGDiversityConfig
@@ -166,7 +173,9 @@ def train(args: TrainArguments, config, callbacks: Sequence[Any] = ()) -> None:
 
 
 def _train(args: TrainArguments, config, callbacks: Sequence[Any]) -> None:
-    _check_reward_names(args.reward_funcs or [])
+    unknown = [name for name in args.reward_funcs or () if name not in REWARDS]
+    if unknown:
+        raise ValueError(f"reward_funcs has no {', '.join(unknown)}; known: {', '.join(REWARDS)}")
     from transformers import PrinterCallback
 
     from diverse_cfg.prompts import load_prompts
@@ -177,13 +186,20 @@ def _train(args: TrainArguments, config, callbacks: Sequence[Any]) -> None:
     prompts = load_prompts(
         prompt_source(args.dataset_name), split=args.dataset_train_split, column=args.dataset_prompt_column
     )
+    peft_config = None
+    if args.use_peft:
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(
+            r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=args.lora_target_modules
+        )
     trainer = CFGDiversityTrainer(
         model,
         reward_funcs=_rewards(args, config, model),
         args=config,
         train_dataset=prompts,
         eval_dataset=_held_out(args),
-        peft_config=_lora(args),
+        peft_config=peft_config,
         callbacks=list(callbacks),
     )
     if callbacks:
@@ -206,14 +222,9 @@ def _resolve_nano(config) -> None:
             setattr(config, name, embedder_source(value))
 
 
-def _check_reward_names(names: list[str]) -> None:
-    unknown = [name for name in names if name not in REWARDS]
-    if unknown:
-        raise ValueError(f"reward_funcs has no {', '.join(unknown)}; known: {', '.join(REWARDS)}")
-
-
 def _rewards(args: TrainArguments, config, model: str):
     """The named reward functions after the diversity reward; None leaves the choice to the trainer."""
+    from diverse_cfg.facets import FacetReward
     from diverse_cfg.rewards import AestheticsReward, TextAdherenceReward
     from diverse_cfg.trainer.setup import default_reward
 
@@ -222,7 +233,9 @@ def _rewards(args: TrainArguments, config, model: str):
         return [default_reward(config, model)] if only_logged else None
     rewards: list[Any] = [default_reward(config, model)] if config.diversity_coef > 0 else []
     for name in args.reward_funcs:
-        if name == "text_adherence":
+        if name.startswith("diversity_"):
+            rewards.append(FacetReward(name.removeprefix("diversity_"), config.guards))
+        elif name == "text_adherence":
             rewards.append(TextAdherenceReward())
         else:
             rewards.append(AestheticsReward(axis=name.removeprefix("aesthetics_").upper()))
@@ -243,17 +256,9 @@ def _held_out(args: TrainArguments):
     return load_prompts(source, split=args.dataset_test_split or "test", column=args.dataset_prompt_column)
 
 
-def _lora(args: TrainArguments):
-    if not args.use_peft:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=args.lora_target_modules)
-
-
 def _checkpoint(config) -> str | None:
     """Where to continue; None to begin. A folder with something in it is not written over by accident."""
-    from diverse_cfg.trainer.state import last_checkpoint
+    from diverse_cfg.reading import last_checkpoint
 
     wanted = config.resume_from_checkpoint
     output = Path(config.output_dir)
@@ -276,8 +281,8 @@ def _checkpoint(config) -> str | None:
 COMMAND = Command(
     name="train",
     summary="train a student that needs no guidance: CFG distillation with a diversity reward",
-    add_arguments=add_train_arguments,
-    run=run_train,
+    add_arguments=_add_arguments,
+    run=_run,
     resume="continue from the last checkpoint with --resume_from_checkpoint true",
     parses_rest=True,
 )

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 _CLIPS_AT_ONCE = 64
 
 
-def add_train_embedder_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--audio", metavar="FOLDER", help="audio files, or what `diverse-cfg generate` wrote")
     source.add_argument(
@@ -21,55 +22,51 @@ def add_train_embedder_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--prompts",
         metavar="SOURCE",
-        help="sample clips of --model now, for these prompts (`nano`: the shipped ones)",
+        help="sample clips of --model now, for these prompts (`nano`, `nano-open`: the shipped ones)",
     )
-    parser.add_argument("--output", "-o", required=True, help="folder to create, for `diversity_embedder`")
-    parser.add_argument("--model", help="folder or Hub id of the model whose codes are read, or `nano`")
-    parser.add_argument("--prompts-split", help="of --prompts (default: train)")
-    parser.add_argument(
+    add("--output", "-o", required=True, help="folder to create, for `diversity_embedder`")
+    add("--model", help="folder or Hub id of the model whose codes are read, or `nano`")
+    add("--prompts-split", help="of --prompts (default: train)")
+    add(
         "--num-generations",
         type=number(int, 1),
         metavar="G",
         help="clips per prompt of --prompts (default: 4)",
     )
-    parser.add_argument(
+    add(
         "--seconds",
         type=number(float, 0, above=True),
         help="length of --prompts' clips (default: the model's own)",
     )
-    parser.add_argument(
+    add(
         "--guidance-scale",
         type=number(float, 1),
         metavar="γ",
         help="of --prompts' clips (default: the model's own)",
     )
-    parser.add_argument(
+    add(
         "--negatives",
         choices=["any", "same-prompt"],
         default="any",
         help="what a clip is told apart from: any other, as in the paper (default), or those of its own prompt, "
         "so that what the prompt fixes does not count",
     )
-    parser.add_argument(
+    add(
         "--chunk-seconds",
         type=number(float, 0, above=True),
         help="half of a pair (default: half of the shortest recording, at most 5)",
     )
-    parser.add_argument(
-        "--sampling-rate", type=number(int, 1), help="of audio, in Hz (default: that of most files)"
-    )
-    parser.add_argument(
-        "--size", choices=["small", "paper"], default="small", help="of the encoder (default: small)"
-    )
-    parser.add_argument("--steps", type=int, default=1500, help="default: 1500")
-    parser.add_argument("--batch-size", type=int, default=64, help="recordings of a step (default: 64)")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="default: 0.001")
-    parser.add_argument("--held-out", type=float, default=0.1, help="share to measure on (default: 0.1)")
-    parser.add_argument("--seed", type=SEED, default=0, help="same seed, same encoder (default: 0)")
-    parser.add_argument("--device", help="torch device (default: a GPU if there is one)")
+    add("--sampling-rate", type=number(int, 1), help="of audio, in Hz (default: that of most files)")
+    add("--size", choices=["small", "paper"], default="small", help="of the encoder (default: small)")
+    add("--steps", type=int, default=1500, help="default: 1500")
+    add("--batch-size", type=int, default=64, help="recordings of a step (default: 64)")
+    add("--learning-rate", type=float, default=1e-3, help="default: 0.001")
+    add("--held-out", type=float, default=0.1, help="share to measure on (default: 0.1)")
+    add("--seed", type=SEED, default=0, help="same seed, same encoder (default: 0)")
+    add("--device", help="torch device (default: a GPU if there is one)")
 
 
-def run_train_embedder(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> None:
     import json
 
     from diverse_cfg.atomic import new_folder, require_new, write_text
@@ -93,34 +90,24 @@ def run_train_embedder(args: argparse.Namespace) -> None:
     from diverse_cfg.embeddings.training import check_settings, encoder_config, train_embedder
     from diverse_cfg.policies.loading import torch_device
 
-    check_settings(args.negatives, args.steps, args.batch_size, args.learning_rate, args.held_out)
+    names = ("negatives", "steps", "batch_size", "learning_rate", "held_out")
+    settings = {name: getattr(args, name) for name in names}
+    check_settings(**settings)
     args.device = torch_device(args.device)
     with new_folder(args.output) as folder:
         recordings = _recordings(args)
-        trained = train_embedder(
-            recordings,
-            encoder_config(recordings, args.size),
-            negatives=args.negatives,
-            steps=args.steps,
-            batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            held_out=args.held_out,
-            seed=args.seed,
-            device=args.device,
-        )
-        facts = {
-            "negatives": args.negatives,
+        config = encoder_config(recordings, args.size)
+        trained = train_embedder(recordings, config, **settings, seed=args.seed, device=args.device)
+        measured = {
+            "recordings": trained.num_held_out,
+            "retrieval_at_1": trained.retrieval,
+            "chance": trained.chance,
+        }
+        facts = settings | {
+            "seed": args.seed,
             "recordings": len(recordings),
             "chunk_seconds": recordings.chunk_seconds,
-            "held_out": {
-                "recordings": trained.num_held_out,
-                "retrieval_at_1": trained.retrieval,
-                "chance": trained.chance,
-            },
-            "steps": args.steps,
-            "batch_size": args.batch_size,
-            "learning_rate": args.learning_rate,
-            "seed": args.seed,
+            "held_out": measured,
             "versions": library_versions(),
         }
         trained.embedder.save_pretrained(folder)
@@ -235,7 +222,7 @@ def _code_recordings(
 COMMAND = Command(
     name="train-embedder",
     summary="train the encoder in which diversity is a distance, on audio or on clips of a model",
-    add_arguments=add_train_embedder_arguments,
-    run=run_train_embedder,
+    add_arguments=_add_arguments,
+    run=_run,
     resume="nothing was written; run it again to start over",
 )

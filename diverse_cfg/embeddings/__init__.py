@@ -2,10 +2,10 @@
 
 An embedder is anything with the attributes and the one method of `Embedder`. Three kinds are provided:
 
-* `ClapEmbedder`: CLAP's audio tower (default for released checkpoints), with its text tower for adherence;
-* `SentenceTransformerEmbedder`: any audio model that sentence-transformers loads;
-* `ContrastiveEmbedder`: the small self-supervised encoder of arXiv 2410.06084, trained by `train_contrastive`. It may
-  read codes instead of audio, which saves the decoding.
+* `clap.ClapEmbedder`: CLAP's audio tower (default for released checkpoints), with its text tower for adherence;
+* `sentence.SentenceTransformerEmbedder`: any audio model that sentence-transformers loads;
+* `contrastive.ContrastiveEmbedder`: the small self-supervised encoder of arXiv 2410.06084, trained by
+  `train_contrastive`. It may read codes instead of audio, which saves the decoding.
 """
 
 from __future__ import annotations
@@ -16,15 +16,6 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = [
-    "ClapEmbedder",
-    "ContrastiveEmbedder",
-    "Embedder",
-    "SentenceTransformerEmbedder",
-    "load_embedder",
-    "train_contrastive",
-]
-
 
 @runtime_checkable
 class Embedder(Protocol):
@@ -34,6 +25,8 @@ class Embedder(Protocol):
         name: identifies the model in cards, tables and caches.
         sampling_rate: Hz the model works at; `embed` resamples whatever it is given.
         reads: "waveforms" [B, L] or [B, 2, L] in −1 … 1, or "codes" [B, K, T].
+
+    One that has a method `distances` ([P, G, D] → [P, G, G]) is compared by it, all others by the cosine.
     """
 
     name: str
@@ -67,17 +60,3 @@ def load_embedder(name_or_path: str | Path, *, device: str | None = None) -> Emb
     if is_clap(str(name_or_path)):
         return ClapEmbedder(str(name_or_path), device=device)
     return SentenceTransformerEmbedder(str(name_or_path), device=device)
-
-
-def __getattr__(name: str):
-    if name == "ClapEmbedder":
-        from diverse_cfg.embeddings.clap import ClapEmbedder as value
-    elif name in ("ContrastiveEmbedder", "train_contrastive"):
-        from diverse_cfg.embeddings import contrastive
-
-        value = getattr(contrastive, name)
-    elif name == "SentenceTransformerEmbedder":
-        from diverse_cfg.embeddings.sentence import SentenceTransformerEmbedder as value
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return value

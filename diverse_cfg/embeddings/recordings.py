@@ -7,10 +7,10 @@ what a prompt leaves open, and prompts are kept whole where some recordings are 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import soundfile
@@ -28,7 +28,7 @@ SHORTEST_CHUNK = 0.25
 _MANIFEST = "generations.json"
 
 
-class Recordings(Protocol):
+class Recordings(ABC):
     """What `train_embedder` needs.
 
     Attributes:
@@ -41,14 +41,19 @@ class Recordings(Protocol):
     reads: str
     sampling_rate: int
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self.prompts)
 
     def pairs(self, chosen: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Two disjoint chunks of every chosen recording, at random places, in random order."""
-        ...
+        """Two disjoint chunks of every chosen recording, at random places, in random order: two stacks [B, …]."""
+        first, second = zip(*(self._pair(index, generator) for index in chosen), strict=True)
+        return torch.stack(first), torch.stack(second)
+
+    @abstractmethod
+    def _pair(self, index: int, generator: torch.Generator) -> list[Tensor]: ...
 
 
-class AudioRecordings:
+class AudioRecordings(Recordings):
     """Audio files, of which only the chunks that are drawn are read.
 
     Args:
@@ -74,12 +79,11 @@ class AudioRecordings:
             raise ValueError("there are no audio files to train on")
         self.files = list(files)
         self.prompts = list(prompts or [None] * len(self.files))
-        facts = [_facts(path) for path in self.files]
-        self.rates, self.lengths = [rate for rate, _ in facts], [length for _, length in facts]
+        infos = [_info(path) for path in self.files]
+        self.rates, self.lengths = [info.samplerate for info in infos], [info.frames for info in infos]
         self.sampling_rate = sampling_rate or Counter(self.rates).most_common(1)[0][0]
-        seconds = [length / rate for rate, length in facts]
-        names = [str(path) for path in self.files]
-        self.chunk_seconds = chunk_length(seconds, chunk_seconds, names)
+        seconds = [info.frames / info.samplerate for info in infos]
+        self.chunk_seconds = _chunk_length(seconds, chunk_seconds, [str(path) for path in self.files])
 
     @classmethod
     def from_folder(
@@ -110,20 +114,10 @@ class AudioRecordings:
             raise ValueError(f"{folder} holds no audio: looked for {', '.join(AUDIO_SUFFIXES)} at any depth")
         return cls(files, sampling_rate, chunk_seconds)
 
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def pairs(self, chosen: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Waveforms [B, L] twice."""
-        drawn = [self._pair(index, generator) for index in chosen]
-        return torch.stack([first for first, _ in drawn]), torch.stack([second for _, second in drawn])
-
-    def _pair(self, index: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        rate = self.rates[index]
-        size = int(self.chunk_seconds * rate)
-        starts = disjoint_starts(self.lengths[index], size, generator)
-        first, second = (self._chunk(index, start, size) for start in starts)
-        return first, second
+    def _pair(self, index: int, generator: torch.Generator) -> list[Tensor]:
+        size = int(self.chunk_seconds * self.rates[index])
+        starts = _disjoint_starts(self.lengths[index], size, generator)
+        return [self._chunk(index, start, size) for start in starts]
 
     def _chunk(self, index: int, start: int, size: int) -> Tensor:
         try:
@@ -137,7 +131,7 @@ class AudioRecordings:
         return torch.nn.functional.pad(audio[:wanted], (0, max(0, wanted - len(audio))))
 
 
-class CodeRecordings:
+class CodeRecordings(Recordings):
     """Codes of clips, all by one codec.
 
     Args:
@@ -182,23 +176,16 @@ class CodeRecordings:
             )
         seconds = [clip.shape[1] / frame_rate for clip in self.clips]
         names = [f"clip {index}" for index in range(len(self.clips))]
-        self.chunk_seconds = chunk_length(seconds, chunk_seconds, names)
+        self.chunk_seconds = _chunk_length(seconds, chunk_seconds, names)
         self.chunk_frames = max(1, int(self.chunk_seconds * frame_rate + 1e-6))
 
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    def pairs(self, chosen: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Codes [B, K, frames] twice."""
-        size, drawn = self.chunk_frames, []
-        for index in chosen:
-            clip = self.clips[index]
-            starts = disjoint_starts(clip.shape[1], size, generator)
-            drawn.append([clip[:, start : start + size].long() for start in starts])
-        return torch.stack([first for first, _ in drawn]), torch.stack([second for _, second in drawn])
+    def _pair(self, index: int, generator: torch.Generator) -> list[Tensor]:
+        clip, size = self.clips[index], self.chunk_frames
+        starts = _disjoint_starts(clip.shape[1], size, generator)
+        return [clip[:, start : start + size].long() for start in starts]
 
 
-def chunk_length(seconds: Sequence[float], wanted: float | None, names: Sequence[str]) -> float:
+def _chunk_length(seconds: Sequence[float], wanted: float | None, names: Sequence[str]) -> float:
     """Length of a chunk, of which every recording must hold two.
 
     Raises:
@@ -225,7 +212,7 @@ def chunk_length(seconds: Sequence[float], wanted: float | None, names: Sequence
     return wanted
 
 
-def disjoint_starts(length: int, size: int, generator: torch.Generator) -> list[int]:
+def _disjoint_starts(length: int, size: int, generator: torch.Generator) -> list[int]:
     """Where two chunks that do not overlap begin, every placement equally likely, in random order."""
     # Two places among slack + 1, equal ones allowed, are two different ones among slack + 2.
     places = length - 2 * size + 2
@@ -234,10 +221,8 @@ def disjoint_starts(length: int, size: int, generator: torch.Generator) -> list[
     return [first, second - 1 + size] if first < second else [first - 1 + size, second]
 
 
-def _facts(path: Path) -> tuple[int, int]:
-    """Sampling rate and number of samples of a file."""
+def _info(path: Path):
     try:
-        info = soundfile.info(path)
+        return soundfile.info(path)
     except soundfile.LibsndfileError as error:
         raise ValueError(f"{path} is no audio that can be read ({error}): remove or convert it") from error
-    return info.samplerate, info.frames

@@ -25,7 +25,7 @@ _MOST_HELD_OUT = 256
 
 
 @dataclass(frozen=True)
-class TrainedEmbedder:
+class _TrainedEmbedder:
     """An embedder with what it achieves on recordings that it has not seen.
 
     Args:
@@ -84,7 +84,7 @@ def train_embedder(
     held_out: float = 0.1,
     seed: int = 0,
     device: str | None = None,
-) -> TrainedEmbedder:
+) -> _TrainedEmbedder:
     """Train an encoder to which two chunks of a recording are alike, and others are not.
 
     Args:
@@ -124,13 +124,7 @@ def train_embedder(
         return recordings.pairs(chosen, generator)
 
     embedder = train_contrastive(
-        config,
-        draw,
-        steps=steps,
-        batch=batch_size,
-        learning_rate=learning_rate,
-        seed=seed,
-        device=device,
+        config, draw, steps=steps, batch=batch_size, learning_rate=learning_rate, seed=seed, device=device
     )
     if not same_prompt:
         test = [[index for group in test for index in group]]
@@ -140,7 +134,7 @@ def train_embedder(
         scores += [retrieval_at_1(embedder, *recordings.pairs(chosen, generator))] * len(chosen)
     # One in m for each of a group's m.
     chance = len(test) / len(scores)
-    return TrainedEmbedder(embedder, sum(scores) / len(scores), chance, len(scores))
+    return _TrainedEmbedder(embedder, sum(scores) / len(scores), chance, len(scores))
 
 
 def _groups(prompts: Sequence[str | None], same_prompt: bool) -> list[list[int]]:

@@ -21,7 +21,14 @@ from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox
 
 from diverse_cfg.evaluation.metrics import METRICS, require_known
-from diverse_cfg.evaluation.results import Estimate, Results, SystemResult, above_line, mean_estimate
+from diverse_cfg.evaluation.results import (
+    Estimate,
+    Results,
+    SystemResult,
+    above_line,
+    lerp_ends,
+    mean_estimate,
+)
 from diverse_cfg.plotting import LEGEND, STYLE, Look, new_figure, save
 
 _LABEL_SIZE = 6.5  # points
@@ -33,17 +40,12 @@ _FLAGGED = "hollow: invalid audio"
 
 
 def front(
-    results: Results,
-    x: str,
-    y: str,
-    stem: str | os.PathLike,
-    corner: tuple[float, float] | None = None,
+    results: Results, x: str, y: str, stem: str | os.PathLike, corner: tuple[float, float] | None = None
 ) -> list[Path]:
     """Every system in the plane of two metrics, with intervals; the systems of a series are joined.
 
-    The legend gives each series of several systems its hypervolume with its interval. A series of merges is
-    the strongest line.
-    Flagged systems are named below the plot and count for nothing: their numbers stay in the CSV.
+    The legend gives each series of several systems its hypervolume with its interval. A series of merges is the
+    strongest line. Flagged systems are named below the plot and count for nothing: their numbers stay in the CSV.
 
     Args:
         results: of a sweep.
@@ -59,25 +61,26 @@ def front(
         ValueError: no system has both metrics, or a name that is no metric.
     """
     rows = _with_metrics(results, (x, y))
-    volumes = series_hypervolumes(results, x, y, corner)
+    volumes = _series_hypervolumes(results, x, y, corner)
     table = [{"system": row.system.name, "series": row.system.series} | _numbers(row, x, y) for row in rows]
     areas = pd.DataFrame(
         [(name, volume.estimate, volume.low, volume.high) for name, volume in volumes.items()],
         columns=["series", "hypervolume", "low", "high"],
     )
     sound = [row for row in rows if not row.flags]
-    looks = _looks(sound)
+    series, looks = _by_series(sound), _looks(sound)
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = new_figure(1, height=2.7)
-        for name, members in _by_series(sound).items():
-            look = looks[name]
-            joined = len(members) > 1
-            line = {"color": look.color, "linestyle": look.linestyle, "linewidth": look.width}
+        for name, members in series.items():
+            look, joined = looks[name], len(members) > 1
+            line = {
+                "color": look.color,
+                "linestyle": look.linestyle if joined else "none",
+                "linewidth": look.width,
+            }
             if joined:
-                places = [(_value(row, x), _value(row, y)) for row in members]
-                axes.plot(*zip(*places, strict=True), **line, zorder=2.5 if look.strong else 2)
-            else:
-                line["linestyle"] = "none"
+                places = zip(*(_place(row, x, y) for row in members), strict=True)
+                axes.plot(*places, **line, zorder=2.5 if look.strong else 2)
             for row in members:
                 _point(axes, row, x, y, look, alone=not joined)
             text = name if name not in volumes else f"{name}: {volumes[name].text()}"
@@ -93,7 +96,7 @@ def front(
         # No label may hide a point, or the upper bound's text.
         taken = [Bbox.from_bounds(*(_in_points(axes, row, x, y) - 2), 4, 4) for row in sound]
         taken += [Bbox(text.get_window_extent().get_points() * 72 / figure.dpi) for text in axes.texts]
-        labelled = [(name, members) for name, members in _by_series(sound).items() if len(members) > 1]
+        labelled = [(name, members) for name, members in series.items() if len(members) > 1]
         for name, members in sorted(labelled, key=lambda item: not looks[item[0]].strong):
             _label_points(axes, members, x, y, looks[name], list(looks).index(name), taken)
         return save(figure, stem, pd.DataFrame(table), areas)
@@ -101,16 +104,14 @@ def front(
 
 def _looks(rows: Sequence[SystemResult]) -> dict[str, Look]:
     """Series → how it is drawn; merges as the strongest line, all others in their order."""
-    strong = [
-        name
-        for name, members in _by_series(rows).items()
-        if sum(row.system.merge_weight is not None for row in members) > 2
-    ]
-    order = [*strong, *(name for name in _by_series(rows) if name not in strong)]
+    series = _by_series(rows)
+    merges = {name: sum(row.system.merge_weight is not None for row in series[name]) for name in series}
+    strong = [name for name in series if merges[name] > 2]
+    order = [*strong, *(name for name in series if name not in strong)]
     return {name: replace(Look.number(index), strong=name in strong) for index, name in enumerate(order)}
 
 
-def series_hypervolumes(
+def _series_hypervolumes(
     results: Results, x: str, y: str, corner: tuple[float, float] | None = None
 ) -> dict[str, Estimate]:
     """Hypervolume of every series of several systems, above a corner: None takes the worst coordinates of all.
@@ -144,30 +145,21 @@ def merge_curve(results: Results, series: str, metrics: Sequence[str], stem: str
     Raises:
         ValueError: no such series, or an end is missing.
     """
-    rows = sorted(
-        (
-            row
-            for row in results.usable
-            if row.system.series == series and row.system.merge_weight is not None
-        ),
-        key=lambda row: row.system.merge_weight or 0.0,
-    )
-    if len(rows) < 3 or rows[0].system.merge_weight != 0 or rows[-1].system.merge_weight != 1:
-        raise ValueError(
-            f"series {series!r} has the merge weights {[row.system.merge_weight for row in rows]}: a LERP "
-            "needs 0, 1 and something between"
-        )
-    first, last = rows[0], rows[-1]
+    rows = [
+        row for row in results.usable if row.system.series == series and row.system.merge_weight is not None
+    ]
+    rows.sort(key=lambda row: row.system.merge_weight or 0.0)
+    first, last = lerp_ends(rows)
+    weights = [row.system.merge_weight for row in rows]
     table = []
     with matplotlib.rc_context(STYLE):
         figure, panels = new_figure(len(metrics), height=2.0)
         for axes, metric, look in zip(panels, metrics, map(Look.number, range(len(metrics))), strict=False):
-            weights = [row.system.merge_weight for row in rows]
             values = [row.metrics[metric] for row in rows]
             ends = [_value(first, metric), _value(last, metric)]
             axes.plot([0, 1], ends, color="0.45", linestyle=(0, (4, 2)), linewidth=0.9, label="straight line")
             axes.errorbar(
-                weights, [value.estimate for value in values], yerr=error_bars(values), color=look.color,
+                weights, [value.estimate for value in values], yerr=_error_bars(values), color=look.color,
                 marker=look.marker, linestyle="-", elinewidth=0.7, capsize=1.5, label="merge",
             )  # fmt: skip
             axes.set_xlabel("merge weight λ")
@@ -187,11 +179,7 @@ def merge_curve(results: Results, series: str, metrics: Sequence[str], stem: str
 
 
 def trajectories(
-    results: Results,
-    x: str,
-    y: str,
-    stem: str | os.PathLike,
-    starts: Mapping[str, str] | None = None,
+    results: Results, x: str, y: str, stem: str | os.PathLike, starts: Mapping[str, str] | None = None
 ) -> list[Path]:
     """Training runs as paths in the quality–diversity plane: the systems of a series in the order of their
     `step`.
@@ -209,12 +197,10 @@ def trajectories(
         ValueError: no series has two systems with a step, or a start that is not there.
     """
     rows = _with_metrics(results, (x, y))
-    runs = {
-        name: sorted(
-            (row for row in members if row.system.step is not None), key=lambda row: row.system.step or 0
-        )
-        for name, members in _by_series(rows).items()
-    }
+    series, runs = _by_series(rows), {}
+    for name, members in series.items():
+        run = [row for row in members if row.system.step is not None]
+        runs[name] = sorted(run, key=lambda row: row.system.step or 0)
     if not any(len(run) > 1 for run in runs.values()):
         raise ValueError(
             "no series has two systems with a step: evaluate checkpoints of a run to draw its path"
@@ -223,24 +209,18 @@ def trajectories(
     table = []
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = new_figure(1, height=2.7)
-        for index, (name, members) in enumerate(_by_series(rows).items()):
+        for index, (name, members) in enumerate(series.items()):
             look, run = Look.number(index), runs[name]
             path = [began[name], *run] if name in began else run
             if name in began:
                 table.append({"series": name, "step": 0} | _numbers(began[name], x, y))
-            points = [(_value(row, x), _value(row, y)) for row in path]
+            points = [_place(row, x, y) for row in path]
+            arrow = {"arrowstyle": "-|>", "color": look.color, "linestyle": look.linestyle, "linewidth": 0.8}
             for start, end in itertools.pairwise(points):
-                arrow = {
-                    "arrowstyle": "-|>",
-                    "color": look.color,
-                    "linewidth": 0.8,
-                    "shrinkA": 2,
-                    "shrinkB": 2,
-                }
-                axes.annotate("", xy=end, xytext=start, arrowprops=arrow | {"linestyle": look.linestyle})
+                axes.annotate("", xy=end, xytext=start, arrowprops=arrow | {"shrinkA": 2, "shrinkB": 2})
             for row in [*run, *(row for row in members if row.system.step is None)]:
                 axes.plot(
-                    _value(row, x), _value(row, y), color=look.color, marker=look.marker, linestyle="none",
+                    *_place(row, x, y), color=look.color, marker=look.marker, linestyle="none",
                     markerfacecolor="white" if row.flags else look.color, markeredgewidth=0.7,
                     markersize=5.0 if row.flags else 4.0,
                     zorder=4 if row.system.step is None else 2,  # single points must not be hidden by paths
@@ -285,6 +265,10 @@ def _value(row: SystemResult, metric: str) -> float:
     return value
 
 
+def _place(row: SystemResult, x: str, y: str) -> tuple[float, float]:
+    return _value(row, x), _value(row, y)
+
+
 def _numbers(row: SystemResult, *metrics: str) -> dict[str, Any]:
     """Columns of a figure's CSV: of each metric the number and its interval, and the flags."""
     columns: dict[str, Any] = {}
@@ -296,7 +280,7 @@ def _numbers(row: SystemResult, *metrics: str) -> dict[str, Any]:
 
 def _point(axes: Axes, row: SystemResult, x: str, y: str, look: Look, alone: bool) -> None:
     axes.errorbar(
-        _value(row, x), _value(row, y), xerr=error_bars([row.metrics[x]]), yerr=error_bars([row.metrics[y]]),
+        *_place(row, x, y), xerr=_error_bars([row.metrics[x]]), yerr=_error_bars([row.metrics[y]]),
         color=look.color, marker=look.marker, linestyle="none",
         markersize=6.0 if alone else 4.0 if look.strong else 3.2,
         markeredgecolor="white" if alone else look.color,  # which a strong line beneath must not swallow
@@ -307,7 +291,7 @@ def _point(axes: Axes, row: SystemResult, x: str, y: str, look: Look, alone: boo
 
 def _in_points(axes: Axes, row: SystemResult, x: str, y: str) -> np.ndarray:
     """Where a system lies on the page, in points of 1/72 inch [2]."""
-    return axes.transData.transform((_value(row, x), _value(row, y))) * 72 / axes.get_figure(root=True).dpi
+    return axes.transData.transform(_place(row, x, y)) * 72 / axes.get_figure(root=True).dpi
 
 
 def _label_points(
@@ -322,30 +306,26 @@ def _label_points(
     # Each series tries another side first, so that the labels of neighbouring curves do not meet.
     sides = ((-1, -1), (1, 1), (1, -1), (-1, 1))
     inner = rows[1:-1] if len(rows) <= _MANY else rows[2:-1:2]
+    low, high = axes.get_window_extent().get_points() * 72 / axes.get_figure(root=True).dpi
     for row in [rows[0], rows[-1], *inner]:
-        text = short_label(row, varied) or row.system.name
+        text = _short_label(row, varied) or row.system.name
         width, height = 0.6 * _LABEL_SIZE * len(text), 1.2 * _LABEL_SIZE
         for right, up in (*sides[index % 4 :], *sides[: index % 4]):
             left, bottom = _in_points(axes, row, x, y) + np.array([4 * right, 3.5 * up])
             place = Bbox.from_bounds(left - width * (right < 0), bottom - height * (up < 0), width, height)
-            if any(place.overlaps(other) for other in taken) or not _inside(place, axes):
+            # The axis and its numbers are left alone.
+            if any(map(place.overlaps, taken)) or (place.min < low + 1).any() or (place.max > high).any():
                 continue
             taken.append(place)
             axes.annotate(
-                text, (_value(row, x), _value(row, y)), xytext=(4 * right, 3.5 * up), textcoords="offset points",
+                text, _place(row, x, y), xytext=(4 * right, 3.5 * up), textcoords="offset points",
                 ha="left" if right > 0 else "right", va="bottom" if up > 0 else "top",
                 fontsize=_LABEL_SIZE, color=look.color,
             )  # fmt: skip
             break
 
 
-def _inside(place: Bbox, axes: Axes) -> bool:
-    """Whether a label leaves the axis and its numbers alone."""
-    frame = axes.get_window_extent().get_points() * 72 / axes.get_figure(root=True).dpi
-    return bool((place.min >= frame[0] + 1).all() and (place.max <= frame[1]).all())
-
-
-def short_label(row: SystemResult, varied: Mapping[str, bool]) -> str:
+def _short_label(row: SystemResult, varied: Mapping[str, bool]) -> str:
     """λ of a merge; step of a checkpoint; γ, T and k where they vary along the series or are not neutral;
     empty for a plain model."""
     system = row.system
@@ -396,13 +376,7 @@ def _finish(axes: Axes, x: str, y: str, title: str | None = None) -> None:
     figure.legend(**LEGEND | {"ncols": columns}, labelspacing=0.3, title=title, title_fontsize=6.5)
 
 
-def error_bars(values: Sequence[Estimate]) -> np.ndarray | None:
+def _error_bars(values: Sequence[Estimate]) -> np.ndarray | None:
     """Lengths of error bars below and above [2, C]; None if there are none."""
-    if any(value.low is None or value.high is None or value.estimate is None for value in values):
-        return None
-    return np.array(
-        [
-            [max(0.0, value.estimate - value.low) for value in values],  # type: ignore[operator]
-            [max(0.0, value.high - value.estimate) for value in values],  # type: ignore[operator]
-        ]
-    )
+    numbers = np.array([(value.low, value.estimate, value.high) for value in values], dtype=float)
+    return None if np.isnan(numbers).any() else np.diff(numbers).clip(min=0).T

@@ -25,7 +25,7 @@ from diverse_cfg.functional.codebooks import num_decoder_steps
 from diverse_cfg.merging import merge_checkpoints
 from diverse_cfg.policies.loading import load_policy, load_processor
 from diverse_cfg.policies.policy import Policy, as_policy
-from diverse_cfg.policies.sampler.rollout import check_backend, fast_generate
+from diverse_cfg.policies.sampler.rollout import fast_generate
 
 _VERSION = 2  # of the description and of the sampler; raise it when either changes what is played
 _BATCH = 64
@@ -53,21 +53,8 @@ class ClipSet:
     rollout_backend: str = "fast"
 
     def __post_init__(self) -> None:
-        if not self.prompts:
-            raise ValueError("there are no prompts to evaluate on")
-        twice = sorted({prompt for prompt in self.prompts if self.prompts.count(prompt) > 1})
-        if twice:
-            raise ValueError(
-                f"{len(twice)} prompts occur twice, e.g. {twice[0]!r}: an interval needs each once"
-            )
-        if any(not prompt.strip() for prompt in self.prompts):
-            raise ValueError("a prompt is empty")
-        for name in ("num_generations", "num_frames"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds must be different numbers, got {list(self.seeds)}")
-        check_backend(self.rollout_backend)
 
     @property
     def num_clips(self) -> int:
@@ -128,17 +115,6 @@ class Player:
         """Waveforms [B, L] or [B, 2, L], on the CPU."""
         return self.policy.decode(codes.to(self.device)).float().cpu()
 
-    def decoder_rows(self, system: System, num_frames: int) -> int:
-        """Rows that the decoder computes for one clip: its steps, twice with guidance."""
-        steps = num_decoder_steps(num_frames, self.policy.delays)
-        return steps * (2 if system.sampling.guided else 1)
-
-    def clock(self) -> float:
-        """Seconds, with the device's queue empty."""
-        if torch.device(self.device).type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
 
 def describe(system: System, mixture: Mixture, clips: ClipSet, seed: int) -> dict[str, Any]:
     """Everything that decides the codes of one replicate under one seed, and the time that they take.
@@ -147,6 +123,8 @@ def describe(system: System, mixture: Mixture, clips: ClipSet, seed: int) -> dic
     code. The fast one's is as it always was, so that what is cached stays valid.
     """
     backend = {} if clips.rollout_backend == "fast" else {"rollout_backend": clips.rollout_backend}
+    schedule = system.guidance_schedule
+    backend |= {} if schedule == "constant" else {"guidance_schedule": schedule}
     return backend | {
         "version": _VERSION,
         "model": mixture_digest(mixture),
@@ -160,7 +138,7 @@ def describe(system: System, mixture: Mixture, clips: ClipSet, seed: int) -> dic
     }
 
 
-def machine(device: str) -> str:
+def _machine(device: str) -> str:
     """What times belong to: the GPU or the processor, and the number of threads."""
     name = platform.processor() or platform.machine()
     if torch.device(device).type == "cuda":
@@ -178,7 +156,7 @@ def generations(
 
     Returns:
         `codes` int32 [N, K, T], clips of a prompt adjacent; `seconds` per clip, of the sampling [N], on the
-        `machine` that the cache's facts name;
+        `_machine` that the cache's facts name;
         `batch` of each clip [N], since clips of one batch share their time; `decoder_rows` per clip [N].
     """
     description = describe(system, player.mixture, clips, seed)
@@ -187,7 +165,13 @@ def generations(
         if progress:
             progress(len(kept["codes"]))
         return kept
-    sampling = system.sampling
+    sampling = system.sampling_of(clips.num_frames)
+
+    def clock() -> float:
+        if torch.device(player.device).type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     per_batch = max(1, _BATCH // clips.num_generations)
     # Made here, lest the first batch's time contain it.
     weights = player.weights if clips.rollout_backend == "fast" else None
@@ -196,7 +180,7 @@ def generations(
         prompts = list(clips.prompts[start : start + per_batch])
         first = start * clips.num_generations
         count = len(prompts) * clips.num_generations
-        started = player.clock()
+        started = clock()
         rollout = fast_generate(
             player.model,
             prompts,
@@ -213,17 +197,19 @@ def generations(
             decode=False,
             weights=weights,
         )
-        spent = player.clock() - started
+        spent = clock() - started
         codes.append(rollout.codes.to("cpu", torch.int32))
         seconds += [spent / count] * count
         batches += [start // per_batch] * count
         if progress:
             progress(count)
+    # The decoder's steps, twice with guidance.
+    decoder_rows = num_decoder_steps(clips.num_frames, player.policy.delays) * (1 + sampling.guided)
     arrays = {
         "codes": torch.cat(codes).numpy(),
         "seconds": np.array(seconds),
         "batch": np.array(batches, dtype=np.int32),
-        "decoder_rows": np.full(len(seconds), player.decoder_rows(system, clips.num_frames), dtype=np.int32),
+        "decoder_rows": np.full(len(seconds), decoder_rows, dtype=np.int32),
     }
-    cache.save("generations", description, arrays, {"machine": machine(player.device)})
+    cache.save("generations", description, arrays, {"machine": _machine(player.device)})
     return arrays

@@ -13,7 +13,7 @@ generated.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from diverse_cfg.evaluation.features import (
     AestheticsFeature,
     DivergenceFeature,
     EmbeddingFeature,
+    FacetsFeature,
     Feature,
     JudgeFeature,
     RulesFeature,
@@ -40,7 +41,7 @@ from diverse_cfg.policies.loading import torch_device
 from diverse_cfg.policies.sampler.draws import require_64_bits
 from diverse_cfg.policies.sampler.rollout import check_backend
 from diverse_cfg.prompts import load_prompts
-from diverse_cfg.settings import field_types, require_type
+from diverse_cfg.settings import field_types, require_settings, require_type
 
 
 @dataclass
@@ -50,7 +51,7 @@ class SweepConfig:
     Args:
         systems: entries, see `systems.expand_systems`.
         output: folder of the results; its cache lets a sweep go on and grow.
-        prompts: held-out prompts: "nano", a folder, a file or a Hub dataset.
+        prompts: held-out prompts: "nano", "nano-open", a folder, a file or a Hub dataset.
         prompts_split: of a folder or dataset.
         prompt_column: column that holds them.
         num_prompts: take the first so many; None takes all.
@@ -120,9 +121,13 @@ class SweepConfig:
         for seed in self.seeds:
             require_64_bits("seeds: seed", seed)
         if self.arms is not None:
-            known = [f.name for f in fields(Arms)]
-            unknown = sorted(set(self.arms) - set(known))
-            if unknown or not {"base", "guided", "quality", "diverse", "merges"} <= set(self.arms):
+            if not set(self.arms) <= set(field_types(Arms)) or not {
+                "base",
+                "guided",
+                "quality",
+                "diverse",
+                "merges",
+            } <= set(self.arms):
                 raise ValueError(
                     "arms needs base, guided, quality, diverse and merges, may have sweeps and uniform, "
                     f"got {', '.join(self.arms)}"
@@ -133,13 +138,11 @@ class SweepConfig:
         for name in ("gallery_prompts", "gallery_generations"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 (no page) or more")
+        no_splits = f"for the file {self.prompts}, which has no splits"
         idle = {
             "teacher_guidance_scale": (self.teacher is None, "without a teacher"),
             "gallery_generations": (self.gallery_prompts == 0, "with gallery_prompts=0, which makes no page"),
-            "prompts_split": (
-                Path(self.prompts).is_file(),
-                f"for the file {self.prompts}, which has no splits",
-            ),
+            "prompts_split": (Path(self.prompts).is_file(), no_splits),
         }
         for name, (does_nothing, where) in idle.items():
             if does_nothing and getattr(self, name) != self.__dataclass_fields__[name].default:
@@ -148,13 +151,7 @@ class SweepConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SweepConfig":
         """From plain values, refusing names that do not exist."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(
-                f"the sweep has no setting {', '.join(unknown)}; known: "
-                f"{', '.join(f.name for f in fields(cls))}"
-            )
+        require_settings(values, field_types(cls), "the sweep")
         return cls(**values)
 
 
@@ -166,14 +163,14 @@ def build_sweep(config: SweepConfig) -> tuple[Sweep, list[System]]:
     """
     systems = planned_systems(config)
     device = torch_device(config.device)
-    prompts = held_out_prompts(config)
+    prompts = _held_out_prompts(config)
     cache = Cache(Path(config.output) / "cache")
     teacher = source(config.teacher or systems[0].replicates[0][0][0])
     player = Player(single(teacher)[0], device)
     num_frames, seconds = _length(player, config.clip_seconds)
     seeds = tuple(config.seeds)
     clips = ClipSet(tuple(prompts), config.num_generations, num_frames, seeds, config.rollout_backend)
-    features: list[Feature] = [ValidityFeature()]
+    features: list[Feature] = [ValidityFeature(), FacetsFeature()]
     if config.teacher:
         features.append(DivergenceFeature(player, teacher, config.teacher_guidance_scale))
     features += _judges(config, prompts, device)
@@ -203,7 +200,7 @@ def build_sweep(config: SweepConfig) -> tuple[Sweep, list[System]]:
     return sweep, systems
 
 
-def held_out_prompts(config: SweepConfig) -> list[str]:
+def _held_out_prompts(config: SweepConfig) -> list[str]:
     """Distinct prompts, in their order.
 
     Raises:
@@ -230,7 +227,7 @@ def planned_systems(config: SweepConfig) -> list[System]:
     known = {"system": names, "series": series, "system or series": list(dict.fromkeys(names + series))}
     wanted = [("compare_to", "system", name) for name in config.compare_to]
     if config.arms:
-        arms = Arms(**{**config.arms, "sweeps": config.arms.get("sweeps") or ()})
+        arms = Arms(**config.arms)
         parts = ("base", "guided", "quality", "diverse", "uniform")
         wanted += [(f"arms: {part}", "system", name) for part in parts if (name := getattr(arms, part))]
         wanted.append(("arms: merges", "series", arms.merges))
@@ -244,21 +241,21 @@ def planned_systems(config: SweepConfig) -> list[System]:
     return systems
 
 
-def _judges(config: SweepConfig, prompts: list[str], device: str) -> list[Feature]:
+def _judges(settings: SweepConfig, prompts: list[str], device: str) -> list[Feature]:
     features: list[Feature] = []
-    if config.judge:
+    if settings.judge:
         # Imported where it is used: prompts of another world need no judge, and no part of the nano world.
         from diverse_cfg.nano.judge import AttributeJudge
 
-        path = source(config.judge, "judge")
+        path = source(settings.judge, "judge")
         features.append(JudgeFeature(AttributeJudge.from_pretrained(path), path))
     if all(parse_prompt(prompt) for prompt in prompts):
         features.append(RulesFeature())
-    if config.text_encoder:
+    if settings.text_encoder:
         features.append(
-            TextAdherenceFeature(load_embedder(config.text_encoder, device=device), config.text_encoder)
+            TextAdherenceFeature(load_embedder(settings.text_encoder, device=device), settings.text_encoder)
         )
-    if config.aesthetics:
+    if settings.aesthetics:
         first = AestheticsFeature("aesthetics_ce", device=device)
         features += [first, AestheticsFeature("aesthetics_pq", first.score.model, device)]
     return features
@@ -267,5 +264,5 @@ def _judges(config: SweepConfig, prompts: list[str], device: str) -> list[Featur
 def _length(player: Player, clip_seconds: float | None) -> tuple[int, float]:
     from diverse_cfg.trainer.setup import clip_frames
 
-    frames = clip_frames(player.model, clip_seconds)
+    frames = clip_frames(player.policy, clip_seconds)
     return frames, frames / player.policy.frame_rate

@@ -13,6 +13,7 @@ from pathlib import Path
 from diverse_cfg.acoustics import TARGET_LUFS
 from diverse_cfg.atomic import alone, write_text
 from diverse_cfg.evaluation.figures import front, merge_curve, trajectories
+from diverse_cfg.evaluation.levels import level_tables, levels_of, save_levels
 from diverse_cfg.evaluation.metrics import METRICS, require_known
 from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
 from diverse_cfg.evaluation.results import Results, SystemResult
@@ -69,18 +70,19 @@ def evaluate(
     with alone(config.output):
         results = sweep.run(systems, config.compare_to, progress=progress)
         results.save(config.output)
+        save_levels(results, config.output)
         if not results.usable:
             write_text(Path(config.output) / "results.md", results.table() + "\n")
             raise ValueError(f"every system failed; the first: {results.systems[0].error}")
-        pictures = [*draw(results, config.output, config.x, config.y), *pictures]
-        write_text(Path(config.output) / "results.md", to_page(results, pictures, config))
+        pictures = [*_draw(results, config.output, config.x, config.y), *pictures]
+        write_text(Path(config.output) / "results.md", _to_page(results, pictures, config))
         if config.gallery_prompts and config.gallery_generations:
             files = write_audio(
                 results, sweep, config.output, config.gallery_prompts, config.gallery_generations
             )
             title = title or f"{len(results.systems)} systems on {len(results.prompts)} prompts"
             columns = [name for name in columns or results.metrics if name in results.metrics]
-            write_gallery(
+            _write_gallery(
                 results, files, config.output,
                 title=title, introduction=introduction, metrics=columns, pictures=pictures,
             )  # fmt: skip
@@ -111,30 +113,31 @@ def _check_axes(config: SweepConfig, sweep: Sweep, systems: Sequence[System]) ->
             )
 
 
-def to_page(results: Results, pictures: Sequence[Picture], config: SweepConfig) -> str:
+def _to_page(results: Results, pictures: Sequence[Picture], config: SweepConfig) -> str:
     """Everything as one Markdown page: findings, figures, table, glossary, how it was measured."""
     lines = ["# Results", ""]
     x, y = config.x or first_metric(results, DIVERSITIES), config.y or first_metric(results, QUALITIES)
     if config.arms and x and y:
-        arms = Arms(**{**config.arms, "sweeps": tuple(config.arms.get("sweeps") or ())})
-        found = signatures(results, arms, quality=y, diversity=x)
+        found = signatures(results, Arms(**config.arms), quality=y, diversity=x)
         lines += ["## The paper's findings", "", to_markdown(found)]
     for picture in pictures:
         caption = markdown(picture.caption)
         lines += [f"![{caption}]({picture.file})", "", caption, ""]
     settings = results.settings
     versions = ", ".join(f"{name} {version}" for name, version in settings["versions"].items())
-    how = f"{how_measured(results)} Sampling seeds {settings['seeds']}; {settings['machine']}; {versions}."
+    how = f"{_how_measured(results)} Sampling seeds {settings['seeds']}; {settings['machine']}; {versions}."
     if "seconds" in results.metrics and (machines := settings.get("timed_on")):
         how += f" Sampling was timed on {'; '.join(machines)}."
         how += " Times of different machines do not compare." if len(machines) > 1 else ""
     lines += ["## Numbers", "", results.table(), "", how]
+    if len(levels_of(results)) > 1:
+        lines += ["", "## Numbers by level", "", level_tables(results)]
     lines += ["", "## What the columns mean", ""]
     lines += [f"- **{METRICS[name].label}**: {METRICS[name].explanation}" for name in results.metrics]
     return "\n".join(lines) + "\n"
 
 
-def write_gallery(
+def _write_gallery(
     results: Results,
     files: dict[tuple[str, int], list[str]],
     folder: str | os.PathLike,
@@ -157,12 +160,12 @@ def write_gallery(
 
     Returns:
         Path of the page.
-
-    Raises:
-        ValueError: a metric that does not exist.
     """
     names = list(metrics or results.metrics)
-    require_known(names)
+    settings = results.settings
+    whose = f"all {len(settings['seeds']) * settings['num_generations']} clips"
+    if any(len(row.system.replicates) > 1 for row in results.usable):
+        whose += " of the system's first training seed"
     shown = sorted({prompt for _, prompt in files})
     beside = [name for name in names if METRICS[name].cells is not None and METRICS[name].better]
     page = {
@@ -181,14 +184,14 @@ def write_gallery(
         ],
         "files": files,
         "beside": lambda row, prompt: _of_prompt(row, prompt, beside[:3]),
-        "how": how_measured(results),
-        "whose": _beside(results),
+        "how": _how_measured(results),
+        "whose": f"The small numbers belong to {whose} for the prompt; the players hold the first of them.",
         "target": TARGET_LUFS,
     }
     return write_text(Path(folder) / "index.html", render("gallery.html.jinja", page))
 
 
-def how_measured(results: Results) -> str:
+def _how_measured(results: Results) -> str:
     """What the table's numbers are means over, and what their intervals hold for."""
     settings = results.settings
     seeds, clips = len(settings["seeds"]), settings["num_generations"]
@@ -204,18 +207,6 @@ def how_measured(results: Results) -> str:
     ) + (" Sampling times are resampled by batch." if "seconds" in results.metrics else "")
 
 
-def _beside(results: Results) -> str:
-    """Which clips the small numbers belong to."""
-    settings = results.settings
-    count = len(settings["seeds"]) * settings["num_generations"]
-    training = any(len(row.system.replicates) > 1 for row in results.usable)
-    whose = " of the system's first training seed" if training else ""
-    return (
-        f"The small numbers belong to all {count} clips{whose} for the prompt; the players hold the first of "
-        "them."
-    )
-
-
 def _of_prompt(row: SystemResult, prompt: int, names: Sequence[str]) -> str:
     """The first replicate's numbers for one prompt, over all its clips: the players hold the first of them."""
     parts = []
@@ -226,7 +217,7 @@ def _of_prompt(row: SystemResult, prompt: int, names: Sequence[str]) -> str:
     return " · ".join(parts)
 
 
-def draw(
+def _draw(
     results: Results, folder: str | os.PathLike, x: str | None = None, y: str | None = None
 ) -> list[Picture]:
     """Every figure that these results have the numbers for: front, LERPs, trajectories.
@@ -254,10 +245,8 @@ def draw(
         if {0.0, 1.0} < weights - {None}:
             name = f"lerp-{slug(series, default='series')}"
             merge_curve(results, series, [x, y], folder / name)
-            caption = (
-                f"{_title(series)}: the merge weight is a knob. Dashed: the straight line between the ends."
-            )
-            pictures.append(Picture(f"{name}.svg", caption))
+            caption = "the merge weight is a knob. Dashed: the straight line between the ends."
+            pictures.append(Picture(f"{name}.svg", f"{series[:1].upper()}{series[1:]}: {caption}"))
     in_runs = Counter(row.system.series for row in results.usable if row.system.step is not None)
     if max(in_runs.values(), default=0) > 1:  # one checkpoint alone is no path
         trajectories(results, x, y, folder / "trajectories")
@@ -268,7 +257,3 @@ def draw(
 def first_metric(results: Results, names: tuple[str, ...]) -> str | None:
     """The first of these metrics that the results have."""
     return next((name for name in names if name in results.metrics), None)
-
-
-def _title(text: str) -> str:
-    return text[:1].upper() + text[1:]

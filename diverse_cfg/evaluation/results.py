@@ -416,12 +416,24 @@ def mean_estimate(cells: np.ndarray, clusters: Sequence[int] | None = None) -> E
     return Estimate(*interval, num_prompts=num_prompts, num_replicates=num_replicates)
 
 
+def lerp_ends(merges: Sequence[SystemResult]) -> tuple[SystemResult, SystemResult]:
+    """Both ends of a LERP whose systems are in the order of their merge weights.
+
+    Raises:
+        ValueError: an end is missing, or there is nothing between.
+    """
+    weights = [row.system.merge_weight for row in merges]
+    if len(weights) < 3 or (weights[0], weights[-1]) != (0, 1):
+        raise ValueError(
+            f"of the merge weights {weights} no LERP can be made: it needs 0, 1 and something between"
+        )
+    return merges[0], merges[-1]
+
+
 def above_line(first: SystemResult, row: SystemResult, last: SystemResult, metric: str) -> np.ndarray:
     """How far a merge lies above the straight line between its ends: v(λ) − (1 − λ)·v(0) − λ·v(1), cells
     [P, R]."""
-    weight = row.system.merge_weight
-    if weight is None:
-        raise ValueError(f"system {row.system.name!r} has no merge weight, and so no place on the line")
+    weight = row.system.merge_weight or 0.0
     return row.by_prompt(metric) - (1 - weight) * first.by_prompt(metric) - weight * last.by_prompt(metric)
 
 

@@ -16,6 +16,7 @@ from diverse_cfg.evaluation.results import (
     Results,
     SystemResult,
     above_line,
+    lerp_ends,
     markdown_table,
     mean_estimate,
 )
@@ -24,6 +25,8 @@ from diverse_cfg.untrusted import markdown
 HOLDS, FAILS, OPEN, MISSING = "holds", "fails", "not shown", "not measured"
 """Verdicts: shown; the opposite is shown; the interval allows both; a system or metric is missing."""
 
+_MARGIN = 0.02
+"""Loss of quality that still counts as "the quality of", and distance from a straight line that is still on it."""
 
 _TITLES = (
     "Distillation alone reaches the quality of guidance at half the cost, and loses its diversity",
@@ -55,13 +58,13 @@ class Arms:
     quality: str
     diverse: str
     merges: str
-    sweeps: Sequence[str | Sequence[str]] = ()
+    sweeps: Sequence[str | Sequence[str]] | None = None
     uniform: str | None = None
 
     @property
     def pools(self) -> dict[str, tuple[str, ...]]:
         """Name of a sweep → its series and systems; of several sweeps, all of them together come last."""
-        parts = [(sweep,) if isinstance(sweep, str) else tuple(sweep) for sweep in self.sweeps]
+        parts = [(sweep,) if isinstance(sweep, str) else tuple(sweep) for sweep in self.sweeps or ()]
         pools = {" with ".join(map(repr, part)): part for part in parts}
         if len(parts) > 1:
             pools["all of these together"] = tuple(dict.fromkeys(name for part in parts for name in part))
@@ -69,7 +72,7 @@ class Arms:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class _Evidence:
     """One claim and what the numbers say.
 
     Args:
@@ -89,7 +92,7 @@ class Signature:
 
     number: int
     title: str
-    evidence: tuple[Evidence, ...]
+    evidence: tuple[_Evidence, ...]
 
     @property
     def verdict(self) -> str:
@@ -104,8 +107,6 @@ def signatures(
     *,
     quality: str = "adherence",
     diversity: str = "diversity_heldout",
-    margin: float = 0.02,
-    diversity_margin: float = 0.02,
 ) -> list[Signature]:
     """The five findings in these results.
 
@@ -114,18 +115,16 @@ def signatures(
         arms: which system is which.
         quality: metric of quality.
         diversity: metric of diversity; under an encoder that was not the reward.
-        margin: loss of quality that still counts as "the quality of".
-        diversity_margin: distance from the straight line that still counts as "on the line".
     """
     base, guided, student, diverse = arms.base, arms.guided, arms.quality, arms.diverse
     merges = merges_of(results, arms)
-    kept = f"(a loss of {margin:g} at most)"
+    kept = f"(a loss of {_MARGIN:g} at most)"
 
-    def more(claim: str, system: str, other: str, metric: str, by: float = 0.0) -> Evidence:
-        return claimed(claim, lambda: results.difference(system, other, metric), above=by)
+    def more(claim: str, system: str, other: str, metric: str, by: float = 0.0) -> _Evidence:
+        return _claimed(claim, lambda: results.difference(system, other, metric), above=by)
 
-    def less(claim: str, system: str, other: str, metric: str) -> Evidence:
-        return claimed(claim, lambda: results.difference(system, other, metric), below=0.0)
+    def less(claim: str, system: str, other: str, metric: str) -> _Evidence:
+        return _claimed(claim, lambda: results.difference(system, other, metric), below=0.0)
 
     def larger_front(pool: Sequence[str]) -> Estimate:
         front, corner = [row.system.name for row in merges], useful_corner(results, arms, diversity, quality)
@@ -134,7 +133,7 @@ def signatures(
     evidence = (
         (
             less("its KL to the guided teacher is below the base's", student, base, "kl_teacher"),
-            more(f"it has the quality of the guided base {kept}", student, guided, quality, by=-margin),
+            more(f"it has the quality of the guided base {kept}", student, guided, quality, by=-_MARGIN),
             less("it costs fewer decoder rows than the guided base", student, guided, "decoder_rows"),
             less("it is less diverse than the base", student, base, diversity),
         ),
@@ -144,24 +143,24 @@ def signatures(
             more("it keeps a better quality than the base", diverse, base, quality),
         ),
         (
-            claimed(
-                f"diversity is on the line (within ±{diversity_margin:g})",
+            _claimed(
+                f"diversity is on the line (within ±{_MARGIN:g})",
                 lambda: _mean_above_line(merges, diversity),
-                above=-diversity_margin,
-                below=diversity_margin,
+                above=-_MARGIN,
+                below=_MARGIN,
             ),
-            claimed("quality is above the line", lambda: _mean_above_line(merges, quality), above=0.0),
+            _claimed("quality is above the line", lambda: _mean_above_line(merges, quality), above=0.0),
         ),
         tuple(
-            claimed(f"larger hypervolume than {name}", partial(larger_front, pool), above=0.0)
+            _claimed(f"larger hypervolume than {name}", partial(larger_front, pool), above=0.0)
             for name, pool in arms.pools.items()
         )
-        or (Evidence("larger hypervolume than guidance and temperature", None, MISSING),),
+        or (_Evidence("larger hypervolume than guidance and temperature", None, MISSING),),
         (
-            claimed(
+            _claimed(
                 f"quality of the front at its diversity {kept}",
                 lambda: _beside_front(results[arms.uniform or ""], merges, diversity, quality),
-                above=-margin,
+                above=-_MARGIN,
             ),
         ),
     )
@@ -169,9 +168,9 @@ def signatures(
     return [Signature(number, title, claims) for number, (title, claims) in enumerate(titled, start=1)]
 
 
-def claimed(
+def _claimed(
     claim: str, measure: Callable[[], Estimate], *, above: float | None = None, below: float | None = None
-) -> Evidence:
+) -> _Evidence:
     """One claim: that an interval lies above a bound, below one, or between two.
 
     What was not measured (`measure` raises a ValueError: a system failed, is flagged or was not evaluated, or a
@@ -180,12 +179,12 @@ def claimed(
     try:
         found = measure()
     except ValueError:
-        return Evidence(claim, None, MISSING)
+        return _Evidence(claim, None, MISSING)
     if found.low is None or found.high is None:
-        return Evidence(claim, found, OPEN)
+        return _Evidence(claim, found, OPEN)
     holds = (above is None or found.low > above) and (below is None or found.high < below)
     fails = (above is not None and found.high < above) or (below is not None and found.low > below)
-    return Evidence(claim, found, HOLDS if holds else FAILS if fails else OPEN)
+    return _Evidence(claim, found, HOLDS if holds else FAILS if fails else OPEN)
 
 
 def useful_corner(results: Results, arms: Arms, x: str, y: str) -> tuple[float, float]:
@@ -221,12 +220,8 @@ def to_markdown(found: Sequence[Signature]) -> str:
     parts = []
     for signature in found:
         claims = [
-            (
-                markdown(evidence.claim),
-                "–" if evidence.found is None else evidence.found.text(),
-                evidence.verdict,
-            )
-            for evidence in signature.evidence
+            (markdown(one.claim), "–" if one.found is None else one.found.text(), one.verdict)
+            for one in signature.evidence
         ]
         table = markdown_table(["claim", "difference", "verdict"], claims)
         parts.append(f"### {signature.number}. {signature.title}: **{signature.verdict}**\n\n{table}\n")
@@ -247,16 +242,10 @@ def merges_of(results: Results, arms: Arms) -> list[SystemResult]:
     return sorted(rows, key=lambda row: row.system.merge_weight or 0.0)
 
 
-def _ends(merges: Sequence[SystemResult]) -> tuple[SystemResult, list[SystemResult], SystemResult]:
-    if len(merges) < 3 or merges[0].system.merge_weight != 0 or merges[-1].system.merge_weight != 1:
-        raise ValueError("a LERP needs its two ends and something between")
-    return merges[0], list(merges[1:-1]), merges[-1]
-
-
 def _mean_above_line(merges: Sequence[SystemResult], metric: str) -> Estimate:
     """Mean over the inner merges of v(λ) − (1 − λ)·v(0) − λ·v(1), by prompt."""
-    first, inner, last = _ends(merges)
-    return mean_estimate(np.mean([above_line(first, row, last, metric) for row in inner], axis=0))
+    first, last = lerp_ends(merges)
+    return mean_estimate(np.mean([above_line(first, row, last, metric) for row in merges[1:-1]], axis=0))
 
 
 def _beside_front(row: SystemResult, merges: Sequence[SystemResult], x: str, y: str) -> Estimate:
@@ -265,12 +254,11 @@ def _beside_front(row: SystemResult, merges: Sequence[SystemResult], x: str, y: 
     The place on the LERP is found on the means (outside of its range: the nearer end), the difference is
     taken by prompt.
     """
-    first, inner, last = _ends(merges)
-    points = [first, *inner, last]
-    places, wanted = [point.mean(x) for point in points], row.mean(x)
-    order = sorted(range(len(points)), key=places.__getitem__)
+    lerp_ends(merges)
+    places, wanted = [point.mean(x) for point in merges], row.mean(x)
+    order = sorted(range(len(merges)), key=places.__getitem__)
     shares = [
-        np.interp(wanted, sorted(places), [float(index == k) for index in order]) for k in range(len(points))
+        np.interp(wanted, sorted(places), [float(index == k) for index in order]) for k in range(len(merges))
     ]
-    front = sum(share * point.by_prompt(y) for share, point in zip(shares, points, strict=True))
+    front = sum(share * point.by_prompt(y) for share, point in zip(shares, merges, strict=True))
     return mean_estimate(row.by_prompt(y) - front)

@@ -65,10 +65,8 @@ class Sweep:
     settings: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        names = [feature.name for feature in self.features]
-        if len(set(names)) != len(names):
-            raise ValueError(f"features must have different names, got {', '.join(names)}")
-        available = {*names, "codes", "timing"} | ({"reference"} if self.reference is not None else set())
+        available = {"codes", "timing", *(feature.name for feature in self.features)}
+        available |= {"reference"} if self.reference is not None else set()
         self.chosen: list[Metric] = require(
             self.metrics, available, self.clips.num_generations, len(self.clips.prompts)
         )
@@ -85,17 +83,7 @@ class Sweep:
             systems: with unique names.
             compare_to: names of systems that all others are compared with.
             progress: show a progress bar.
-
-        Raises:
-            ValueError: no systems, names that are not unique, or a name in `compare_to` that is not among
-                them.
         """
-        names = [system.name for system in systems]
-        if not systems or len(set(names)) != len(names):
-            raise ValueError(f"systems need unique names, got {', '.join(names) or 'none'}")
-        unknown = [name for name in compare_to if name not in names]
-        if unknown:
-            raise ValueError(f"compare_to names {unknown[0]!r}, which is none of {', '.join(names)}")
         parts = sum(len(system.replicates) for system in systems)
         total = 2 * parts * self.clips.num_clips  # sampling and judging each see every clip
         rows = []
@@ -107,14 +95,13 @@ class Sweep:
                     rows.append(self.evaluate(system, bar))
                 except UnwritableError:
                     raise  # which would cost the others as well
-                # Whatever breaks one system (a missing folder, NaN weights, no memory) must not cost the
-                # others.
+                # A missing folder, NaN weights or no memory must not cost the others.
                 except Exception as error:
                     logger.warning("system %s failed: %s", system.name, error)
                     logger.debug("its traceback", exc_info=True)
                     rows.append(SystemResult(system, error=plain(f"{type(error).__name__}: {error}")))
                 bar.update(before + 2 * len(system.replicates) * self.clips.num_clips - bar.n)
-        flag_incomparable(rows)
+        _flag_incomparable(rows)
         return Results(list(self.clips.prompts), rows, self._settings(rows), list(compare_to))
 
     def evaluate(self, system: System, bar: tqdm | None = None) -> SystemResult:
@@ -208,7 +195,7 @@ class Sweep:
         }
 
 
-def flag_incomparable(rows: Sequence[SystemResult]) -> None:
+def _flag_incomparable(rows: Sequence[SystemResult]) -> None:
     """Flag systems that are clearly further from music than the unguided base: nothing is as diverse as random codes.
 
     The base (role "base", γ = 1, T = 1) is the worst that a sweep has any use for: students and guidance improve on
@@ -223,9 +210,11 @@ def flag_incomparable(rows: Sequence[SystemResult]) -> None:
     Args:
         rows: of one sweep; their flags are extended.
     """
-    base = next((row for row in rows if row.ok and not row.flags and _is_unguided_base(row.system)), None)
-    if base is None:
+    sound = [row for row in rows if row.ok and not row.flags and row.system.role == "base"]
+    bases = [row for row in sound if row.system.guidance_scale == row.system.temperature == 1]
+    if not bases:
         return
+    base = bases[0]
     checks = [("kl_teacher", 1, _MAX_DIVERGENCE, 1.0)]
     checks += [(name, -1, _MIN_ADHERENCE, 0.0) for name in ("adherence", "rules", "text")]
     for row in rows:
@@ -240,10 +229,6 @@ def flag_incomparable(rows: Sequence[SystemResult]) -> None:
                     f"{base.metrics[metric].text()} of {base.system.name}: its diversity is not comparable, and it is "
                     "left out of fronts"
                 )
-
-
-def _is_unguided_base(system: System) -> bool:
-    return system.role == "base" and system.guidance_scale == 1 and system.temperature == 1
 
 
 # ---- the clips again -----------------------------------------------------------------------------

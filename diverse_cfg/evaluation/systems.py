@@ -9,14 +9,15 @@ import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from diverse_cfg.assets import source
+from diverse_cfg.assets import portable, source
+from diverse_cfg.functional.guidance import guidance_schedule
 from diverse_cfg.merging.weights import parse_sweep, resolve_weights
 from diverse_cfg.policies.loading import is_distilled
 from diverse_cfg.policies.sampler.draws import SamplingSettings
-from diverse_cfg.settings import require_type
+from diverse_cfg.settings import require_settings
 from diverse_cfg.untrusted import plain
 
 ROLES = ("base", "guided", "student", "merge")
@@ -33,13 +34,14 @@ _ENTRY_TYPES: dict[str, Any] = {
     "merge_weight": str | float | list[float],
     "weights": list[float] | None,
     "guidance_scale": float | list[float],
+    "guidance_schedule": str | list[str],
     "temperature": float | list[float],
     "top_k": int | list[int],
     "role": str | None,
     "series": str | None,
     "step": int | None,
 }
-_GRID_KEYS = {"guidance_scale": "γ", "temperature": "T", "top_k": "k"}
+_GRID_KEYS = {"guidance_scale": "γ", "guidance_schedule": "γ(t)", "temperature": "T", "top_k": "k"}
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class System:
         replicates: one model per training seed; clips are generated for each of them. Folders named `seed-N`
             tell which seed, so that comparisons can be made seed by seed.
         guidance_scale: γ at inference; 1 is no guidance.
+        guidance_schedule: γ over the frames; see `functional.guidance.guidance_schedule`.
         temperature: 0 is greedy.
         top_k: 0 keeps all codes.
         role: "base", "guided", "student" or "merge"; decides how it is drawn.
@@ -62,6 +65,7 @@ class System:
     name: str
     replicates: tuple[Mixture, ...]
     guidance_scale: float = 1.0
+    guidance_schedule: str = "constant"
     temperature: float = 1.0
     top_k: int = 0
     role: str = "student"
@@ -83,6 +87,7 @@ class System:
             raise ValueError(f"system {self.name!r}: role={self.role!r} must be one of {', '.join(ROLES)}")
         try:
             _ = self.sampling
+            guidance_schedule(self.guidance_schedule, self.guidance_scale, 2)
         except ValueError as error:
             raise ValueError(f"system {self.name!r}: {error}") from None
 
@@ -90,6 +95,13 @@ class System:
     def sampling(self) -> SamplingSettings:
         """How its codes are drawn."""
         return SamplingSettings(self.guidance_scale, self.temperature, self.top_k)
+
+    def sampling_of(self, num_frames: int) -> SamplingSettings:
+        """The same for clips of T frames, each with its γ."""
+        if self.guidance_schedule == "constant":
+            return self.sampling
+        schedule = guidance_schedule(self.guidance_schedule, self.guidance_scale, num_frames)
+        return replace(self.sampling, guidance_scale=schedule)
 
     @property
     def untrained(self) -> bool:
@@ -110,16 +122,18 @@ class System:
         return seeds if len(set(seeds)) == len(self.replicates) else ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for the results file."""
+        """Plain values, for the results file; the shipped base is `nano`, wherever it is installed."""
         values = asdict(self)
-        values["replicates"] = [[list(part) for part in mixture] for mixture in self.replicates]
+        values["replicates"] = [
+            [[portable(checkpoint), weight] for checkpoint, weight in mixture] for mixture in self.replicates
+        ]
         return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "System":
         """The inverse of `to_dict`."""
         replicates = tuple(
-            tuple((str(checkpoint), float(weight)) for checkpoint, weight in mixture)
+            tuple((source(str(checkpoint)), float(weight)) for checkpoint, weight in mixture)
             for mixture in values["replicates"]
         )
         return cls(**{**values, "replicates": replicates})
@@ -181,13 +195,8 @@ def _expand(entry: Mapping[str, Any]) -> list[System]:
     if not isinstance(entry, Mapping) or not str(entry.get("name") or "").strip():
         raise ValueError(f"every system needs a name, got {entry!r}")
     name = entry["name"]
-    unknown = [str(key) for key in entry if key not in _ENTRY_TYPES]
-    if unknown:
-        raise ValueError(
-            f"system {name!r} has no setting {', '.join(unknown)}; known: {', '.join(_ENTRY_TYPES)}"
-        )
+    require_settings(entry, _ENTRY_TYPES, f"system {name!r}", prefix=f"system {name!r}: ")
     for key, value in entry.items():
-        require_type(f"system {name!r}: {key}", value, _ENTRY_TYPES[key])
         if value in ([], ()):
             raise ValueError(f"system {name!r}: {key}={value!r} is empty: name at least one, or leave it out")
     if ("model" in entry) == ("checkpoints" in entry):
@@ -204,7 +213,7 @@ def _expand(entry: Mapping[str, Any]) -> list[System]:
     for suffix, weight, replicates in _models(name, entry):
         for point in itertools.product(*grid.values()):
             sampling = dict(zip(grid, point, strict=True))
-            marks = [suffix, *(f"{_GRID_KEYS[key]}={sampling[key]:g}" for key in varied)]
+            marks = [suffix, *(f"{_GRID_KEYS[key]}={_short(sampling[key])}" for key in varied)]
             systems.append(
                 System(
                     name=" ".join([name, *filter(None, marks)]),
@@ -259,6 +268,10 @@ def _mixtures(name: str, seeds: list[tuple[str, ...]], weights: Any) -> tuple[Mi
     except ValueError as error:
         raise ValueError(f"system {name!r}: {error}") from None
     return tuple(tuple(zip(seed, resolved, strict=True)) for seed in seeds)
+
+
+def _short(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def _role(replicates: tuple[Mixture, ...], guidance_scale: float) -> str:

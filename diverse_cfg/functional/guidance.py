@@ -1,6 +1,7 @@
 """Classifier-free guidance on logits: the teacher of the distillation."""
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -38,6 +39,54 @@ def guided_logits(cond: Tensor, uncond: Tensor, guidance_scale: float | Tensor) 
     elif guidance_scale == 1:
         return cond
     return uncond + guidance_scale * (cond - uncond)
+
+
+def guidance_schedule(
+    schedule: str | Sequence[float], guidance_scale: float, num_frames: int
+) -> tuple[float, ...]:
+    """γ of every frame t, with u = t / (T − 1) the place in the clip.
+
+    | schedule | γ(u) |
+    |---|---|
+    | "constant" | γ |
+    | "linear" | γ + (1 − γ)·u: all of it at the start, none at the end |
+    | "cosine" | 1 + (γ − 1)·(1 + cos πu) / 2 |
+    | "interval A B" | γ for A ≤ u ≤ B, else 1 (guidance in an interval, arXiv 2404.07724) |
+    | numbers | one per frame, as they are |
+
+    Args:
+        schedule: its name, or T numbers.
+        guidance_scale: γ.
+        num_frames: T.
+
+    Raises:
+        ValueError: an unknown schedule, an interval that is none in [0, 1], or another number of frames.
+    """
+    if not isinstance(schedule, str):
+        if len(schedule) != num_frames:
+            raise ValueError(f"guidance_schedule has {len(schedule)} numbers, the clip {num_frames} frames")
+        return tuple(float(scale) for scale in schedule)
+    places = [frame / max(num_frames - 1, 1) for frame in range(num_frames)]
+    match schedule.split():
+        case ["constant"]:
+            return (guidance_scale,) * num_frames
+        case ["linear"]:
+            return tuple(guidance_scale + (1 - guidance_scale) * u for u in places)
+        case ["cosine"]:
+            return tuple(1 + (guidance_scale - 1) * (1 + math.cos(math.pi * u)) / 2 for u in places)
+        case ["interval", *ends]:
+            try:
+                first, last = map(float, ends)
+            except ValueError:
+                first, last = 1.0, 0.0
+            if not 0 <= first <= last <= 1:
+                raise ValueError(
+                    f"guidance_schedule={schedule!r} must name two places in the clip, such as 'interval 0 0.5'"
+                )
+            return tuple(guidance_scale if first <= u <= last else 1.0 for u in places)
+    raise ValueError(
+        f"guidance_schedule={schedule!r} must be constant, linear, cosine, 'interval A B', or one number per frame"
+    )
 
 
 def expand_scale(guidance_scale: Tensor, like: Tensor) -> Tensor:

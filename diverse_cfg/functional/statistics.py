@@ -15,8 +15,8 @@ from torch import Tensor
 from diverse_cfg.functional._checks import require_ndim
 
 
-class Interval(NamedTuple):
-    """An estimate with its interval."""
+class _Interval(NamedTuple):
+    """An estimate with its 95 % interval."""
 
     estimate: float
     low: float
@@ -30,9 +30,7 @@ def bootstrap_mean(
     seed_ids: Sequence[Hashable] | Tensor | None = None,
     *,
     num_resamples: int = 2000,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> Interval:
+) -> _Interval:
     """Mean with an interval from a bootstrap over prompts.
 
         x̄* = Σ_p n*_p · Σ_{c∈p} x_c / Σ_p n*_p · |p|,   n* = how often each prompt was drawn (Efron 1979)
@@ -58,15 +56,13 @@ def bootstrap_mean(
         prompt_ids: the prompt of each value [C], any hashable.
         seed_ids: the training or sampling seed of each value [C]; None keeps the seeds fixed.
         num_resamples: bootstrap draws; of no use with `seed_ids`.
-        confidence: coverage of the interval.
-        seed: of the resampling.
 
     Returns:
         Estimate (the plain mean of all values), interval and standard error.
 
     Raises:
         ValueError: values not finite or not one-dimensional, counts differ, fewer than two prompts or three
-            seeds, a prompt without a value for some seed (with `seed_ids`), or numbers out of range.
+            seeds, a prompt without a value for some seed (with `seed_ids`), or fewer than 100 resamples.
     """
     require_ndim("values", values, "C")
     values = values.detach().double().cpu()
@@ -89,9 +85,9 @@ def bootstrap_mean(
             (_clustered_variance(values, prompts, num_prompts), num_prompts),
             (_clustered_variance(values, seeds, num_seeds), num_seeds),
         ]
-        return _student(values.mean().item(), factors, confidence)
-    draws = _draw_counts(num_prompts, num_resamples, _generator(seed))
-    return _interval(values.mean().item(), draws @ sums / (draws @ counts), num_prompts, confidence)
+        return _student(values.mean().item(), factors)
+    draws = _draw_counts(num_prompts, num_resamples)
+    return _interval(values.mean().item(), draws @ sums / (draws @ counts), num_prompts)
 
 
 def jackknife_statistic(
@@ -99,9 +95,8 @@ def jackknife_statistic(
     num_prompts: int,
     num_seeds: int = 1,
     *,
-    confidence: float = 0.95,
     max_groups: int = 100,
-) -> Interval:
+) -> _Interval:
     """Any smooth statistic of a set of prompts (Fréchet, MMD, hypervolume) with an interval around it.
 
         V_p = (P − 1)/P · Σ_i (s_(i) − s̄_(·))²,   s_(i) = the statistic without prompt i
@@ -119,7 +114,6 @@ def jackknife_statistic(
         statistic: from the indices of prompts and of seeds, each without repetitions, to a number.
         num_prompts: P.
         num_seeds: R; below three the seeds are kept.
-        confidence: coverage of the interval.
         max_groups: most prompts that are left out one by one.
 
     Returns:
@@ -127,7 +121,7 @@ def jackknife_statistic(
         for what is left.
 
     Raises:
-        ValueError: P < 2, or numbers out of range.
+        ValueError: P < 2.
     """
     if num_prompts < 2:
         raise ValueError(f"an interval over prompts needs at least 2 of them, got {num_prompts}")
@@ -138,7 +132,7 @@ def jackknife_statistic(
     if num_seeds >= 3:
         without = [statistic(prompts, seeds[seeds != seed]) for seed in range(num_seeds)]
         factors.append((_jackknife_variance(without), num_seeds))
-    return _student(float(statistic(prompts, seeds)), factors, confidence)
+    return _student(float(statistic(prompts, seeds)), factors)
 
 
 def frechet_distance(embeddings: Tensor, reference: Tensor) -> float:
@@ -237,30 +231,6 @@ def hypervolume(points: Tensor, reference: Sequence[float] | Tensor) -> float:
     return area
 
 
-def win_rate(wins: float, ties: float, losses: float) -> float:
-    """Win rate of a side-by-side comparison, a tie being half a win.
-
-        (W + T/2) / (W + T + L)                                                          (arXiv 2410.06084)
-
-    For an interval, pass 1, ½ or 0 per vote to `bootstrap_mean`.
-
-    Args:
-        wins: W, votes for the system.
-        ties: T.
-        losses: L, votes for the other.
-
-    Returns:
-        Between 0 and 1; 0.5 is a draw.
-
-    Raises:
-        ValueError: a negative count, or no votes.
-    """
-    total = wins + ties + losses
-    if min(wins, ties, losses) < 0 or not total > 0:
-        raise ValueError(f"need votes, and none negative, got W={wins}, T={ties}, L={losses}")
-    return (wins + ties / 2) / total
-
-
 def _index(name: str, ids: Sequence[Hashable] | Tensor, length: int, at_least: int) -> tuple[Tensor, int]:
     """Number the ids 0, 1, …: index of each entry [C], and how many there are."""
     labels = ids.tolist() if isinstance(ids, Tensor) else list(ids)
@@ -274,51 +244,45 @@ def _index(name: str, ids: Sequence[Hashable] | Tensor, length: int, at_least: i
     return torch.tensor([numbers[label] for label in labels]), len(numbers)
 
 
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def _draw_counts(count: int, num_resamples: int, generator: torch.Generator) -> Tensor:
+def _draw_counts(count: int, num_resamples: int) -> Tensor:
     """How often each of `count` things is drawn in each resample [B, count]."""
-    draws = torch.randint(count, (num_resamples, count), generator=generator)
+    draws = torch.randint(count, (num_resamples, count), generator=torch.Generator().manual_seed(0))
     zeros = torch.zeros(num_resamples, count, dtype=torch.float64)
     return zeros.scatter_add(1, draws, torch.ones_like(draws, dtype=torch.float64))
 
 
-def _interval(estimate: float, resampled: Tensor, num_prompts: int, confidence: float) -> Interval:
+def _interval(estimate: float, resampled: Tensor, num_prompts: int) -> _Interval:
     """Percentile interval of resamples [B] at a level widened for few prompts, as wide as Student's t."""
     if len(resampled) < 100:
         raise ValueError(f"num_resamples must be at least 100, got {len(resampled)}")
     # A resample's variance is (P − 1)/P of the true one.
-    quantile = _t_quantile(num_prompts - 1, confidence) * (num_prompts / (num_prompts - 1)) ** 0.5
+    quantile = _t_quantile(num_prompts - 1) * (num_prompts / (num_prompts - 1)) ** 0.5
     tail = float(scipy.stats.norm.cdf(-quantile))
     low, high = torch.quantile(resampled, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return Interval(estimate, low, high, resampled.std().item())
+    return _Interval(estimate, low, high, resampled.std().item())
 
 
-def _student(estimate: float, factors: Sequence[tuple[float, int]], confidence: float) -> Interval:
+def _student(estimate: float, factors: Sequence[tuple[float, int]]) -> _Interval:
     """Student's interval of an estimate with a variance of its own from each factor, prompts and perhaps seeds.
 
     Args:
         estimate: its middle.
         factors: variance of the estimate and number of levels, for each factor.
-        confidence: coverage of the interval.
     """
     total = sum(variance for variance, _ in factors)
     half = 0.0
     if total != 0:  # NaN included
         freedom = total**2 / sum(variance**2 / (count - 1) for variance, count in factors)
-        half = _t_quantile(freedom, confidence) * total**0.5
+        half = _t_quantile(freedom) * total**0.5
     # What another factor adds must not narrow a factor's own interval.
-    own = [_t_quantile(count - 1, confidence) * variance**0.5 for variance, count in factors]
+    own = [_t_quantile(count - 1) * variance**0.5 for variance, count in factors]
     half = max([half, *own]) if math.isfinite(half) else math.nan
-    return Interval(estimate, estimate - half, estimate + half, total**0.5)
+    return _Interval(estimate, estimate - half, estimate + half, total**0.5)
 
 
-def _t_quantile(freedom: float, confidence: float) -> float:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
-    return float(scipy.stats.t.ppf((1 + confidence) / 2, freedom))
+def _t_quantile(freedom: float) -> float:
+    """Half the width of a 95 % interval, in standard errors."""
+    return float(scipy.stats.t.ppf(0.975, freedom))
 
 
 def _clustered_variance(values: Tensor, clusters: Tensor, count: int) -> float:

@@ -187,7 +187,10 @@ class Family:
         Raises:
             ValueError: they are incomplete.
         """
-        return load_complete(self.model_class, str(folder), dtype=torch.float32)
+        model = load_complete(self.model_class, str(folder), dtype=torch.float32)
+        if getattr(model, "generation_config", None) is None:
+            model.generation_config = load_generation_config(folder) or GenerationConfig()
+        return model
 
     def cast(self, model: Any, dtype: torch.dtype) -> None:
         """Give a loaded model another precision, in place."""

@@ -147,7 +147,7 @@ class Policy(ABC):
         condition: TextCondition,
         num_frames: int,
         *,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | Sequence[float] = 1.0,
         temperature: float = 1.0,
         seed: int = 0,
         sample_ids: Sequence[int] | None = None,
@@ -159,7 +159,7 @@ class Policy(ABC):
         Args:
             condition: N rows.
             num_frames: T.
-            guidance_scale: γ.
+            guidance_scale: γ; T numbers are a schedule.
             temperature: 0 is greedy.
             seed: of the run.
             sample_ids: which clip of the run each row is [N]; 0 … N − 1 by default.
@@ -170,13 +170,16 @@ class Policy(ABC):
         delays, rows = self.delays, condition
         if settings.guided:
             rows = condition.cat(negative_condition or self.null(condition))
+        scale = settings.guidance_scale
+        if isinstance(scale, tuple):
+            scale = torch.tensor(scale, device=self.device)
         ids = range(len(condition)) if sample_ids is None else sample_ids
         noise = keyed_noise(seed, ids, len(delays), num_frames, self.vocab_size).to(self.device)
         codes = torch.zeros(len(condition), len(delays), num_frames, dtype=torch.long, device=self.device)
         for step in range(num_decoder_steps(num_frames, delays)):
             logits = self.code_logits(codes.repeat(len(rows) // len(codes), 1, 1), rows)
             if settings.guided:
-                logits = guided_logits(*logits.chunk(2), settings.guidance_scale)
+                logits = guided_logits(*logits.chunk(2), scale)
             drawn, _, _ = draw(sampling_logits(logits, settings), noise, settings.greedy)
             for codebook, delay in enumerate(delays):
                 if 0 <= step - delay < num_frames:

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 from transformers import GenerationConfig
 
-from diverse_cfg.policies.audiocraft.folders import transformers_folder
+from diverse_cfg.policies.audiocraft.folders import find_file, transformers_folder
 from diverse_cfg.policies.families import Family, family_of, load_generation_config
 from diverse_cfg.policies.tensors import TensorInfo, find_tensors, read_tensor
 from diverse_cfg.provenance import Provenance, read_provenance
@@ -157,17 +157,17 @@ def same_base(first: str, second: str) -> bool:
     return first.rstrip("/") == second.rstrip("/") or os.path.realpath(first) == os.path.realpath(second)
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter.
+def is_adapter(source: str | os.PathLike) -> bool:
+    """Whether a folder or Hub id holds an adapter.
 
     Raises:
         ValueError: and a full checkpoint too.
     """
-    if not (folder / "adapter_config.json").is_file():
+    if find_file(os.fspath(source), "adapter_config.json") is None:
         return False
-    if (folder / "config.json").is_file():
+    if (Path(source) / "config.json").is_file():
         raise ValueError(
-            f"{folder} holds an adapter and a full checkpoint: move one of them into a folder of its own, "
+            f"{source} holds an adapter and a full checkpoint: move one of them into a folder of its own, "
             "since a merged checkpoint with its adapter on top would be adapted twice"
         )
     return True

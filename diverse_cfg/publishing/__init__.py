@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from diverse_cfg.cards import CURVES_FILE, METRICS_FILE, SAMPLES_FILE
 from diverse_cfg.merging import merge_checkpoints
@@ -80,44 +80,29 @@ def publish(
         PermissionError, ConnectionError, OSError: the Hub said no, or could not be reached; run it again to
         go on.
     """
-    if is_audiocraft(folder):
-        # What is published, and played by everybody, is the transformers folder that it makes.
-        with tempfile.TemporaryDirectory(prefix="diverse-cfg-publish-") as temporary:
-            converted = Path(temporary) / Path(folder).resolve().name
-            write_transformers(read_audiocraft(folder), converted, like=Path(folder))
-            return publish(
-                converted,
-                repo_id,
-                private=private,
-                dry_run=dry_run,
-                merged=merged,
-                base_model=base_model,
-                license=license,
-                tags=tags,
-                samples=samples,
-                results=results,
-                update=update,
-                card=card,
-                check=check,
-                token=token,
-                endpoint=endpoint,
-            )
-    if results is not None:
-        add_results(folder, *results)
-    if samples:
-        add_samples(folder, samples)
-    if not merged:
+    with tempfile.TemporaryDirectory(prefix="diverse-cfg-publish-") as temporary:
+        folder, name = Path(folder), Path(folder).resolve().name
+        if is_audiocraft(folder):  # what is published, and played by everybody, is the folder that it makes
+            stored, source = read_audiocraft(folder), folder
+            folder = Path(temporary) / "converted" / name
+            write_transformers(stored, folder, like=source)
+        if results is not None:
+            add_results(folder, *results)
+        if samples:
+            add_samples(folder, samples)
+        if merged:
+            if not (folder / "adapter_config.json").is_file():
+                raise ValueError(f"{folder} is a full model already: leave out merged=True (--merged)")
+            full = merge_checkpoints([folder], None, Path(temporary) / "merged" / name)
+            _take_along(folder, full)
+            folder = full
         plan = plan_upload(
             folder, repo_id, private=private, base_model=base_model, license=license, tags=tags
         )
-        return _finish(plan, dry_run, check, update=update, card=card, token=token, endpoint=endpoint)
-    if not (Path(folder) / "adapter_config.json").is_file():
-        raise ValueError(f"{folder} is a full model already: leave out merged=True (--merged)")
-    with tempfile.TemporaryDirectory(prefix="diverse-cfg-publish-") as temporary:
-        full = merge_checkpoints([folder], None, Path(temporary) / Path(folder).resolve().name)
-        _take_along(Path(folder), full)
-        plan = plan_upload(full, repo_id, private=private, base_model=base_model, license=license, tags=tags)
-        return _finish(plan, dry_run, check, update=update, card=card, token=token, endpoint=endpoint)
+        if check:
+            check_loads(folder)
+        _ = plan.num_bytes  # sizes are looked up while temporary folders are there
+        return plan if dry_run else upload(plan, update=update, card=card, token=token, endpoint=endpoint)
 
 
 def _take_along(folder: Path, full: Path) -> None:
@@ -128,10 +113,3 @@ def _take_along(folder: Path, full: Path) -> None:
     samples = Path(SAMPLES_FILE).parent
     if (folder / samples).is_dir():
         shutil.copytree(folder / samples, full / samples, symlinks=True)  # the plan says what may be a link
-
-
-def _finish(plan: UploadPlan, dry_run: bool, check: bool, **options: Any) -> UploadPlan | Published:
-    if check:
-        check_loads(plan.folder)
-    _ = plan.num_bytes  # sizes are looked up while temporary folders are there
-    return plan if dry_run else upload(plan, **options)

@@ -1,6 +1,7 @@
 """What would be published: which files, how large, with which card. Needs no network and changes nothing."""
 
 import hashlib
+import io
 import json
 import os
 import warnings
@@ -48,6 +49,10 @@ class PlannedFile:
     path_in_repo: str
     source: Path | bytes
 
+    @property
+    def content(self) -> bytes:
+        return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
+
     @cached_property
     def size(self) -> int:
         return len(self.source) if isinstance(self.source, bytes) else self.source.stat().st_size
@@ -55,16 +60,8 @@ class PlannedFile:
     @cached_property
     def sha256(self) -> str:
         """How the Hub identifies large files."""
-        if isinstance(self.source, bytes):
-            return hashlib.sha256(self.source).hexdigest()
-        with self.source.open("rb") as file:
+        with io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-
-    @cached_property
-    def git_blob(self) -> str:
-        """How git identifies small files."""
-        content = self.source if isinstance(self.source, bytes) else self.source.read_bytes()
-        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -81,8 +78,7 @@ class UploadPlan:
     def card(self) -> str:
         """The README.md that would be published."""
         [readme] = [file for file in self.files if file.path_in_repo == cards.CARD_FILE]
-        assert isinstance(readme.source, bytes)
-        return readme.source.decode()
+        return readme.content.decode()
 
     @property
     def num_bytes(self) -> int:
@@ -279,8 +275,7 @@ def _card(
 def _require_no_secret(file: PlannedFile) -> None:
     if file.path_in_repo.endswith((".safetensors", ".wav", ".png")):
         return
-    content = file.source if isinstance(file.source, bytes) else file.source.read_bytes()
-    if TOKEN.search(content.decode(errors="replace")):
+    if TOKEN.search(file.content.decode(errors="replace")):
         raise ValueError(
             f"{file.path_in_repo} contains what looks like a Hub token: remove it (and revoke the token)"
         )

@@ -14,6 +14,8 @@ from typing import Literal
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_session, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.utils.sha import git_hash
 
 from diverse_cfg.cards import CARD_FILE
 from diverse_cfg.publishing.plan import PlannedFile, UploadPlan
@@ -22,7 +24,6 @@ from diverse_cfg.untrusted import TOKEN, plain
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 _CONFLICT = (409, 412)
 _TIMEOUT_S = 120.0
-_LOOKS = 3
 logger = logging.getLogger(__name__)
 
 
@@ -41,21 +42,14 @@ class Published:
 class _Remote:
     commit: str
     private: bool
-    files: dict[
-        str, tuple[int | None, str | None, str | None]
-    ]  # path → size, sha256 (large) or None, git blob
+    files: dict[str, RepoSibling]
 
     def holds(self, file: PlannedFile) -> bool:
-        if file.path_in_repo not in self.files:
+        """Whether a file is there with the planned content: sha256 of large ones, git's hash of small ones."""
+        there = self.files.get(file.path_in_repo)
+        if there is None or there.size != file.size:
             return False
-        size, sha256, blob = self.files[file.path_in_repo]
-        if size != file.size:
-            return False
-        return sha256 == file.sha256 if sha256 is not None else blob == file.git_blob
-
-    @property
-    def is_empty(self) -> bool:
-        return not set(self.files) - {".gitattributes"}
+        return there.lfs.sha256 == file.sha256 if there.lfs else there.blob_id == git_hash(file.content)
 
 
 def upload(
@@ -76,7 +70,7 @@ def upload(
         card: what to do about another README.md in it.
         token: Hub token; by default the one that is logged in.
         endpoint: another Hub than the public one.
-        attempts: how often a failing commit is tried, for failures that may pass.
+        attempts: how often it is tried, for failures that may pass.
         wait_s: pause before the second attempt; it doubles each time.
 
     Returns:
@@ -92,38 +86,44 @@ def upload(
     if not token:
         raise PermissionError("no Hub token: run `hf auth login`, or set HF_TOKEN to one with write access")
     api = HfApi(endpoint=endpoint, token=token, library_name="diverse-cfg")
+    num_uploaded = 0
     with _explained(plan, token):
-        _limit_waiting()
-        remote = _open_repository(api, plan, wait_s)
-        files = _files_to_send(plan, remote, update, card)
-        if files:
-            remote = _commit(api, plan, files, remote, attempts, wait_s)
-    missing = [file.path_in_repo for file in plan.files if not remote.holds(file) and not _kept(file, card)]
+        for attempt in range(attempts):
+            # The Hub client waits for ever by default, and a server may accept and never answer.
+            get_session().timeout = _TIMEOUT_S
+            try:
+                remote = _open_repository(api, plan)
+                files = _files_to_send(plan, remote, update, card)
+                num_uploaded = max(num_uploaded, len(files))
+                remote = _commit(api, plan, files, remote) if files else remote
+                break
+            except Exception as error:
+                if attempt == attempts - 1 or not _may_pass(error):
+                    raise
+                logger.warning("%s: attempt %d failed, trying again", plan.repo_id, attempt + 1)
+                time.sleep(wait_s * 2**attempt)
+    missing = [
+        file.path_in_repo
+        for file in plan.files
+        if not remote.holds(file) and not (card == "keep" and file.path_in_repo == CARD_FILE)
+    ]
     if missing:
         raise OSError(
             f"{plan.repo_id} was committed but lacks or differs in {', '.join(missing)}: it is incomplete. "
             "Run again with update=True (--update)"
         )
     url = f"{api.endpoint}/{plan.repo_id}"
-    logger.info("published %s (%d files)", url, len(files))
-    return Published(url, remote.commit, remote.private, len(files))
+    logger.info("published %s (%d files)", url, num_uploaded)
+    return Published(url, remote.commit, remote.private, num_uploaded)
 
 
-def _kept(file: PlannedFile, card: str) -> bool:
-    return card == "keep" and file.path_in_repo == CARD_FILE
-
-
-def _open_repository(api: HfApi, plan: UploadPlan, wait_s: float) -> _Remote:
+def _open_repository(api: HfApi, plan: UploadPlan) -> _Remote:
     """The repository's state, after creating it where it does not exist."""
-    remote = _look(api, plan.repo_id, wait_s)
+    remote = _look(api, plan.repo_id)
     if remote is None:
-        try:
-            api.create_repo(plan.repo_id, private=plan.private)
-        except Exception as error:
-            # 409: somebody, or our own request whose answer was lost, created it meanwhile.
-            if _status(error) not in _CONFLICT and not _may_pass(error):
-                raise
-        remote = _look(api, plan.repo_id, wait_s)
+        # Somebody, or our own request whose answer was lost, may have created it meanwhile.
+        api.create_repo(plan.repo_id, private=plan.private, exist_ok=True)
+        remote = _look(api, plan.repo_id)
         if remote is None:
             raise ConnectionError(f"the Hub did not create {plan.repo_id}: run again")
     if remote.private != plan.private:
@@ -136,12 +136,9 @@ def _open_repository(api: HfApi, plan: UploadPlan, wait_s: float) -> _Remote:
 
 
 def _files_to_send(plan: UploadPlan, remote: _Remote, update: bool, card: str) -> list[PlannedFile]:
-    files = [
-        file
-        for file in plan.files
-        if not remote.holds(file) and not (_kept(file, card) and CARD_FILE in remote.files)
-    ]
-    if not files or remote.is_empty:
+    kept = {CARD_FILE} & remote.files.keys() if card == "keep" else set()
+    files = [file for file in plan.files if file.path_in_repo not in kept and not remote.holds(file)]
+    if not files or not remote.files.keys() - {".gitattributes"}:
         return files
     if not update:
         raise FileExistsError(
@@ -159,74 +156,40 @@ def _files_to_send(plan: UploadPlan, remote: _Remote, update: bool, card: str) -
     return files
 
 
-def _commit(
-    api: HfApi, plan: UploadPlan, files: list[PlannedFile], remote: _Remote, attempts: int, wait_s: float
-) -> _Remote:
-    """One commit on top of the state that was looked at; tried again only while that state still stands."""
-    for attempt in range(attempts):
-        try:
-            api.create_commit(
-                plan.repo_id,
-                [CommitOperationAdd(file.path_in_repo, _content(file)) for file in files],
-                commit_message=f"Upload {plan.folder.resolve().name} with diverse-cfg",
-                parent_commit=remote.commit,
-            )
-            break
-        except Exception as error:
-            if not _may_pass(error) and _status(error) not in _CONFLICT:
-                raise
-            now = _look(api, plan.repo_id, wait_s)
-            if now is not None and all(now.holds(file) for file in files):
-                return now  # the commit arrived, only its answer was lost
-            if now is None or now.commit != remote.commit:
-                raise FileExistsError(
-                    f"{plan.repo_id} was changed by somebody else during the upload, and nothing of ours is "
-                    "in it: look at it, and run again with update=True (--update)"
-                ) from None
-            if attempt == attempts - 1 or not _may_pass(error):
-                raise
-            _pause(plan.repo_id, attempt, wait_s)
-    after = _look(api, plan.repo_id, wait_s)
+def _commit(api: HfApi, plan: UploadPlan, files: list[PlannedFile], remote: _Remote) -> _Remote:
+    """One commit on top of the state that was looked at, and the state after it."""
+    try:
+        api.create_commit(
+            plan.repo_id,
+            [CommitOperationAdd(file.path_in_repo, file.source) for file in files],
+            commit_message=f"Upload {plan.folder.resolve().name} with diverse-cfg",
+            parent_commit=remote.commit,
+        )
+    except Exception as error:
+        if _status(error) not in _CONFLICT:
+            raise
+        now = _look(api, plan.repo_id)
+        if now is None or not all(now.holds(file) for file in files):
+            raise FileExistsError(
+                f"{plan.repo_id} was changed by somebody else during the upload, and nothing of ours is "
+                "in it: look at it, and run again with update=True (--update)"
+            ) from None
+        return now
+    after = _look(api, plan.repo_id)
     if after is None:
         raise OSError(f"{plan.repo_id} cannot be found after the commit: look at it on the Hub")
     return after
 
 
-def _content(file: PlannedFile) -> str | bytes:
-    return file.source if isinstance(file.source, bytes) else str(file.source)
-
-
-def _look(api: HfApi, repo_id: str, wait_s: float) -> _Remote | None:
+def _look(api: HfApi, repo_id: str) -> _Remote | None:
     """The repository as it is now; None if there is none."""
-    for attempt in range(_LOOKS):
-        try:
-            info = api.model_info(repo_id, files_metadata=True, timeout=_TIMEOUT_S)
-            break
-        except RepositoryNotFoundError:
-            return None
-        except Exception as error:
-            if attempt == _LOOKS - 1 or not _may_pass(error):
-                raise
-            _pause(repo_id, attempt, wait_s)
-    files = {
-        sibling.rfilename: (sibling.size, sibling.lfs.sha256 if sibling.lfs else None, sibling.blob_id)
-        for sibling in info.siblings or []
-    }
+    try:
+        info = api.model_info(repo_id, files_metadata=True, timeout=_TIMEOUT_S)
+    except RepositoryNotFoundError:
+        return None
     if info.sha is None or info.private is None:
         raise OSError(f"the Hub's description of {repo_id} lacks its commit or its visibility")
-    return _Remote(info.sha, info.private, files)
-
-
-def _pause(repo_id: str, attempt: int, wait_s: float) -> None:
-    logger.warning("%s: attempt %d failed, trying again", repo_id, attempt + 1)
-    time.sleep(wait_s * 2**attempt)
-    _limit_waiting()
-
-
-def _limit_waiting() -> None:
-    """The Hub client waits for ever by default: a server that accepts and never answers would hang the
-    upload."""
-    get_session().timeout = _TIMEOUT_S
+    return _Remote(info.sha, info.private, {file.rfilename: file for file in info.siblings or []})
 
 
 def _status(error: BaseException | None) -> int | None:
@@ -270,27 +233,18 @@ def _explained(plan: UploadPlan, token: str) -> Iterator[None]:
 
 
 def _explanation(status: int | None, repo_id: str, reason: str) -> OSError:
-    owner = repo_id.split("/")[0]
-    if status == 401:
-        return PermissionError(
-            f"the Hub does not accept the token: log in again with `hf auth login` ({reason})"
-        )
-    if status in (402, 403):
-        return PermissionError(
-            f"the token may not write to {repo_id}: it needs write access for {owner} ({reason})"
-        )
-    if status == 404:
-        return FileNotFoundError(
-            f"{repo_id} or {owner} does not exist, or the token does not see it ({reason})"
-        )
-    if status == 429:
-        return ConnectionError(
-            f"the Hub asks for a pause (too many requests): run again later to go on ({reason})"
-        )
-    if status in _CONFLICT:
-        return FileExistsError(f"{repo_id} is being changed by somebody else: run again ({reason})")
-    if status is None or status in _TRANSIENT:
-        return ConnectionError(
-            f"the Hub does not answer properly; run again to go on where it broke off ({reason})"
-        )
-    return OSError(f"the Hub refused the upload to {repo_id}: {reason}")
+    owner, may_not_write = repo_id.split("/")[0], f"the token may not write to {repo_id}"
+    known = {
+        401: (PermissionError, "the Hub does not accept the token: log in again with `hf auth login`"),
+        402: (PermissionError, f"{may_not_write}: it needs write access for {owner}"),
+        403: (PermissionError, f"{may_not_write}: it needs write access for {owner}"),
+        404: (FileNotFoundError, f"{repo_id} or {owner} does not exist, or the token does not see it"),
+        409: (FileExistsError, f"{repo_id} is being changed by somebody else: run again"),
+        412: (FileExistsError, f"{repo_id} is being changed by somebody else: run again"),
+        429: (ConnectionError, "the Hub asks for a pause (too many requests): run again later to go on"),
+    }
+    silent = (ConnectionError, "the Hub does not answer properly; run again to go on where it broke off")
+    if status is not None and status not in known and status not in _TRANSIENT:
+        return OSError(f"the Hub refused the upload to {repo_id}: {reason}")
+    kind, what = known.get(status or 0, silent)
+    return kind(f"{what} ({reason})")

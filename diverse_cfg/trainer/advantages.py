@@ -1,16 +1,22 @@
-"""From rewards to one advantage per code.
+"""From rewards to one advantage per code, by way of the guards that look at more than one clip's audio.
 
 The diversity reward of a clip contains its distances to the others, so it takes the pairwise estimator of
 `functional.diversity`; every other reward takes the ordinary leave-one-out baseline. `diversity_coef` (β)
 multiplies the former, `reward_weights` the latter.
+
+`DiversityReward` itself masks silent, clipped and noisy clips. Here distances are weighted by what another
+reward function says of both clips, and the limits that depend on the base model are measured once, before the
+first step.
 """
 
+import asyncio
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from diverse_cfg.config import CFGDiversityConfig
+from diverse_cfg.config import CFGDiversityConfig, GuardConfig
 from diverse_cfg.functional.diversity import diversity_advantages, leave_one_out_advantages
 from diverse_cfg.functional.prefix_baseline import (
     RidgeStatistics,
@@ -22,16 +28,106 @@ from diverse_cfg.functional.prefix_baseline import (
     segment_advantages,
     update_ridge,
 )
-from diverse_cfg.rewards import is_pairwise
+from diverse_cfg.rewards import (
+    checked,
+    embedding_distances,
+    is_async,
+    is_pairwise,
+    mask_pairs,
+    mean_distances,
+)
 
+CALIBRATION_PROMPTS = 16
 PREFIX_FRACTIONS = (0.13, 0.27, 0.40, 0.60, 0.80)
 
 Embed = Callable[[Tensor], Tensor]
 """Codes [N, K, F] -> embeddings [N, D], from those codes alone."""
 
 
+class CrossGuards:
+    """The guards of a run that look at other rewards, and their limits.
+
+    Args:
+        guards: the settings.
+        names: of the reward functions, in the order of the rewards' columns.
+        reward_funcs: the functions.
+
+    Raises:
+        ValueError: a guard names a function that is not there.
+    """
+
+    def __init__(self, guards: GuardConfig, names: list[str], reward_funcs: list[Callable]):
+        self.guards = guards
+        self.names = names
+        self.reward_funcs = reward_funcs
+        self.gate_threshold: float | None = None
+        for field in ("gate", "quality_product"):
+            name = getattr(guards, field)
+            if name is not None and name not in names:
+                raise ValueError(
+                    f"guards.{field}={name!r} is none of the reward functions ({', '.join(names) or 'none'})"
+                )
+
+    def weights(self, rewards: Tensor) -> Tensor | None:
+        """What each clip's distances are multiplied by [N], from its rewards [N, F]; None if nothing is."""
+        if self.guards.gate is None and self.guards.quality_product is None:
+            return None
+        weights = torch.ones(len(rewards), device=rewards.device)
+        if self.guards.gate is not None:
+            assert self.gate_threshold is not None  # measured before the first step
+            weights = weights * (rewards[:, self.names.index(self.guards.gate)] >= self.gate_threshold)
+        if self.guards.quality_product is not None:
+            quality = rewards[:, self.names.index(self.guards.quality_product)]
+            if not bool((quality >= 0).all()):
+                raise ValueError(
+                    f"guards.quality_product={self.guards.quality_product!r} needs rewards ≥ 0, got "
+                    f"{quality.min().item():g}: shift or scale that reward"
+                )
+            weights = weights * quality
+        return weights
+
+    def apply(self, rewards: Tensor, pairwise: list[bool]) -> Tensor:
+        """This process's rewards [N, F] with the diversity columns guarded."""
+        weights = self.weights(rewards)
+        if weights is None:
+            return rewards
+        rewards = rewards.clone()
+        for index, is_diversity in enumerate(pairwise):
+            if is_diversity:
+                distances = self.reward_funcs[index].distances
+                rewards[:, index] = mean_distances(mask_pairs(distances, weights)).flatten().to(rewards)
+        return rewards
+
+    def measure_distances(self, reward_func: Any, embeddings: Tensor, num_generations: int) -> None:
+        """Set the cap of the diversity reward from embeddings [N, D] of the unguided base's clips."""
+        assert self.guards.distance_quantile is not None
+        distances = embedding_distances(reward_func.embedder, embeddings, num_generations)
+        pairs = torch.triu_indices(num_generations, num_generations, offset=1)
+        seen = distances[:, pairs[0], pairs[1]].flatten().float()
+        reward_func.distance_cap = seen.quantile(self.guards.distance_quantile).item()
+
+    def measure_gate(self, prompts: list[str], context: dict[str, Any]) -> None:
+        """Set the threshold of the gate from clips of the guided teacher."""
+        name = self.guards.gate
+        assert name is not None
+        function = self.reward_funcs[self.names.index(name)]
+        call = checked(function, name, prompts, context)
+        clips = list(context["waveforms"])
+        rewards = call(prompts=prompts, completions=clips)
+        if is_async(function):
+            rewards = asyncio.run(rewards)
+        seen = torch.tensor([reward for reward in rewards if reward is not None])
+        if not len(seen):
+            raise ValueError(
+                f"guards.gate={name!r} gave none of the teacher's clips a reward: leave the gate off"
+            )
+        self.gate_threshold = seen.quantile(self.guards.gate_quantile).item()
+
+
 class PrefixBaseline:
     """Online regression of a clip's diversity advantage on the beginnings of the clip.
+
+    Of several diversity rewards the sum is predicted, from embeddings of the first.
 
     Args:
         num_frames: T.
@@ -148,10 +244,11 @@ class Advantages:
         advantages = torch.zeros(codes.shape, device=codes.device)
         metrics: dict[str, float] = {}
         groups = rewards.to(codes.device).float().unflatten(0, (-1, num_generations))
+        diverse = [index for index, pairwise in enumerate(self.pairwise) if pairwise]
         for index, (pairwise, coef) in enumerate(zip(self.pairwise, self.coefs, strict=True)):
-            if not (self.wanted and coef):
+            if not (self.wanted and coef) or index in diverse[1:]:
                 continue
-            column = groups[..., index]
+            column = groups[..., diverse].sum(-1) if pairwise else groups[..., index]
             estimate = diversity_advantages(column) if pairwise else _leave_one_out(column)
             if pairwise and self.prefix is not None:
                 embeddings = self.reward_funcs[index].embeddings
@@ -174,6 +271,8 @@ class Advantages:
     def reward_metrics(self, rewards: Tensor, num_generations: int, from_teacher: Tensor) -> dict[str, float]:
         """The student's diversity, and its variance within prompts: all that the policy gradient has.
 
+        Of several diversity rewards, that of the first; TRL logs the mean of each.
+
         Args:
             rewards: of all processes [N, F].
             num_generations: G.
@@ -182,7 +281,7 @@ class Advantages:
         metrics: dict[str, float] = {}
         groups = rewards[~from_teacher].float().unflatten(0, (-1, num_generations))
         for index, pairwise in enumerate(self.pairwise):
-            if pairwise and len(groups):
+            if pairwise and len(groups) and not metrics:
                 column = groups[..., index]
                 metrics["reward/diversity"] = column.mean().item()
                 if num_generations > 1:

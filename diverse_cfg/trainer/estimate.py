@@ -6,23 +6,25 @@ A rollout frees its caches when it ends (but small ones), and an update its acti
 Time is measured: one teacher, student and backward pass over a few clips, and the first frames of a rollout.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import MusicgenForConditionalGeneration
 
+from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.functional.codebooks import num_decoder_steps
-from diverse_cfg.policies.musicgen.model import delays
-from diverse_cfg.policies.sampler.batches import automatic_batch, cache_bytes
+from diverse_cfg.policies.policy import Policy
+from diverse_cfg.trainer.advantages import CALIBRATION_PROMPTS
+from diverse_cfg.trainer.teacher import rollout_dtype, sampler_share, who_samples
 
 ACTIVATION_BYTES = 40.0
 CHECKPOINTED_BYTES = 3.5
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Rollout:
     """Clips that one process samples in one go.
 
     Args:
@@ -34,6 +36,32 @@ class Sampling:
     is_teacher: bool
     clips: int
     guided: bool = False
+
+
+def training_rollouts(args: CFGDiversityConfig) -> list[Rollout]:
+    """What one training rollout of a process samples from each sampler, at most."""
+    group = args.num_generations
+    prompts = args.per_device_train_batch_size * (args.steps_per_generation or 1) // group
+    # The teacher plays its share of a rollout's prompts, rounded down or up.
+    return [
+        Rollout(
+            is_teacher,
+            math.ceil(prompts * sampler_share(args, is_teacher)) * group,
+            guided=is_teacher and args.guidance_scale != 1,
+        )
+        for is_teacher in who_samples(args)
+    ]
+
+
+def all_rollouts(args: CFGDiversityConfig, evaluates: bool) -> list[Rollout]:
+    """Every kind of rollout that a process makes in a run: training, evaluation, calibration of the guards."""
+    found = training_rollouts(args)
+    if evaluates:
+        found.append(Rollout(False, args.per_device_eval_batch_size))
+    if args.guards.calibrated:
+        guided = args.guards.gate is not None and args.guidance_scale != 1
+        found.append(Rollout(True, CALIBRATION_PROMPTS * args.num_generations, guided))
+    return found
 
 
 @dataclass(frozen=True)
@@ -68,76 +96,44 @@ class Memory:
 
 
 def memory(
-    policy: MusicgenForConditionalGeneration,
+    policy: Policy,
+    args: CFGDiversityConfig,
     *,
-    micro_batch: int,
     num_frames: int,
-    samplings: Sequence[Sampling],
-    rollout_batch_size: int | None,
-    rollout_dtype: torch.dtype,
-    fused: bool,
+    rollouts: Sequence[Rollout],
     trained: int,
     separate_teacher: bool,
-    averaged: bool,
-    half_precision: bool,
-    checkpointing: bool,
 ) -> Memory:
     """Estimate the memory of one process without sharding.
 
     Args:
         policy: the student.
-        micro_batch: clips of one forward pass.
+        args: the run's settings.
         num_frames: T.
-        samplings: every kind of rollout that the run makes.
-        rollout_batch_size: most clips sampled at once; None for what the rollout chooses by itself.
-        rollout_dtype: of the matrices that a rollout multiplies with.
-        fused: whether it samples from fused copies; stock `generate` does not.
+        rollouts: every kind of rollout that the run makes.
         trained: number of trained parameters.
         separate_teacher: whether a frozen copy of the decoder exists.
-        averaged: whether an average of the weights is kept.
-        half_precision: whether the passes run in bfloat16 or float16.
-        checkpointing: whether activations are recomputed.
     """
-    config = policy.decoder.config
-    decoder = sum(p.numel() * p.element_size() for p in policy.decoder.parameters())
-    everything = sum(p.numel() * p.element_size() for p in policy.parameters())
-    num_steps = num_decoder_steps(num_frames, delays(policy))
-    per_unit = CHECKPOINTED_BYTES if checkpointing else ACTIVATION_BYTES
-    units = micro_batch * num_steps * config.num_hidden_layers * config.hidden_size
+    dtype = rollout_dtype(args) or policy.dtype
+    sizes = {name: p.numel() * p.element_size() for name, p in policy.model.named_parameters()}
+    own = sum(size for name, size in sizes.items() if name.startswith(policy.trained))
+    num_steps = num_decoder_steps(num_frames, policy.delays)
+    per_unit = CHECKPOINTED_BYTES if args.gradient_checkpointing else ACTIVATION_BYTES
+    units = args.per_device_train_batch_size * num_steps * policy.hidden_units
     caches = [0]
-    for sampling in samplings:
-        most = rollout_batch_size or automatic_batch(policy, num_frames, sampling.guided, rollout_dtype)
-        clip = cache_bytes(config, num_frames, sampling.guided, rollout_dtype, policy.device)
-        caches.append(min(sampling.clips, most) * clip)
-    copies = len({sampling.is_teacher for sampling in samplings}) if fused else 0
+    for rollout in rollouts:
+        most = args.rollout_batch_size or policy.automatic_batch(num_frames, rollout.guided, dtype)
+        clip = policy.cache_bytes(num_frames, rollout.guided, dtype)
+        caches.append(min(rollout.clips, most) * clip)
+    fused = args.rollout_backend == "fast"  # stock `generate` needs no copies
+    copies = len({rollout.is_teacher for rollout in rollouts}) if fused else 0
     return Memory(
-        weights=(everything + decoder * separate_teacher) / 1e9,
-        optimizer=4 * trained * (3 + averaged) / 1e9,
-        copies=copies * fused_bytes(policy, rollout_dtype) / 1e9,
-        activations=per_unit * units * (1 if half_precision else 2) / 1e9,
+        weights=(sum(sizes.values()) + own * separate_teacher) / 1e9,
+        optimizer=4 * trained * (3 + (args.ema_decay > 0)) / 1e9,
+        copies=copies * policy.snapshot_bytes(dtype) / 1e9,
+        activations=per_unit * units * (1 if args.bf16 or args.fp16 else 2) / 1e9,
         caches=max(caches) / 1e9,
     )
-
-
-def fused_bytes(policy: MusicgenForConditionalGeneration, dtype: torch.dtype) -> int:
-    """Bytes of a `RolloutWeights` of the policy.
-
-    Its matrices have the rollout's dtype; embeddings, positions, norms and the text's projection are in float32
-    at least. Adapters are added into the matrices.
-
-    Args:
-        policy: the model.
-        dtype: of the matrices.
-    """
-    config = policy.decoder.config
-    wide = torch.promote_types(dtype, torch.float32).itemsize
-    total = config.max_position_embeddings * config.hidden_size * wide
-    for name, parameter in policy.named_parameters():
-        if name.startswith(("text_encoder.", "audio_encoder.")) or "lora_" in name:
-            continue
-        narrow = parameter.ndim == 2 and "embed" not in name and not name.startswith("enc_to_dec_proj.")
-        total += parameter.numel() * (dtype.itemsize if narrow else wide)
-    return total
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:

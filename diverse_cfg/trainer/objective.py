@@ -1,23 +1,20 @@
-"""The objective inside the policy's forward pass: student hidden states → distillation and policy-gradient
-loss.
+"""The objective inside the policy's forward pass: student hidden states → distillation and policy-gradient loss.
 
 The loss starts from hidden states and is computed where distributed wrappers expect all of a model's work to
-happen, inside its `forward`. So `route_forward` teaches a MusicGen one more way to be called,
-`model(run=function)`, and `student_terms` is the function that the trainer hands it.
+happen, inside its `forward`: `student_terms` is what the trainer hands to `disguises.route_forward`.
 """
 
-import functools
-import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
-from transformers import MusicgenForConditionalGeneration
 
+from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.functional.codebooks import apply_delay_pattern, revert_delay_pattern, valid_cells
 from diverse_cfg.functional.distillation import DistillationTerms, GuidedTeacher, distillation_loss
-from diverse_cfg.policies.musicgen.model import code_hidden_states, head_weights
+from diverse_cfg.policies.policy import Policy
 from diverse_cfg.types import Clips
 
 
@@ -33,20 +30,22 @@ class LossSettings:
     delays: tuple[int, ...]
     chunk_size: int
 
-
-def route_forward(model: MusicgenForConditionalGeneration) -> None:
-    """Let `model(run=f)` return `f(model)`, in place; every other call is as before."""
-    original = model.forward
-
-    @functools.wraps(type(model).forward)
-    def forward(self, *args, run: Callable | None = None, **kwargs):
-        return original(*args, **kwargs) if run is None else run(self)
-
-    model.forward = types.MethodType(forward, model)
+    @classmethod
+    def of(cls, args: CFGDiversityConfig, delays: tuple[int, ...]) -> Self:
+        """Those of a run, for a policy with these delays."""
+        return cls(
+            divergence=args.divergence,
+            alpha=args.jsd_alpha,
+            temperature=args.temperature,
+            epsilon=args.epsilon,
+            epsilon_high=args.epsilon_high,
+            delays=delays,
+            chunk_size=args.loss_chunk_size,
+        )
 
 
 def student_terms(
-    model: nn.Module,
+    policy: Policy,
     clips: Clips,
     settings: LossSettings,
     teacher: GuidedTeacher | None = None,
@@ -58,7 +57,7 @@ def student_terms(
     """Loss, divergences, log-probs and entropies of a micro-batch.
 
     Args:
-        model: the policy, within its own forward pass.
+        policy: the student, within its model's own forward pass.
         clips: codes and condition; with advantages there is a policy gradient, with old log-probs it is
             clipped.
         settings: of the loss.
@@ -68,8 +67,7 @@ def student_terms(
         probe: also return the distillation and the policy-gradient loss as two scalars on the same graph, so
             that their gradients can be measured apart.
     """
-    hidden = code_hidden_states(model, clips.codes, clips.condition)
-    heads = head_weights(model)
+    hidden, heads = policy.hidden_states(clips.codes, clips.condition), policy.head_weights()
 
     def terms(teacher: GuidedTeacher | None, logp_weights: Tensor | None) -> DistillationTerms:
         return distillation_loss(
@@ -126,6 +124,26 @@ def future_divergence(divergences: Tensor, delays: Sequence[int]) -> Tensor:
         later = (later - later.mean(dim=0)) * num_clips / (num_clips - 1)
     steps = later[:, None].expand(-1, num_codebooks, -1)
     return revert_delay_pattern(steps, num_frames, delays)
+
+
+def loss_metrics(clips: Clips, terms: DistillationTerms) -> dict[str, Tensor]:
+    """Means over the micro-batch; all in nats per code unless the name says clip."""
+    per_codebook = terms.divergences.mean(dim=(0, 2))
+    entropies = terms.entropies.mean(dim=(0, 2))
+    distillation = per_codebook.mean()
+    metrics = {
+        "loss/distillation": distillation,
+        "kl/clip": distillation * clips.codes[0].numel(),
+        "entropy": entropies.mean(),
+    }
+    metrics |= {f"kl/codebook_{k}": value for k, value in enumerate(per_codebook)}
+    metrics |= {f"entropy/codebook_{k}": value for k, value in enumerate(entropies)}
+    if clips.advantages is not None:
+        metrics["loss/policy_gradient"] = -(clips.advantages * terms.logps).mean()
+    if clips.old_logps is not None:
+        ratios = (terms.logps - clips.old_logps).exp()
+        metrics["ratio/mean"], metrics["ratio/max"] = ratios.mean(), ratios.max()
+    return metrics
 
 
 def term_gradient_norms(model: nn.Module, losses: tuple[Tensor, Tensor]) -> dict[str, float]:

@@ -1,30 +1,186 @@
-"""Before the first step: clip length and rewards, each checked where it enters (the model: `start`)."""
+"""Before the first step: the model, its adapter and its teacher, clips, prompts and rewards, each checked where it
+enters.
 
+Whatever cannot work raises a `ValueError` here that names the option and the remedy.
+"""
+
+import copy
+import inspect
+import itertools
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+from datasets import IterableDataset
+from datasets.features.features import require_decoding
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import MusicgenForConditionalGeneration
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers.trainer_utils import HubStrategy
 
 from diverse_cfg.assets import nano_path
+from diverse_cfg.cards import is_hub_id
 from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.effects import Run, idle_settings
 from diverse_cfg.embeddings.clap import ClapEmbedder
 from diverse_cfg.functional.codebooks import num_decoder_steps
-from diverse_cfg.policies.musicgen.model import delays, frame_rate, usual_seconds
+from diverse_cfg.functional.guidance import guidance_schedule
+from diverse_cfg.policies.checkpoints import inexact_options
+from diverse_cfg.policies.loading import load_policy, load_processor
+from diverse_cfg.policies.policy import Policy, as_policy, plain, require_prompts
+from diverse_cfg.policies.stored import same_base
+from diverse_cfg.prompts import check_column, check_prompts, load_prompts
 from diverse_cfg.provenance import read_provenance
-from diverse_cfg.rewards import DiversityReward, is_pairwise
-from diverse_cfg.trainer.start import same_model
+from diverse_cfg.rewards import DiversityReward, is_pairwise, keywords
+from diverse_cfg.trainer.teacher import fingerprint
+from diverse_cfg.types import Clips
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_CLAP = "laion/larger_clap_music"
+GIVEN = {
+    *("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"),  # by TRL
+    *("num_generations", "sampling_rate", "codes", "waveforms"),  # by this package
+}
+"""What every reward function is called with, besides the columns of the dataset."""
 
 
-def clip_frames(policy: MusicgenForConditionalGeneration, clip_seconds: float | None) -> int:
+# ---- the model ---------------------------------------------------------------------------------------------
+
+
+def base_model_name(model: str | os.PathLike | nn.Module) -> str | None:
+    """Id or folder that the model came from; None for a model built in memory."""
+    if isinstance(model, nn.Module):
+        return getattr(model.config, "_name_or_path", None) or None
+    return os.fspath(model)
+
+
+def prepare_policy(model: str | os.PathLike | nn.Module, args: CFGDiversityConfig, lora: bool) -> Policy:
+    """Load or take the policy: float32, no dropout, encoders frozen, generation settings of a distilled
+    model.
+
+    Raises:
+        ValueError: a `PeftModel`, the command line's `nano`, or whatever `load_policy` refuses.
+    """
+    _check_output(model, args)
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "model is a ready-made PeftModel, of which TRL would add a second adapter as reference: pass the "
+            "base model and peft_config=LoraConfig(...) (merge an adapter that you want to continue from "
+            "first)"
+        )
+    if isinstance(model, nn.Module):
+        inner = plain(model)
+        if any(isinstance(module, BaseTunerLayer) for module in inner.modules()):
+            raise ValueError(
+                "the model still has adapters inside, which would be saved as weights of its own: pass what "
+                "PeftModel.merge_and_unload() returns"
+            )
+        inner.name_or_path = inner.config._name_or_path or ""  # by which an adapter names its base
+        if lora:
+            _check_named_base(as_policy(inner))
+    elif os.fspath(model) == "nano" and not os.path.isdir(model):
+        raise ValueError("there is no folder nano; in Python use diverse_cfg.nano_path()")
+    # Half precision is widened, since steps of the usual size vanish in it.
+    own = as_policy(model).dtype if isinstance(model, nn.Module) else torch.float32
+    policy = as_policy(load_policy(model, torch_dtype=torch.promote_types(own, torch.float32)))
+    policy.freeze()
+    _unfreeze_trained(policy, warn=isinstance(model, nn.Module) and not lora)
+    policy.prepare_training(args.device)
+    return policy
+
+
+def _check_output(model: str | os.PathLike | nn.Module, args: CFGDiversityConfig) -> None:
+    """Refuse to write over what the run reads: resumed, it would begin elsewhere."""
+    output = os.path.realpath(args.output_dir or ".")
+    for name in (base_model_name(model), args.teacher_model):
+        folder = os.path.realpath(name or "")
+        own_checkpoint = (
+            os.path.basename(folder).startswith("checkpoint-") and os.path.dirname(folder) == output
+        )
+        if name and os.path.isdir(name) and (folder == output or own_checkpoint):
+            raise ValueError(
+                f"output_dir={args.output_dir} would write over the model {name} that the run starts from: "
+                "choose another output_dir (to continue an interrupted run, use resume_from_checkpoint)"
+            )
+
+
+def _check_named_base(policy: Policy) -> None:
+    """Refuse a live model that differs from the checkpoint that it names: an adapter is saved for that name."""
+    name = base_model_name(policy.model)
+    if name is None:
+        return
+    try:
+        named = as_policy(load_policy(name, torch_dtype=policy.dtype))
+    except (OSError, ValueError) as error:
+        warnings.warn(
+            f"the adapter will name {name} as its base, which could not be compared with the model: {error}",
+            stacklevel=2,
+        )
+        return
+    if fingerprint(named) != fingerprint(policy):
+        raise ValueError(
+            f"the model names {name} (config._name_or_path) but has other weights, and the adapter would be "
+            "saved for the wrong base: pass the folder that it was loaded from, or save it with "
+            "save_pretrained and pass that folder"
+        )
+
+
+def _unfreeze_trained(policy: Policy, warn: bool) -> None:
+    """Train all that a policy trains, also where PEFT's `merge_and_unload` or another program froze it.
+
+    A live model that is frozen in part is left so, with a warning if `warn`.
+    """
+    trained = {name: p for name, p in policy.model.named_parameters() if name.startswith(policy.trained)}
+    frozen = [name for name, p in trained.items() if not p.requires_grad]
+    if warn and 0 < len(frozen) < len(trained):
+        warnings.warn(
+            f"{len(frozen)} of {len(trained)} weights of the decoder are frozen and stay so, such as "
+            f"{frozen[0]}: to train all, call model.decoder.requires_grad_(True)",
+            stacklevel=2,
+        )
+        return
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+
+
+def check_trained(policy: Policy) -> None:
+    """Refuse to train what the teacher reads too.
+
+    Raises:
+        ValueError: an adapter, or a layer that the text encoder shares with the decoder, outside the decoder.
+    """
+    named = list(policy.model.named_parameters(remove_duplicate=False))
+    encoders = {id(parameter) for name, parameter in named if not name.startswith(policy.trained)}
+    for name, parameter in named:
+        decoders = name.startswith(policy.trained)
+        if (parameter.requires_grad and not decoders) or (decoders and id(parameter) in encoders):
+            raise ValueError(
+                f"{name} would be trained, but the teacher reads it too: only the decoder may be (target_modules "
+                f"such as {', '.join(policy.lora_targets)}; modules_to_save in the decoder)"
+            )
+
+
+def processor_of(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
+    policy: Policy,
+    base_model: str | None,
+) -> Any:
+    """What is saved with the student: what was given, a tokenizer with the feature extractor of the policy's codec
+    beside it, or the processor of the base."""
+    if processing_class is None:
+        return load_processor(base_model)
+    if isinstance(processing_class, ProcessorMixin):
+        return processing_class
+    return policy.processor_of(processing_class)
+
+
+def clip_frames(policy: Policy, clip_seconds: float | None) -> int:
     """T of the training clips.
 
     Args:
@@ -34,31 +190,268 @@ def clip_frames(policy: MusicgenForConditionalGeneration, clip_seconds: float | 
     Raises:
         ValueError: shorter than a frame, or longer than the model's positions.
     """
-    decoder = policy.config.decoder
-    rate = frame_rate(policy)
+    rate = policy.frame_rate
     if clip_seconds is None:
-        clip_seconds = usual_seconds(policy)
+        clip_seconds = policy.usual_seconds
     frames = round(clip_seconds * rate)
     if frames < 1:
         raise ValueError(f"clip_seconds={clip_seconds} is shorter than one frame ({1 / rate:g} s)")
-    steps = num_decoder_steps(frames, delays(policy))
-    if steps > decoder.max_position_embeddings:
-        longest = (decoder.max_position_embeddings - (steps - frames)) / rate
+    steps = num_decoder_steps(frames, policy.delays)
+    if steps > policy.max_steps:
+        longest = (policy.max_steps - (steps - frames)) / rate
         raise ValueError(
             f"clip_seconds={clip_seconds} needs {steps} positions, the model has "
-            f"{decoder.max_position_embeddings}: use at most {longest:g}"
+            f"{policy.max_steps}: use at most {longest:g}"
         )
     return frames
 
 
-def check_codebooks(policy: MusicgenForConditionalGeneration, diversity_codebooks: int | None) -> None:
-    """Raise `ValueError` for more codebooks than a channel of the model has."""
-    there = max(delays(policy)) + 1
-    if diversity_codebooks is not None and diversity_codebooks > there:
+def check_clips(policy: Policy, args: CFGDiversityConfig) -> int:
+    """T of the training clips.
+
+    Raises:
+        ValueError: a length that the model cannot play, or more codebooks than a channel of the model has.
+    """
+    frames = clip_frames(policy, args.clip_seconds)
+    there, wanted = max(policy.delays) + 1, args.diversity_codebooks
+    if wanted is not None and wanted > there:
         raise ValueError(
-            f"diversity_codebooks={diversity_codebooks}, but the model has {there} codebooks per channel: leave "
-            "it unset to reach all of them"
+            f"diversity_codebooks={wanted}, but the model has {there} codebooks per channel: leave it unset to "
+            "reach all of them"
         )
+    return frames
+
+
+def guidance(args: CFGDiversityConfig, num_frames: int) -> float | tuple[float, ...]:
+    """γ of the teacher, or of each of T frames."""
+    if args.guidance_schedule == "constant" or args.guidance_scale == 1:
+        return args.guidance_scale
+    return guidance_schedule(args.guidance_schedule, args.guidance_scale, num_frames)
+
+
+# ---- the adapter, and what is pushed or sharded ------------------------------------------------------------
+
+
+def lora_config(peft_config: PeftConfig | None) -> PeftConfig | None:
+    """The user's adapter; without targets, it gets a policy's own from `give_targets`.
+
+    Raises:
+        ValueError: an adapter that changes the base, or that cannot be merged exactly afterwards.
+    """
+    if peft_config is None:
+        return None
+    if not isinstance(peft_config, LoraConfig):
+        raise ValueError(f"peft_config is a {type(peft_config).__name__}; only LoraConfig is supported")
+    if refused := inexact_options(peft_config):
+        raise ValueError(
+            f"{', '.join(refused)}: the base below the adapter would no longer be the teacher, or merging would "
+            "be silently wrong; use plain LoRA (init_lora_weights=True)"
+        )
+    if peft_config.bias != "none":
+        raise ValueError(
+            f"bias={peft_config.bias!r} trains biases of the base itself, which is the teacher: use bias='none'"
+        )
+    peft_config = copy.deepcopy(peft_config)
+    if peft_config.target_modules == "all-linear":
+        raise ValueError(
+            "target_modules='all-linear' would also adapt the frozen text encoder and the heads; leave it "
+            "unset, or name modules of the decoder, such as q_proj, v_proj, fc1"
+        )
+    if peft_config.lora_dropout:
+        raise ValueError(
+            f"lora_dropout={peft_config.lora_dropout}: the policy that is sampled must be the one that is "
+            "trained; set 0"
+        )
+    return peft_config
+
+
+def give_targets(peft_config: PeftConfig | None, policy: Policy) -> None:
+    """Give an adapter without targets those of the policy, in place."""
+    if isinstance(peft_config, LoraConfig) and peft_config.target_modules is None:
+        peft_config.target_modules = list(policy.lora_targets)
+
+
+def check_pushing(args: CFGDiversityConfig, peft_config: PeftConfig | None, base_model: str | None) -> None:
+    """Refuse to push an adapter that nobody else could load, and weights that are not the student's.
+
+    Raises:
+        ValueError: the adapter's base is a folder of this machine, or checkpoints would be pushed that hold the raw
+            weights while the averaged ones are evaluated.
+    """
+    if args.push_to_hub and args.ema_decay and args.hub_strategy != HubStrategy.END:
+        raise ValueError(
+            f"hub_strategy={HubStrategy(args.hub_strategy).value!r} pushes the raw weights of checkpoints, and with "
+            f"ema_decay={args.ema_decay} the student has the averaged ones: use hub_strategy='end'"
+        )
+    if args.push_to_hub and peft_config is not None and not is_hub_id(base_model):
+        raise ValueError(
+            f"push_to_hub=True with a LoRA adapter of {base_model!r}, which others cannot load: train without "
+            "it, and publish the full model afterwards (diverse-cfg publish --merged)"
+        )
+
+
+def check_sharding(accelerator: Accelerator, args: CFGDiversityConfig) -> None:
+    """Refuse what cannot work with sharded weights.
+
+    Raises:
+        ValueError: naming the option and the remedy.
+    """
+    deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    if deepspeed is not None and deepspeed.zero_stage == 3:
+        raise ValueError(
+            "zero_stage=3 shards the weights that a rollout samples from, which is not supported: use ZeRO-2 "
+            "(recipes/accelerate/deepspeed_zero2.yaml) or FSDP2 (recipes/accelerate/fsdp.yaml)"
+        )
+    if deepspeed is not None and args.adaptive_clip is not None:
+        raise ValueError("adaptive_clip: DeepSpeed clips gradients by itself; set max_grad_norm instead")
+    if fsdp is not None and getattr(fsdp, "fsdp_version", 1) == 1:
+        raise ValueError(
+            "fsdp_version=1 is not supported: set fsdp_version: 2 (recipes/accelerate/fsdp.yaml)"
+        )
+    if fsdp is not None and args.rollout_backend != "fast":
+        raise ValueError(
+            f"rollout_backend={args.rollout_backend!r} gathers FSDP's weights anew for every step of a clip, and "
+            "processes with different batches would wait for each other for ever: use rollout_backend='fast'"
+        )
+    if fsdp is not None:
+        for name in ("ema_decay", "term_norm_steps"):
+            if getattr(args, name):
+                raise ValueError(
+                    f"{name}={getattr(args, name)} needs whole weights, FSDP shards them: set it to 0"
+                )
+
+
+# ---- the prompts -------------------------------------------------------------------------------------------
+
+
+def prompt_dataset(
+    data: Any, tokenizer: PreTrainedTokenizerBase, name: str, reward_funcs: list[Callable]
+) -> Any:
+    """A dataset with a checked `prompt` column, from a stream or whatever `load_prompts` takes.
+
+    Args:
+        data: the prompts, a dict of several sets of them, or None.
+        tokenizer: of the text encoder.
+        name: of the argument, for messages.
+        reward_funcs: may read the other columns. One with audio or pictures is decoded if a function names it
+            as a parameter, and left out if none does.
+
+    Raises:
+        ValueError: no rows, no prompts, a prompt that is longer than the text encoder takes, or a column that
+            a reward function wants and cannot get. In a stream a row raises when it is reached, the first now.
+    """
+    if data is None:
+        return None
+    if isinstance(data, Mapping) and "prompt" not in data:
+        return {
+            key: prompt_dataset(value, tokenizer, f"{name}[{key!r}]", reward_funcs)
+            for key, value in data.items()
+        }
+    if not isinstance(data, IterableDataset):
+        dataset = load_prompts(data)
+        require_prompts(list(dataset["prompt"]), tokenizer, f"{name}: ")
+        return _readable(dataset, dataset.column_names, name, reward_funcs)
+
+    names = data.column_names or list(next(iter(data), {"prompt": None}))
+    check_column(names, None, name)
+
+    def check(row: dict[str, Any], index: int) -> bool:
+        check_prompts([row.get("prompt")], name, first=index + 1)
+        require_prompts([row["prompt"]], tokenizer, f"{name}, row {index + 1}: ")
+        return True
+
+    stream = _readable(data, names, name, reward_funcs).filter(check, with_indices=True)
+    if next(iter(stream), None) is None:
+        raise ValueError(f"{name} is empty: it holds no prompt")
+    return stream
+
+
+def train_prompts(
+    data: Any, tokenizer: PreTrainedTokenizerBase, args: CFGDiversityConfig, reward_funcs: list[Callable]
+) -> Any:
+    """The training prompts, enough of them to fill a generation batch.
+
+    Raises:
+        ValueError: none, or fewer than one rollout needs: TRL would drop them all and train nothing.
+    """
+    if data is None:
+        raise ValueError("train_dataset is required: a dataset, a file, or a list of prompts")
+    if isinstance(data, Mapping):  # of splits, or of columns
+        stream = data.get("train")
+        data = stream if isinstance(stream, IterableDataset) else load_prompts(data)
+    dataset = prompt_dataset(data, tokenizer, "train_dataset", reward_funcs)
+    needed = args.generation_batch_size // args.num_generations
+    found = len(list(itertools.islice(dataset, needed)))
+    if found < needed:
+        raise ValueError(
+            f"train_dataset has {found} prompts, but one rollout takes {needed} (generation_batch_size "
+            f"{args.generation_batch_size} / num_generations {args.num_generations}): add prompts or lower "
+            "the batch"
+        )
+    return dataset
+
+
+def _readable(dataset: Any, names: list[str], name: str, reward_funcs: list[Callable]) -> Any:
+    """The dataset without the audio and pictures that no reward function reads."""
+    there = set(names) - {"prompt"}
+    wanted, open_functions = set(), []
+    for function in reward_funcs:
+        if _is_ours(function):
+            continue  # reads the prompt and the audio
+        label = getattr(function, "__name__", type(function).__name__)
+        named, is_open = keywords(function)
+        wanted |= named.keys()
+        open_functions += [label] * is_open
+        for parameter in named.values():
+            if parameter.name in GIVEN & there:
+                raise ValueError(
+                    f"{name} has a column {parameter.name!r}, and reward function {label!r} asks for "
+                    f"{parameter.name}, which the trainer gives: rename or remove the column"
+                )
+            elif parameter.name not in GIVEN | there and parameter.default is parameter.empty:
+                raise ValueError(
+                    f"reward function {label!r} asks for {parameter.name}, which is no column of {name} "
+                    f"({', '.join(sorted(there)) or 'it has only prompts'}): add the column, or give the "
+                    "parameter a default"
+                )
+    media = [
+        column
+        for column, feature in (dataset.features or {}).items()
+        if require_decoding(feature) and column not in wanted
+    ]
+    if media and open_functions:
+        logger.warning(
+            "%s: the columns %s hold audio or pictures and are left out; a reward function that reads one names "
+            "it as a parameter",
+            name,
+            ", ".join(media),
+        )
+    # A stream decodes what `remove_columns` takes away.
+    return dataset.select_columns([column for column in names if column not in media]) if media else dataset
+
+
+def _is_ours(function: Callable) -> bool:
+    code = function if inspect.isroutine(function) else type(function).__call__
+    return (getattr(code, "__module__", None) or "").startswith("diverse_cfg.")
+
+
+def columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """What a reward function gets of the dataset: every column but the prompt."""
+    return {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
+
+
+def reward_context(clips: Clips, num_generations: int) -> dict[str, Any]:
+    """What a reward function gets besides TRL's arguments."""
+    return clips.columns | {
+        "num_generations": num_generations,
+        "sampling_rate": clips.sampling_rate,
+        "codes": clips.codes,
+        "waveforms": clips.waveforms,
+    }
+
+
+# ---- the rewards -------------------------------------------------------------------------------------------
 
 
 def check_reward_funcs(reward_funcs: Any, args: CFGDiversityConfig, base_model: str | None) -> list[Callable]:
@@ -70,17 +463,10 @@ def check_reward_funcs(reward_funcs: Any, args: CFGDiversityConfig, base_model: 
     """
     if reward_funcs is None:
         reward_funcs = [default_reward(args, base_model)] if args.diversity_coef > 0 else []
-    if not isinstance(reward_funcs, list | tuple):
-        reward_funcs = [reward_funcs]
-    for reward_func in reward_funcs:
-        if isinstance(reward_func, str | nn.Module):
-            name = reward_func if isinstance(reward_func, str) else type(reward_func).__name__
-            raise ValueError(
-                f"reward function {name!r} is a text reward model to TRL, and clips are audio: pass a function that "
-                "takes waveforms (see diverse_cfg.rewards)"
-            )
-        if not callable(reward_func):
-            raise ValueError(f"reward function {reward_func!r} is not callable")
+    reward_funcs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    names = [getattr(reward_func, "__name__", type(reward_func).__name__) for reward_func in reward_funcs]
+    for reward_func, name in zip(reward_funcs, names, strict=True):
+        _check_reward_func(reward_func, name)
     pairwise = [is_pairwise(reward_func) for reward_func in reward_funcs]
     if args.diversity_coef > 0 and not any(pairwise):
         raise ValueError(
@@ -92,25 +478,41 @@ def check_reward_funcs(reward_funcs: Any, args: CFGDiversityConfig, base_model: 
             raise ValueError(
                 f"the diversity reward has reward_weights={weight}: its weight is diversity_coef, keep 1 here"
             )
-    names = [getattr(reward_func, "__name__", type(reward_func).__name__) for reward_func in reward_funcs]
-    for reward_func, name, is_diversity in zip(reward_funcs, names, pairwise, strict=True):
-        embedder = getattr(reward_func, "embedder", None)
-        whole = hasattr(embedder, "embed") and getattr(embedder, "reads", None) in ("codes", "waveforms")
-        if is_diversity and not (
-            whole and hasattr(reward_func, "embeddings") and hasattr(reward_func, "distances")
-        ):
-            raise ValueError(
-                f"reward function {name!r} is pairwise, and so needs an embedder (with embed, reads and "
-                "sampling_rate) and the attributes embeddings and distances: derive it from DiversityReward, or "
-                "leave pairwise off"
-            )
+    encoders = [
+        getattr(reward_func, "embedder", None) for reward_func in reward_funcs if is_pairwise(reward_func)
+    ]
+    if args.prefix_baseline and args.diversity_coef > 0 and hasattr(encoders[0], "distances"):
+        raise ValueError(
+            f"prefix_baseline compares embeddings of the beginnings of clips, and the first diversity reward is "
+            f"{encoders[0].name!r}, which has none: put one with an encoder first, or leave prefix_baseline off"
+        )
     if names and args.rollout_source == "teacher":
         logger.warning(
             "rollout_source='teacher': no clip is the student's own, so the rewards of %s are logged and train "
             "nothing; use 'student' or 'mix' to train on them",
             ", ".join(names),
         )
-    return list(reward_funcs)
+    return reward_funcs
+
+
+def _check_reward_func(reward_func: Any, name: str) -> None:
+    if isinstance(reward_func, str | nn.Module):
+        name = reward_func if isinstance(reward_func, str) else name
+        raise ValueError(
+            f"reward function {name!r} is a text reward model to TRL, and clips are audio: pass a function that "
+            "takes waveforms (see diverse_cfg.rewards)"
+        )
+    if not callable(reward_func):
+        raise ValueError(f"reward function {reward_func!r} is not callable")
+    embedder = getattr(reward_func, "embedder", None)
+    whole = hasattr(embedder, "embed") and getattr(embedder, "reads", None) in ("codes", "waveforms")
+    whole = whole and hasattr(reward_func, "embeddings") and hasattr(reward_func, "distances")
+    if is_pairwise(reward_func) and not whole:
+        raise ValueError(
+            f"reward function {name!r} is pairwise, and so needs an embedder (with embed, reads and "
+            "sampling_rate) and the attributes embeddings and distances: derive it from DiversityReward, or "
+            "leave pairwise off"
+        )
 
 
 def check_run(
@@ -150,18 +552,15 @@ def check_run(
         warnings.warn("; ".join(idle), UserWarning, stacklevel=3)
 
 
-def check_embedders(reward_funcs: list[Callable], policy: MusicgenForConditionalGeneration) -> None:
-    """Embedders of the diversity rewards against the codec of the policy.
+def check_embedders(reward_funcs: list[Callable], rate: int) -> None:
+    """Embedders of the diversity rewards against the codec of the policy, which plays at `rate` Hz.
 
     Raises:
         ValueError: no usable sampling rate, or an encoder of another codec's codes.
     """
-    rate = policy.config.audio_encoder.sampling_rate
     for embedder in [function.embedder for function in reward_funcs if is_pairwise(function)]:
-        name, found = (
-            getattr(embedder, "name", type(embedder).__name__),
-            getattr(embedder, "sampling_rate", None),
-        )
+        name = getattr(embedder, "name", type(embedder).__name__)
+        found = getattr(embedder, "sampling_rate", None)
         if not isinstance(found, int) or found <= 0:
             raise ValueError(
                 f"embedder {name!r} has sampling_rate={found!r}; it must be a positive number of Hz"
@@ -196,7 +595,7 @@ def default_embedder(base_model: str | None, teacher_model: str | None = None) -
     origin = read_provenance(base_model) if base_model and os.path.isdir(base_model) else None
     candidates = (base_model, teacher_model, origin and origin.base_model)
     try:
-        if any(same_model(candidate, str(nano_path())) for candidate in candidates):
+        if any(candidate and same_base(candidate, str(nano_path())) for candidate in candidates):
             return str(nano_path("reward-encoder"))
     except FileNotFoundError:
         pass  # an installation without the nano world

@@ -68,7 +68,8 @@ def estimators(rewards: Tensor, values: Tensor, shape: torch.Size) -> dict[str, 
 def gradients(student: str, batches: int, seed: int) -> dict[str, Tensor]:
     """Gradients of the policy-gradient loss [batches, parameters]; the student is not trained."""
     model = load_policy(student).eval()
-    as_policy(model).freeze()
+    policy = as_policy(model)
+    policy.freeze()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     tokenizer, weights = load_processor(student).tokenizer, RolloutWeights.from_model(model)
     encoder = load_embedder(str(nano_path("reward-encoder")))
@@ -89,7 +90,7 @@ def gradients(student: str, batches: int, seed: int) -> dict[str, Tensor]:
         if batch < LEARNING:
             continue
         for name, advantages in estimators(rewards, values, codes.shape).items():
-            loss = student_terms(model, replace(clips, advantages=advantages), LOSS)[0].loss
+            loss = student_terms(policy, replace(clips, advantages=advantages), LOSS)[0].loss
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
             flat = [g.flatten() for g in found if g is not None]
             kept.setdefault(name, []).append(torch.cat(flat))

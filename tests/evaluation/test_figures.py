@@ -10,9 +10,9 @@ import pytest
 
 from diverse_cfg.evaluation import figures as figures_module
 from diverse_cfg.evaluation.figures import (
+    _series_hypervolumes,
     front,
     merge_curve,
-    series_hypervolumes,
     trajectories,
 )
 from diverse_cfg.evaluation.results import Estimate, Results, SystemResult, above_line, mean_estimate
@@ -20,6 +20,7 @@ from diverse_cfg.evaluation.systems import System, single
 from diverse_cfg.plotting import Look, draw_curves, training_curves
 
 PROMPTS = 12
+XY = ("diversity_heldout", "adherence")
 
 
 def row(name, diversity, adherence, *, spread=0.02, **kwargs):
@@ -41,6 +42,16 @@ def lerp():
     ]
 
 
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are written."""
+    drawn, write = [], figures_module.save
+    monkeypatch.setattr(
+        figures_module, "save", lambda figure, *rest: drawn.append(figure) or write(figure, *rest)
+    )
+    return drawn
+
+
 def read_csv(path):
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.reader(file))
@@ -52,7 +63,7 @@ def test_front_writes_what_it_draws(tmp_path):
         row("base γ=3", 0.3, 0.8, guidance_scale=3.0, role="guided", series="base"),
         *lerp(),
     )
-    svg, png, table = front(found, "diversity_heldout", "adherence", tmp_path / "deep" / "front")
+    svg, png, table = front(found, *XY, tmp_path / "deep" / "front")
     assert ElementTree.parse(svg).getroot().tag.endswith("svg")
     assert png.read_bytes().startswith(b"\x89PNG")
     lines = read_csv(table)
@@ -70,7 +81,7 @@ def test_figures_are_the_same_every_time(tmp_path):
     one."""
     found = results(*lerp())
     for name in ("one", "two"):
-        front(found, "diversity_heldout", "adherence", tmp_path / name)
+        front(found, *XY, tmp_path / name)
     for ending in ("svg", "png", "csv"):
         assert (tmp_path / f"one.{ending}").read_bytes() == (tmp_path / f"two.{ending}").read_bytes(), ending
 
@@ -79,11 +90,11 @@ def test_a_broken_system_is_named_and_not_drawn(tmp_path):
     noise = row("white noise", 0.9, 0.1)
     noise.flags.append("only 0% of the clips are valid audio")
     found = results(row("base", 0.5, 0.6, series="base"), row("guided", 0.3, 0.8, series="base"), noise)
-    svg, _, table = front(found, "diversity_heldout", "adherence", tmp_path / "front")
+    svg, _, table = front(found, *XY, tmp_path / "front")
     assert "not drawn, invalid audio: white noise" in svg.read_text(encoding="utf-8")
     assert next(line for line in read_csv(table) if line[0] == "white noise")[-1] == noise.flags[0]
-    volumes = series_hypervolumes(found, "diversity_heldout", "adherence")
-    assert volumes == series_hypervolumes(results(*found.systems[:2]), "diversity_heldout", "adherence")
+    volumes = _series_hypervolumes(found, *XY)
+    assert volumes == _series_hypervolumes(results(*found.systems[:2]), *XY)
 
 
 def test_hypervolume_above_the_worst_of_all_systems():
@@ -93,25 +104,20 @@ def test_hypervolume_above_the_worst_of_all_systems():
         row("b", 0.5, 0.6, spread=0, series="s"),
         row("worst", 0.2, 0.5, spread=0, series="other"),
     )
-    volumes = series_hypervolumes(found, "diversity_heldout", "adherence")
+    volumes = _series_hypervolumes(found, *XY)
     assert volumes.keys() == {"s"}
     assert volumes["s"].estimate == pytest.approx(0.05)
 
 
-def test_the_legend_is_as_wide_as_the_page_and_has_the_corner(tmp_path, monkeypatch):
+def test_the_legend_is_as_wide_as_the_page_and_has_the_corner(tmp_path, figures):
     """Catches a long entry that pushes the legend off the page, and a hypervolume above another corner than it says."""
-    figures = []
-    write = figures_module.save
-    monkeypatch.setattr(
-        figures_module, "save", lambda figure, *rest: figures.append(figure) or write(figure, *rest)
-    )
     broken = [row(f"a system with a long name @{step}", 0.9, 0.1) for step in range(9)]
     for one in broken:
         one.flags.append("only 0% of the clips are valid audio")
     name = "a series whose name is longer by far than the column of a paper is wide"
     wide = [row(f"wide {k}", 0.1, 0.1, spread=0, series=name) for k in range(2)]
     found = results(*wide, *lerp(), *broken)
-    svg, _, table = front(found, "diversity_heldout", "adherence", tmp_path / "front", corner=(0.3, 0.8))
+    svg, _, table = front(found, *XY, tmp_path / "front", corner=(0.3, 0.8))
     assert "hypervolume above (0.300, 0.800), with its interval" in svg.read_text()
     assert float(read_csv(table)[-1][1]) == pytest.approx(0.05 * 0.06)
     [legend] = figures[0].legends
@@ -126,15 +132,10 @@ def test_merges_are_the_strongest_line(tmp_path, monkeypatch):
         figures_module, "_point", lambda axes, row, x, y, look, alone: drawn.append((row, look, alone))
     )
     sweep = [row(f"base {k}", 0.2 + k / 10, 0.8 - k / 10, series="guidance") for k in range(3)]
-    front(
-        results(*sweep, *lerp(), row("one", 0.4, 0.7)), "diversity_heldout", "adherence", tmp_path / "front"
-    )
+    front(results(*sweep, *lerp(), row("one", 0.4, 0.7)), *XY, tmp_path / "front")
     looks = {r.system.series: look for r, look, _ in drawn}
-    assert (
-        looks["LERP"].strong
-        and not looks["guidance"].strong
-        and looks["LERP"].width > looks["guidance"].width
-    )
+    assert looks["LERP"].strong and not looks["guidance"].strong
+    assert looks["LERP"].width > looks["guidance"].width
     assert [alone for r, _, alone in drawn if r.system.name in ("one", "base 0")] == [False, True]
 
 
@@ -150,21 +151,20 @@ def test_flagged_checkpoints_are_hollow_and_paths_begin_where_training_did(tmp_p
     steps = [row(f"run {step}", 0.5, 0.6 + step / 100, series="run", step=step) for step in (10, 20)]
     steps[1].flags.append("only 80% of the clips are valid audio")
     found = results(row("base", 0.3, 0.5), *steps)
-    xy = ("diversity_heldout", "adherence")
-    _, _, table = trajectories(found, *xy, tmp_path / "t", starts={"run": "base"})
+    _, _, table = trajectories(found, *XY, tmp_path / "t", starts={"run": "base"})
     assert [face for label, face in faces if label is None].count("white") == 1
     assert any(label and "hollow" in label for label, _ in faces)
     lines = [line for line in read_csv(table) if line[0] == "run"]
     assert [line[1] for line in lines] == ["0", "10", "20"] and lines[-1][-1] == steps[1].flags[0]
-    assert float(lines[0][2]) == found["base"].metrics[xy[0]].estimate
+    assert float(lines[0][2]) == found["base"].metrics[XY[0]].estimate
     with pytest.raises(ValueError, match="no system 'gone'"):
-        trajectories(found, *xy, tmp_path / "t", starts={"run": "gone"})
+        trajectories(found, *XY, tmp_path / "t", starts={"run": "gone"})
 
 
 def test_results_without_intervals_can_be_drawn(tmp_path):
     one = row("base", 0.5, 0.6)
     one.metrics = {name: Estimate(estimate.estimate, num_prompts=1) for name, estimate in one.metrics.items()}
-    front(results(one), "diversity_heldout", "adherence", tmp_path / "front")
+    front(results(one), *XY, tmp_path / "front")
     assert (tmp_path / "front.png").is_file()
 
 
@@ -180,13 +180,8 @@ def test_the_lerp_against_the_straight_line(tmp_path):
     assert float(middle[5]) == pytest.approx(0.06)
 
 
-def test_labels_of_a_crowd_hide_neither_each_other_nor_a_point(tmp_path, monkeypatch):
+def test_labels_of_a_crowd_hide_neither_each_other_nor_a_point(tmp_path, figures):
     """Three series of four systems close together: what has no room is left out, the rest can be read."""
-    figures = []
-    write = figures_module.save
-    monkeypatch.setattr(
-        figures_module, "save", lambda figure, *rest: figures.append(figure) or write(figure, *rest)
-    )
     crowd = [
         row(
             f"{series} T={t}",
@@ -200,7 +195,7 @@ def test_labels_of_a_crowd_hide_neither_each_other_nor_a_point(tmp_path, monkeyp
         for t in (0.9, 1.0, 1.1, 1.2)
     ]
     alone = row("alone", 0.6, 0.3, spread=0, series="alone")
-    front(results(*crowd, alone), "diversity_heldout", "adherence", tmp_path / "front")
+    front(results(*crowd, alone), *XY, tmp_path / "front")
     [axes] = figures[0].axes
     figures[0].draw_without_rendering()  # positions as on the screen, not as in the file
     labels = [text.get_window_extent() for text in axes.texts if text.get_text().startswith("T ")]
@@ -215,7 +210,7 @@ def test_labels_of_a_crowd_hide_neither_each_other_nor_a_point(tmp_path, monkeyp
 
 
 def test_a_lerp_needs_its_ends(tmp_path):
-    with pytest.raises(ValueError, match="a LERP needs 0, 1"):
+    with pytest.raises(ValueError, match="no LERP can be made: it needs 0, 1"):
         merge_curve(results(*lerp()[:2]), "LERP", ["adherence"], tmp_path / "lerp")
 
 
@@ -225,12 +220,10 @@ def test_trajectories_follow_the_steps(tmp_path):
         row(f"run {step}", 0.5 - step / 100, 0.6 + step / 100, series="run", step=step)
         for step in (20, 0, 10)
     ]
-    _, _, table = trajectories(
-        results(row("base", 0.5, 0.6), *steps), "diversity_heldout", "adherence", tmp_path / "t"
-    )
+    _, _, table = trajectories(results(row("base", 0.5, 0.6), *steps), *XY, tmp_path / "t")
     assert [line[1] for line in read_csv(table) if line[0] == "run"] == ["0", "10", "20"]
     with pytest.raises(ValueError, match="no series has two systems with a step"):
-        trajectories(results(row("base", 0.5, 0.6)), "diversity_heldout", "adherence", tmp_path / "t")
+        trajectories(results(row("base", 0.5, 0.6)), *XY, tmp_path / "t")
 
 
 def test_training_curves_read_the_run_or_its_last_checkpoint(tmp_path):

@@ -57,35 +57,26 @@ def settings(root, output, **changes):
     return values | changes
 
 
+def evaluate(values):
+    return report.evaluate(SweepConfig.from_dict(values), progress=False)
+
+
 ARMS = dict.fromkeys(("base", "guided", "quality", "diverse", "merges"), "base")
 
 
 def test_a_sweep_from_end_to_end(root, tmp_path, capsys):
     """The command writes every file, names what failed, and returns 2 for it."""
-    values = settings(
-        root,
-        tmp_path / "sweep",
-        systems=[
-            {"name": "base", "model": str(root / "base"), "guidance_scale": [1.0, 3.0]},
-            {
-                "name": "LERP",
-                "checkpoints": [str(root / "base"), str(root / "student")],
-                "merge_weight": "0:1:0.5",
-            },
-            {"name": "gone", "checkpoints": [str(root / "base"), str(root / "nowhere")]},
-        ],
-        compare_to=["base γ=3"],
-        reference=str(root / "reference"),
-        x="diversity_heldout",
-        y="validity",
-        arms={
-            "base": "base γ=1",
-            "guided": "base γ=3",
-            "quality": "LERP λ=0",
-            "diverse": "LERP λ=1",
-            "merges": "LERP",
-        },
-    )
+    base, student, gone = (str(root / name) for name in ("base", "student", "nowhere"))
+    systems = [
+        {"name": "base", "model": base, "guidance_scale": [1.0, 3.0]},
+        {"name": "LERP", "checkpoints": [base, student], "merge_weight": "0:1:0.5"},
+        {"name": "gone", "checkpoints": [base, gone]},
+    ]
+    arms = {"base": "base γ=1", "guided": "base γ=3", "merges": "LERP"}
+    arms |= {"quality": "LERP λ=0", "diverse": "LERP λ=1"}
+    more = {"compare_to": ["base γ=3"], "reference": str(root / "reference"), "arms": arms}
+    more |= {"x": "diversity_heldout", "y": "validity"}
+    values = settings(root, tmp_path / "sweep", systems=systems, **more)
     path = tmp_path / "sweep.yaml"
     path.write_text(yaml.safe_dump(values, allow_unicode=True))
     assert main(["evaluate", "--config", str(path)]) == 2
@@ -172,20 +163,18 @@ def test_wrong_settings_are_refused_before_anything_is_generated(
         "diverse_cfg.evaluation.generations.fast_generate", lambda *_, **__: pytest.fail("generated already")
     )
     with pytest.raises(ValueError, match=message):
-        values = settings(root, tmp_path / "sweep") | changes
-        report.evaluate(SweepConfig.from_dict(values), progress=False)
+        evaluate(settings(root, tmp_path / "sweep") | changes)
 
 
 def test_times_name_the_machine_that_took_them(root, tmp_path, monkeypatch):
     """Catches kept times that are said to be this machine's: here a slower one sampled half of the clips."""
     values = settings(root, tmp_path / "sweep", metrics=["seconds"], gallery_prompts=0)
-    monkeypatch.setattr("diverse_cfg.evaluation.generations.machine", lambda device: f"old one, {device}")
-    results = report.evaluate(SweepConfig.from_dict(values), progress=False)
+    monkeypatch.setattr("diverse_cfg.evaluation.generations._machine", lambda device: f"old one, {device}")
+    results = evaluate(values)
     assert results.settings["timed_on"] == ["old one, cpu"]
     monkeypatch.undo()
-    student = {"name": "student", "model": str(root / "student")}
-    values["systems"] = [*values["systems"], student]
-    found = report.evaluate(SweepConfig.from_dict(values), progress=False).settings["timed_on"]
+    values["systems"] = [*values["systems"], {"name": "student", "model": str(root / "student")}]
+    found = evaluate(values).settings["timed_on"]
     assert len(found) == 2 and "old one, cpu" in found and any("threads" in name for name in found)
     page = (tmp_path / "sweep" / "results.md").read_text(encoding="utf-8")
     assert "old one, cpu" in page and "Times of different machines do not compare." in page
@@ -195,7 +184,7 @@ def test_a_checkpoint_alone_is_no_path(root, tmp_path):
     """Catches a figure that fails after the sweep: one system with a step has no trajectory."""
     systems = [{"name": "base", "model": str(root / "base"), "step": 5}]
     values = settings(root, tmp_path / "sweep", systems=systems, x="diversity_heldout", y="validity")
-    report.evaluate(SweepConfig.from_dict(values | {"gallery_prompts": 0}), progress=False)
+    evaluate(values | {"gallery_prompts": 0})
     assert (tmp_path / "sweep" / "front.svg").exists()
     assert not (tmp_path / "sweep" / "trajectories.svg").exists()
 
@@ -217,7 +206,7 @@ def test_missing_files_are_named(root, tmp_path):
 
 def test_a_sweep_without_quality_or_diversity_has_no_front(root, tmp_path):
     values = settings(root, tmp_path / "sweep", metrics=["validity"], gallery_prompts=0)
-    results = report.evaluate(SweepConfig.from_dict(values), progress=False)
+    results = evaluate(values)
     assert results.metrics == ["validity"]
     assert not (tmp_path / "sweep" / "front.svg").exists()
     assert not (tmp_path / "sweep" / "index.html").exists()
@@ -238,7 +227,7 @@ def test_a_listening_test_is_made_of_the_clips_that_were_measured(root, tmp_path
 
     code, said = listen("early")
     assert code == 2 and "holds no results: run `diverse-cfg evaluate" in said.err
-    report.evaluate(SweepConfig.from_dict(values), progress=False)
+    evaluate(values)
     code, said = listen("study")
     assert code == 0 and "2 trials in" in said.out
     code, said = listen("mixed", prompts=str(tmp_path / "other.txt"))
@@ -254,7 +243,7 @@ def test_when_every_system_fails_the_error_says_why(root, tmp_path):
         root, tmp_path / "sweep", systems=[{"name": "x", "checkpoints": ["/nowhere/a", "/nowhere/b"]}]
     )
     with pytest.raises(ValueError, match=r"every system failed; the first: .*no folder"):
-        report.evaluate(SweepConfig.from_dict(values), progress=False)
+        evaluate(values)
     assert Results.load(tmp_path / "sweep")["x"].error
 
 
@@ -310,5 +299,5 @@ def test_distances_to_reference_in_a_sweep_are_scipys(root, tmp_path):
 
 def test_two_sweeps_cannot_write_into_one_folder(root, tmp_path):
     with held(tmp_path), pytest.raises(FileExistsError, match="another process is writing to"):
-        report.evaluate(SweepConfig.from_dict(settings(root, tmp_path)), progress=False)
+        evaluate(settings(root, tmp_path))
     assert list(tmp_path.iterdir()) == []

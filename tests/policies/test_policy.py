@@ -17,7 +17,7 @@ from diverse_cfg.policies.musicgen.model import (
     frame_rate,
     head_weights,
 )
-from diverse_cfg.policies.policy import as_policy
+from diverse_cfg.policies.policy import Policy, as_policy
 from diverse_cfg.types import TextCondition
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
 
@@ -256,3 +256,33 @@ def test_adapters_that_are_no_sum_are_refused():
     wrapped = get_peft_model(load_policy(tiny_musicgen()), config)
     with pytest.raises(ValueError, match="DoRA"):
         effective_weight(wrapped.get_base_model().decoder.model.decoder.layers[0].fc1)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_the_plain_way_to_sample_gives_the_same_clips(policy, condition, guidance_scale):
+    """A whole forward pass per step, which shares no decoder code with the fused loop, draws the same codes."""
+    live = as_policy(policy)
+    settings = {"guidance_scale": guidance_scale, "temperature": 0.9, "seed": 3, "sample_ids": [5, 6, 7, 8]}
+    plainly = Policy.sample(live, condition, 6, **settings)
+    assert torch.equal(plainly.codes, live.sample(condition, 6, **settings).codes)
+
+
+def test_a_schedule_guides_every_frame_by_its_own_scale(policy, condition):
+    """Codebooks of one step are of different frames: fault: the step's scale, or that of the first codebook."""
+    live, schedule = as_policy(policy), (3.0, 1.0, 2.0, 5.0, 1.0, 1.5)
+    settings = {"guidance_scale": schedule, "seed": 3}
+    plainly = Policy.sample(live, condition, 6, **settings).codes
+    clips = live.sample(condition, 6, **settings, return_logps=True)
+    assert torch.equal(plainly, clips.codes)
+    cond, null = (live.code_logits(plainly, rows) for rows in (condition, condition.null()))
+    scale = torch.tensor(schedule)[:, None]
+    wanted = (null + scale * (cond - null)).log_softmax(-1).gather(-1, plainly[..., None])[..., 0]
+    torch.testing.assert_close(clips.logps, wanted, atol=1e-4, rtol=1e-4)
+    constant = live.sample(condition, 6, guidance_scale=(3.0,) * 6, seed=3).codes
+    assert torch.equal(constant, live.sample(condition, 6, guidance_scale=3.0, seed=3).codes)
+    with pytest.raises(ValueError, match="6 numbers, one per frame, but the clips have 7 frames"):
+        live.sample(condition, 7, **settings)
+    with pytest.raises(ValueError, match=r"guidance_scale=0\.5 of frame 1"):
+        live.sample(condition, 2, guidance_scale=[1.0, 0.5])
+    with pytest.raises(ValueError, match="rollout_backend='transformers' has one γ"):
+        live.sample(condition, 6, **settings, rollout_backend="transformers")

@@ -7,7 +7,6 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from diverse_cfg.merging import merge_checkpoints
 from diverse_cfg.publishing import plan_upload
 from tests import checkpoints as made
 from tests.fake_hub import FakeHub
@@ -18,12 +17,7 @@ upload_module = sys.modules["diverse_cfg.publishing.upload"]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("publishing")
-    folders = made.make_world(root)
-    pair = [folders["lora1"], folders["lora2"]]
-    folders["merged"] = merge_checkpoints(pair, 0.3, root / "merged")
-    folders["adapter"] = merge_checkpoints(pair, 0.3, root / "adapter", format="adapter")
-    return folders
+    return made.make_merges(tmp_path_factory.mktemp("publishing"))
 
 
 @pytest.fixture

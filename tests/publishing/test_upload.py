@@ -37,8 +37,7 @@ def assert_published(hub, plan, private=True):
     assert repo.private is private
     assert set(repo.files) == {".gitattributes"} | {file.path_in_repo for file in plan.files}
     for file in plan.files:
-        content = file.source if isinstance(file.source, bytes) else file.source.read_bytes()
-        assert repo.files[file.path_in_repo] == content
+        assert repo.files[file.path_in_repo] == file.content
 
 
 def test_upload_in_one_commit(plan, hub):

@@ -34,7 +34,8 @@ class _Decoder:
         num_steps: S, the length of the caches.
         condition: cross-attended rows: N (prompts), or 2·N when the second half has text too (a negative
             prompt).
-        guidance_scale: γ; when it is not 1, N further rows are decoded beside the prompts'.
+        guidance: γ, or a tensor [S, K] of every step and codebook; None decodes no null rows beside the
+            prompts'.
     """
 
     wide_cache: ClassVar[bool]
@@ -46,14 +47,14 @@ class _Decoder:
         num_clips: int,
         num_steps: int,
         condition: TextCondition,
-        guidance_scale: float,
+        guidance: float | Tensor | None,
     ) -> None:
         shape = weights.shape
         self.weights = weights
         self.cache_dtype = weights.tensors["norm"].dtype if self.wide_cache else weights.dtype
         self.num_clips = num_clips
-        self.guidance_scale = guidance_scale
-        self.num_rows = num_clips if guidance_scale == 1 else 2 * num_clips
+        self.guidance = guidance
+        self.num_rows = num_clips if guidance is None else 2 * num_clips
         self.num_texts = len(condition)
         self.activation = ACT2FN[shape.activation]
         self.offsets = torch.arange(shape.num_codebooks, device=weights.device) * (shape.vocab_size + 1)
@@ -76,13 +77,20 @@ class _Decoder:
             return x.addmm_(update, matrix)
         return x.add_(product(update, matrix))
 
-    def _logits(self, x: Tensor) -> Tensor:
-        """Logits [N, K, V] from the last layer. The heads are linear, so guidance comes before them: half the work."""
+    def _logits(self, x: Tensor, step: int | Tensor) -> Tensor:
+        """Logits [N, K, V] from the last layer.
+
+        The heads are linear, so that one γ comes before them, at half the work; codebooks of one step belong to
+        different frames, so that a schedule comes after.
+        """
         tensors, shape = self.weights.tensors, self.weights.shape
         h = self._norm(x, tensors["norm"], tensors["norm_bias"])
-        if self.num_rows > self.num_clips:
-            h = guided_logits(*h.chunk(2), self.guidance_scale)
-        return product(h, tensors["heads"]).view(self.num_clips, shape.num_codebooks, shape.vocab_size)
+        scale = self.guidance[step].view(-1) if isinstance(self.guidance, Tensor) else self.guidance
+        scheduled = isinstance(scale, Tensor)
+        if scale is not None and not scheduled:
+            h = guided_logits(*h.chunk(2), scale)
+        logits = product(h, tensors["heads"]).view(-1, shape.num_codebooks, shape.vocab_size)
+        return guided_logits(*logits.chunk(2), scale) if scheduled else logits
 
     def _text(self, condition: TextCondition) -> tuple[Tensor, list[Tensor]]:
         """Bias over the text [B, 1, 1, Lt], and for each layer its keys and values [2, B, H, Lt, D / H]."""
@@ -164,7 +172,7 @@ class EagerDecoder(_Decoder):
 
             h = self._norm(x, layer.final_norm, layer.final_norm_bias)
             self._add(x, activated_product(h, layer.fc1, self.activation), layer.fc2)
-        return self._logits(x)
+        return self._logits(x, step)
 
 
 class StaticDecoder(_Decoder):
@@ -209,7 +217,7 @@ class StaticDecoder(_Decoder):
         layers = zip(self.weights.layers, self.cache, self.text_keys_values, strict=True)
         for layer, cache, text in layers:
             x = self._decoder_layer(x, layer, cache, text, position, length, bias)
-        return self._logits(x)
+        return self._logits(x, position)
 
     def _decoder_layer(
         self,

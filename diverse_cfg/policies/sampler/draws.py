@@ -30,24 +30,31 @@ class SamplingSettings:
 
     Args:
         guidance_scale: γ of `uncond + γ·(cond − uncond)`; 1 samples the conditional model alone, at half the
-            cost.
+            cost. T numbers are a schedule, γ of every frame.
         temperature: divides the logits; 0 takes the most likely code (greedy).
         top_k: keep this many codes (and those tied with the last); 0 keeps all.
         top_p: keep the most likely codes up to this probability mass; 1 keeps all.
         min_p: drop codes less likely than this fraction of the most likely one; 0 keeps all.
     """
 
-    guidance_scale: float = 1.0
+    guidance_scale: float | tuple[float, ...] = 1.0
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
+        if isinstance(self.guidance_scale, Sequence) and not isinstance(self.guidance_scale, str):
+            object.__setattr__(self, "guidance_scale", tuple(self.guidance_scale))
+            for frame, scale in enumerate(self.guidance_scale):
+                if isinstance(scale, bool) or not isinstance(scale, Real) or not 1 <= scale < math.inf:
+                    raise ValueError(f"guidance_scale={scale!r} of frame {frame} must be a finite number ≥ 1")
         for name in ("guidance_scale", "temperature", "top_p", "min_p"):
-            if isinstance(value := getattr(self, name), bool) or not isinstance(value, Real):
+            if isinstance(value := getattr(self, name), tuple):
+                continue
+            if isinstance(value, bool) or not isinstance(value, Real):
                 raise ValueError(f"{name}={value!r} must be a number")
-        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 1):
+        if not isinstance(self.guidance_scale, tuple) and not 1 <= self.guidance_scale < math.inf:
             raise ValueError(
                 f"guidance_scale={self.guidance_scale} must be a finite number ≥ 1: 1 samples the prompt "
                 "alone, the paper's γ is 3, and clips without a prompt come from a null condition"
@@ -66,7 +73,14 @@ class SamplingSettings:
     @property
     def guided(self) -> bool:
         """Whether null (or negative) rows are decoded beside the prompt's."""
+        if isinstance(self.guidance_scale, tuple):
+            return any(scale != 1 for scale in self.guidance_scale)
         return self.guidance_scale != 1
+
+    @property
+    def strongest(self) -> float:
+        """The largest γ of a schedule."""
+        return max(self.guidance_scale) if isinstance(self.guidance_scale, tuple) else self.guidance_scale
 
     @property
     def greedy(self) -> bool:

@@ -71,13 +71,16 @@ class DecodeLoop:
         # Attention kernels of GPUs want masks of aligned length.
         self.context = self.num_steps if self.mode == "eager" else _round_up(self.num_steps, ALIGNMENT)
         decoder = EagerDecoder if self.mode == "eager" else StaticDecoder
-        self.decoder = decoder(weights, num_clips, self.context, condition, settings.guidance_scale)
         cells = (self.num_steps, num_clips, shape.num_codebooks)
         self.position = torch.zeros(1, dtype=torch.long, device=device)
         self.steps = torch.arange(self.context, device=device)
         self.ids = torch.empty(cells[1:], dtype=torch.long, device=device)
         frame = torch.arange(self.num_steps)[:, None] - torch.tensor(self.delays)
         self.no_code = ((frame < 0) | (frame >= num_frames))[:, None].to(device)
+        guidance = settings.guidance_scale if settings.guided else None
+        if isinstance(guidance, tuple):
+            guidance = torch.tensor(guidance, device=device)[frame.clamp(0, num_frames - 1)]
+        self.decoder = decoder(weights, num_clips, self.context, condition, guidance)
         self.noise = torch.ones(
             *cells, sum(group_sizes(shape.vocab_size)), dtype=torch.float32, device=device
         )

@@ -40,7 +40,7 @@ def fast_generate(
     *,
     processor: Any,
     num_frames: int,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | Sequence[float] = 1.0,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -63,7 +63,8 @@ def fast_generate(
         prompts: P texts.
         processor: its processor or tokenizer.
         num_frames: T; MusicGen has 50 a second.
-        guidance_scale: γ; 1 for a distilled model, 3 is usual for a base model, at twice the cost.
+        guidance_scale: γ; 1 for a distilled model, 3 is usual for a base model, at twice the cost. T numbers are
+            a schedule, γ of every frame; see `guidance_schedule`.
         temperature: 0 is greedy.
         top_k: keep this many codes; 0 keeps all.
         top_p: keep the most likely codes up to this mass; 1 keeps all.
@@ -106,7 +107,7 @@ def fast_generate(
     )
     _check_weights(model, weights, dtype)
     if getattr(unwrap(model), "is_distilled", False):
-        warn_if_guided(guidance_scale, stacklevel=3)
+        warn_if_guided(settings.strongest, stacklevel=3)
     texts = [prompt for prompt in prompts for _ in range(num_generations)]
     global_state = torch.Generator()
     global_state.set_state(torch.get_rng_state())
@@ -182,6 +183,7 @@ def sample_codes(
     settings = SamplingSettings(**sampling)
     check_backend(rollout_backend)
     _check_length(model, num_frames)
+    _check_schedule(settings, num_frames, rollout_backend)
     if len(condition) == 0:
         raise ValueError("the condition has no rows: there is nothing to sample")
     if negative_condition is not None:
@@ -281,6 +283,7 @@ def check_request(
     """Raise what `fast_generate` would raise for these arguments, before anything is computed or written."""
     require_prompts(prompts, processor)
     _check_length(model, num_frames)
+    _check_schedule(settings, num_frames, rollout_backend)
     _check_counts(num_generations=num_generations, batch_size=batch_size)
     check_backend(rollout_backend)
     own = unwrap(model).decoder.dtype
@@ -402,6 +405,20 @@ def _check_weights(model: nn.Module, weights: RolloutWeights | None, dtype: torc
     weights.require_fits(model)
     if dtype not in (None, weights.dtype):
         raise ValueError(f"dtype={dtype} has no effect on weights that are {weights.dtype}: leave it out")
+
+
+def _check_schedule(settings: SamplingSettings, num_frames: int, rollout_backend: str) -> None:
+    scales = settings.guidance_scale
+    if not isinstance(scales, tuple):
+        return
+    if len(scales) != num_frames:
+        raise ValueError(
+            f"guidance_scale has {len(scales)} numbers, one per frame, but the clips have {num_frames} frames"
+        )
+    if rollout_backend != "fast":
+        raise ValueError(
+            f"a schedule of guidance_scale needs rollout_backend='fast': rollout_backend={rollout_backend!r} has one γ"
+        )
 
 
 def _check_length(model: nn.Module, num_frames: int) -> None:

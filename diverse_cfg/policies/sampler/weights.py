@@ -13,11 +13,13 @@ a product that ends with the activation.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from diverse_cfg.policies.layers import base_layer, effective_weight
 from diverse_cfg.policies.musicgen.model import delays, unwrap
@@ -399,3 +401,16 @@ def _fused(policy: Any, shape: _DecoderShape) -> Iterator[tuple[str, Tensor]]:
         yield f"layers.{index}.final_norm_bias", layer.final_layer_norm.bias
         yield f"layers.{index}.fc1", weight_of(layer.fc1).T
         yield f"layers.{index}.fc2", weight_of(layer.fc2).T
+
+
+@contextmanager
+def whole_weights(model: nn.Module) -> Iterator[None]:
+    """Gather the weights of an FSDP2 model while the context lasts; others are whole already."""
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()

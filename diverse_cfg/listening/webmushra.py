@@ -9,7 +9,7 @@ votes of the study, so that both kinds of test are counted alike.
 
 import csv
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from diverse_cfg.atomic import new_folder, write_text
-from diverse_cfg.evaluation.listening import QUESTIONS, Trial, Vote, Votes, load_trials
+from diverse_cfg.listening.study import QUESTIONS, Trial, Vote, Votes, load_trials
 from diverse_cfg.policies.files import write_wav
 from diverse_cfg.untrusted import checked_name
 
@@ -123,38 +123,32 @@ def import_ratings(folder: str | os.PathLike, path: str | os.PathLike) -> int:
     return votes.add_new(found)
 
 
-def _ratings(path: Path) -> dict[tuple[str, str], dict[str, int]]:
-    """(listener, trial) → side → rating; the last rating counts, as a listener may go back."""
-    found: dict[tuple[str, str], dict[str, int]] = {}
-    with open(path, newline="", encoding="utf-8") as file:
-        for line, row in enumerate(_rows(csv.DictReader(file), path), start=2):
-            trial, side, text = row["trial_id"], row["stimuli"], (row["stimuli_rating"] or "").strip()
-            if text not in ("1", "2", "3", "4", "5"):
-                raise ValueError(f"{path}, line {line}: {text!r} is no rating from 1 to 5")
-            about = [value for key, value in row.items() if key not in _COLUMNS and value]
-            listener = " / ".join(about)
-            if not listener:
-                raise ValueError(f"{path}, line {line} names no listener: the questionnaire asks for one")
-            found.setdefault((listener, trial), {})[side] = int(text)
-    return found
-
-
 _COLUMNS = {"session_test_id", "trial_id", "stimuli_rating", "stimuli", "rating_time"}
 
 
-def _rows(reader: csv.DictReader, path: Path) -> Iterator[dict[str, str]]:
+def _ratings(path: Path) -> dict[tuple[str, str], dict[str, int]]:
+    """(listener, trial) → side → rating; the last rating counts, as a listener may go back."""
+    found: dict[tuple[str, str], dict[str, int]] = {}
     try:
-        missing = _COLUMNS - set(reader.fieldnames or ())
-        if missing:
-            raise ValueError(
-                f"{path} lacks the columns {', '.join(sorted(missing))}: it is no lms.csv of webMUSHRA"
-            )
-        for row in reader:
-            if None in row:
-                raise ValueError(f"{path}, line {reader.line_num} has more cells than the header: repair it")
-            yield row
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if missing := _COLUMNS - set(reader.fieldnames or ()):
+                raise ValueError(
+                    f"{path} lacks the columns {', '.join(sorted(missing))}: it is no lms.csv of webMUSHRA"
+                )
+            for line, row in enumerate(reader, start=2):
+                if None in row:
+                    raise ValueError(f"{path}, line {line} has more cells than the header: repair it")
+                text = (row["stimuli_rating"] or "").strip()
+                if text not in ("1", "2", "3", "4", "5"):
+                    raise ValueError(f"{path}, line {line}: {text!r} is no rating from 1 to 5")
+                listener = " / ".join(value for key, value in row.items() if key not in _COLUMNS and value)
+                if not listener:
+                    raise ValueError(f"{path}, line {line} names no listener: the questionnaire asks for one")
+                found.setdefault((listener, row["trial_id"]), {})[row["stimuli"]] = int(text)
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read ({error}): copy lms.csv from webMUSHRA again") from error
+    return found
 
 
 def _page(trial: Trial, folder: Path, output: Path, audio: Path) -> dict[str, Any]:

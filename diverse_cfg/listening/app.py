@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from diverse_cfg.evaluation.listening import QUESTIONS, Trial, Vote, Votes
+from diverse_cfg.listening.study import QUESTIONS, Trial, Vote, Votes
 from diverse_cfg.untrusted import markdown
 
 _LARGEST_REQUEST = 64 * 1024  # bytes; a vote has a few hundred
@@ -22,7 +22,7 @@ _CHOICES = (("left", "â—€ left"), ("same", "no difference"), ("right", "right â–
 
 
 @dataclass(frozen=True)
-class View:
+class _View:
     """What is on the page.
 
     Args:
@@ -37,7 +37,7 @@ class View:
     right: tuple[str, ...] = ()
 
 
-def view(votes: Votes, listener: str) -> View:
+def _view(votes: Votes, listener: str) -> _View:
     """The next trial of a listener.
 
     Raises:
@@ -48,7 +48,7 @@ def view(votes: Votes, listener: str) -> View:
         raise ValueError("enter a name first: any name, so that your votes count once")
     remaining, total = votes.remaining(listener), len(votes.trials)
     if not remaining:
-        return View(None, f"### Thank you, {markdown(listener)}\nAll {total} comparisons are done.")
+        return _View(None, f"### Thank you, {markdown(listener)}\nAll {total} comparisons are done.")
     trial = remaining[0]
     text = (
         f"### {total - len(remaining) + 1} of {total}\n**{QUESTIONS[trial.kind]}**\n\nBoth sides were made "
@@ -56,10 +56,10 @@ def view(votes: Votes, listener: str) -> View:
     )
     folder = votes.folder.resolve()
     sides = [tuple(str(folder / file) for file in files) for files in (trial.left, trial.right)]
-    return View(trial, text, *sides)
+    return _View(trial, text, *sides)
 
 
-def build_app(folder: str | os.PathLike) -> Any:
+def _build_app(folder: str | os.PathLike) -> Any:
     """The page as a `gradio.Blocks`.
 
     Raises:
@@ -74,10 +74,10 @@ def build_app(folder: str | os.PathLike) -> Any:
 
     def show(listener: str) -> list[Any]:
         try:
-            now = view(votes, listener)
+            now = _view(votes, listener)
         except ValueError as error:
             raise gradio.Error(str(error)) from None
-        clips = [*_two(now.left), *_two(now.right)]
+        clips = [clip for files in (now.left, now.right) for clip in (*files, None, None)[:2]]
         players = [gradio.update(value=clip, visible=clip is not None) for clip in clips]
         buttons = [gradio.update(visible=now.trial is not None) for _ in _CHOICES]
         return [now.trial.id if now.trial else "", now.text, *players, *buttons]
@@ -189,7 +189,7 @@ def serve(
         port: of that address.
         names: host names that the page answers to, besides this machine's own and addresses.
     """
-    app = build_app(folder)
+    app = _build_app(folder)
     app.launch(
         server_name=host,
         server_port=port,
@@ -199,7 +199,3 @@ def serve(
         allowed_paths=[str(Path(folder).resolve() / "audio")],
         app_kwargs={"middleware": [(_Doorkeeper, (), {"host": host, "names": names})]},
     )
-
-
-def _two(files: tuple[str, ...]) -> list[str | None]:
-    return [*files, *[None] * (2 - len(files))]

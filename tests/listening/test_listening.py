@@ -17,7 +17,10 @@ import soundfile
 import yaml
 
 from diverse_cfg.evaluation.cache import Cache
-from diverse_cfg.evaluation.listening import (
+from diverse_cfg.evaluation.results import Results
+from diverse_cfg.evaluation.systems import System, single
+from diverse_cfg.listening.app import _build_app, _Doorkeeper, _view, serve
+from diverse_cfg.listening.study import (
     KEY_FILE,
     VOTES_FILE,
     Vote,
@@ -26,10 +29,7 @@ from diverse_cfg.evaluation.listening import (
     make_study,
     win_rates,
 )
-from diverse_cfg.evaluation.listening_app import _Doorkeeper, build_app, serve, view
-from diverse_cfg.evaluation.results import Results
-from diverse_cfg.evaluation.systems import System, single
-from diverse_cfg.evaluation.webmushra import export_study, import_ratings
+from diverse_cfg.listening.webmushra import export_study, import_ratings
 from tests.evaluation.worlds import save_sibling, small_sweep
 from tests.faults import largest_file
 from tests.tiny import PROMPTS, save_tiny
@@ -116,23 +116,6 @@ def test_each_listener_has_an_order_of_their_own_and_goes_on_where_they_stopped(
     assert len(Votes(study).remaining("ben")) == 7
 
 
-def test_win_rate_counts_the_system_not_the_side(study):
-    """The student wins 2 of 4 quality trials, ties one, loses one: (2 + ½)/4, whichever side it was on."""
-    votes, key = Votes(study), key_of(study)
-    outcomes = iter(["win", "win", "tie", "loss"])
-    for trial in load_trials(study):
-        if trial.kind == "quality":
-            side = next(side for side, system in key[trial.id].items() if system == "student")
-            other = {"left": "right", "right": "left"}[side]
-            votes.add(Vote(trial.id, "anna", {"win": side, "tie": "same", "loss": other}[next(outcomes)]))
-    (rate,) = win_rates(study)
-    assert (rate.kind, rate.system, rate.other) == ("quality", "base", "student")
-    assert (rate.wins, rate.ties, rate.losses) == (1, 1, 2)
-    assert rate.rate.estimate == pytest.approx(1.5 / 4)
-    assert rate.rate.low <= rate.rate.estimate <= rate.rate.high
-    assert rate.rate.num_prompts == 4
-
-
 def test_one_answer_is_a_rate_without_interval(study):
     trial = load_trials(study)[0]
     Votes(study).add(Vote(trial.id, "anna", "same"))
@@ -152,19 +135,23 @@ def vote_all(study, answers):
     return rate
 
 
+def test_win_rate_counts_the_system_not_the_side(study):
+    """The student wins 2 of 4 quality trials, ties one, loses one: (2 + ½)/4, whichever side it was on."""
+    rate = vote_all(study, {"anna": ("student", "student", "same", "base").__getitem__})
+    assert (rate.kind, rate.system, rate.other) == ("quality", "base", "student")
+    assert (rate.wins, rate.ties, rate.losses) == (1, 1, 2)
+    assert rate.rate.estimate == pytest.approx(1.5 / 4)
+    assert rate.rate.low <= rate.rate.estimate <= rate.rate.high
+    assert rate.rate.num_prompts == 4
+
+
 def test_unanimous_votes_are_no_certainty(study):
     """Catches the interval [1, 1]. Clopper & Pearson, four of four: 0.025^(1/4) = 0.398."""
     rate = vote_all(study, {"anna": lambda _: "base"})
     assert (rate.rate.estimate, rate.rate.high) == (1.0, 1.0)
     assert rate.rate.low == pytest.approx(0.025 ** (1 / 4))
     # More votes on the same prompts are no more prompts.
-    for name in ("ben", "cleo"):
-        votes, key = Votes(study), key_of(study)
-        for trial in votes.trials.values():
-            if trial.kind == "quality":
-                side = next(side for side, system in key[trial.id].items() if system == "base")
-                votes.add(Vote(trial.id, name, side))
-    (rate,) = win_rates(study)
+    rate = vote_all(study, dict.fromkeys(("ben", "cleo"), lambda _: "base"))
     assert rate.rate.low == pytest.approx(0.025 ** (1 / 4))
     assert (rate.listeners, rate.new_listeners) == (3, False)
 
@@ -181,15 +168,11 @@ def test_votes_that_all_agree_have_an_interval(study, winner, interval):
 def test_listeners_who_disagree_widen_the_interval(study):
     """Catches listeners that are kept fixed: the interval of four who contradict each other is not that of
     these four."""
-    answers = {"anna": "base", "ben": "base", "cleo": "student", "dora": "student"}
-    last = {"anna": "student", "dora": "base"}  # so that prompts differ a little
-    rate = vote_all(
-        study,
-        {
-            name: lambda n, name=name: last.get(name, answers[name]) if n == 3 else answers[name]
-            for name in answers
-        },
-    )
+    base, student = ["base"] * 3, ["student"] * 3
+    # Of the last prompt two change their minds, so that prompts differ a little.
+    answers = {"anna": [*base, "student"], "ben": [*base, "base"]}
+    answers |= {"cleo": [*student, "student"], "dora": [*student, "base"]}
+    rate = vote_all(study, {name: given.__getitem__ for name, given in answers.items()})
     assert (rate.rate.estimate, rate.listeners, rate.new_listeners) == (0.5, 4, True)
     assert rate.rate.low < 0.2 and rate.rate.high > 0.8
 
@@ -382,7 +365,7 @@ def test_a_study_is_never_written_over(study, evaluated):
 def test_the_page_shows_one_trial_after_the_other(study):
     votes = Votes(study)
     seen = []
-    while (now := view(votes, " anna ")).trial:
+    while (now := _view(votes, " anna ")).trial:
         assert f"### {len(seen) + 1} of 7" in now.text and now.trial.prompt in now.text
         assert all(path.startswith(str(study.resolve())) for path in now.left + now.right)
         seen.append(now.trial.id)
@@ -390,13 +373,13 @@ def test_the_page_shows_one_trial_after_the_other(study):
     assert len(set(seen)) == 7
     assert "Thank you, anna" in now.text
     with pytest.raises(ValueError, match="enter a name"):
-        view(votes, " ")
+        _view(votes, " ")
 
 
 def test_without_gradio_the_page_says_what_to_install(study, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gradio", None)
     with pytest.raises(ImportError, match=r"'\.\[listen\]'"):
-        build_app(study)
+        _build_app(study)
 
 
 def test_lists_that_were_damaged_are_named(study):
@@ -419,7 +402,7 @@ def test_lists_that_were_damaged_are_named(study):
 def test_a_click_is_a_vote(study):
     """The page's own functions, called as gradio calls them."""
     pytest.importorskip("gradio", reason="gradio is not installed")
-    app = build_app(study)
+    app = _build_app(study)
     functions = [function.fn for function in app.fns.values()]
     show, left = functions[0], functions[2]
     trial, text, *rest = show("anna")

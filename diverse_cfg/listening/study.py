@@ -16,7 +16,7 @@ import os
 import random
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -29,7 +29,7 @@ from diverse_cfg.evaluation.cache import digest
 from diverse_cfg.evaluation.generations import describe
 from diverse_cfg.evaluation.results import Estimate, Results
 from diverse_cfg.evaluation.sweep import Sweep, kept_codes, write_audio
-from diverse_cfg.functional.statistics import bootstrap_mean, win_rate
+from diverse_cfg.functional.statistics import bootstrap_mean
 from diverse_cfg.untrusted import checked_name, inside
 
 QUESTIONS = {
@@ -123,48 +123,35 @@ def make_study(
     folder = Path(folder)
     wanted = {"quality": num_quality, "diversity": num_diversity}
     _check_study(results, sweep, pairs, wanted)
-    chosen = Results(
-        results.prompts, [results[name] for name in dict.fromkeys(name for pair in pairs for name in pair)]
-    )
-    with new_folder(folder) as incomplete:
-        _write_study(chosen, sweep, incomplete, pairs, wanted, seed)
-    return folder
-
-
-def _write_study(
-    chosen: Results,
-    sweep: Sweep,
-    incomplete: Path,
-    pairs: Sequence[tuple[str, str]],
-    wanted: dict[str, int],
-    seed: int,
-) -> None:
-    num_diversity = wanted["diversity"]
-    files = write_audio(
-        chosen, sweep, incomplete / "systems", max(wanted.values()), 2 if num_diversity else 1
-    )
+    chosen = [results[name] for name in dict.fromkeys(name for pair in pairs for name in pair)]
     shuffle = random.Random(seed)
     trials, key = [], {}
-    (incomplete / "audio").mkdir()
-    for kind, count in wanted.items():
-        for (first, second), prompt in ((pair, prompt) for pair in pairs for prompt in range(count)):
-            left, right = (first, second) if shuffle.random() < 0.5 else (second, first)
-            name = hashlib.blake2b(
-                f"{seed}/{kind}/{first}/{second}/{prompt}".encode(), digest_size=5
-            ).hexdigest()
-            sides = [
-                _blind_copies(incomplete, f"{name}-{side}", files[system, prompt][: CLIPS[kind]])
-                for side, system in (("left", left), ("right", right))
-            ]
-            trials.append(Trial(name, kind, chosen.prompts[prompt], *sides))
-            key[name] = {"left": left, "right": right}
-    shutil.rmtree(incomplete / "systems")
-    shuffle.shuffle(trials)
-    write_text(
-        incomplete / TRIALS_FILE,
-        json.dumps([asdict(trial) for trial in trials], indent=1, ensure_ascii=False),
-    )
-    write_text(incomplete / KEY_FILE, json.dumps(key, indent=1, ensure_ascii=False))
+    with new_folder(folder) as incomplete:
+        files = write_audio(
+            Results(results.prompts, chosen),
+            sweep,
+            incomplete / "systems",
+            max(wanted.values()),
+            2 if num_diversity else 1,
+        )
+        (incomplete / "audio").mkdir()
+        for kind, count in wanted.items():
+            for (first, second), prompt in ((pair, prompt) for pair in pairs for prompt in range(count)):
+                left, right = (first, second) if shuffle.random() < 0.5 else (second, first)
+                words = f"{seed}/{kind}/{first}/{second}/{prompt}".encode()
+                name = hashlib.blake2b(words, digest_size=5).hexdigest()
+                sides: dict[str, list[str]] = {"left": [], "right": []}
+                for side, system in (("left", left), ("right", right)):
+                    for number, file in enumerate(files[system, prompt][: CLIPS[kind]]):
+                        sides[side].append(f"audio/{name}-{side}-{number}.wav")  # which tells nothing
+                        shutil.copyfile(incomplete / "systems" / file, incomplete / sides[side][-1])
+                trials.append({"id": name, "kind": kind, "prompt": results.prompts[prompt], **sides})
+                key[name] = {"left": left, "right": right}
+        shutil.rmtree(incomplete / "systems")
+        shuffle.shuffle(trials)
+        for name, content in ((TRIALS_FILE, trials), (KEY_FILE, key)):
+            write_text(incomplete / name, json.dumps(content, indent=1, ensure_ascii=False))
+    return folder
 
 
 def load_trials(folder: str | os.PathLike) -> list[Trial]:
@@ -256,7 +243,7 @@ class Votes:
                 ValueError,
                 TypeError,
                 RecursionError,
-            ) as error:  # no JSON, no UTF-8, other names or values
+            ) as error:  # no JSON or UTF-8, other names or values
                 bad.append(f"line {number} ({error})")
             else:
                 votes[vote.trial, vote.listener] = vote
@@ -273,7 +260,7 @@ class Votes:
 
 
 @dataclass(frozen=True)
-class WinRate:
+class _WinRate:
     """How often a system won against another.
 
     Args:
@@ -297,7 +284,7 @@ class WinRate:
     new_listeners: bool
 
 
-def win_rates(folder: str | os.PathLike) -> list[WinRate]:
+def win_rates(folder: str | os.PathLike) -> list[_WinRate]:
     """Count the votes of a study, each pair of systems once, the first of the alphabet against the other.
 
     All votes on one prompt are one cluster of the bootstrap. Three listeners or more who answered everything
@@ -324,10 +311,10 @@ def win_rates(folder: str | os.PathLike) -> list[WinRate]:
     return [_win_rate(*names, entries) for names, entries in sorted(scores.items())]
 
 
-def _win_rate(kind: str, system: str, other: str, entries: list[tuple[str, str, float]]) -> WinRate:
+def _win_rate(kind: str, system: str, other: str, entries: list[tuple[str, str, float]]) -> _WinRate:
     prompts, names, values = (list(column) for column in zip(*entries, strict=True))
     wins, ties, losses = (values.count(score) for score in (1.0, 0.5, 0.0))
-    number, distinct, listeners = win_rate(wins, ties, losses), len(set(prompts)), len(set(names))
+    number, distinct, listeners = (wins + ties / 2) / len(values), len(set(prompts)), len(set(names))
     rate, crossed = Estimate(number, num_prompts=distinct), False
     if distinct > 1:
         crossed = listeners >= 3 and len(set(zip(prompts, names, strict=True))) == distinct * listeners
@@ -335,7 +322,7 @@ def _win_rate(kind: str, system: str, other: str, entries: list[tuple[str, str, 
         rate = Estimate(*interval, num_prompts=distinct)
         if rate.low == rate.high:  # nothing varies, so a bootstrap cannot tell how little is known
             rate, crossed = Estimate(number, *_exact_interval(number, distinct), num_prompts=distinct), False
-    return WinRate(kind, system, other, wins, ties, losses, rate, listeners, crossed)
+    return _WinRate(kind, system, other, wins, ties, losses, rate, listeners, crossed)
 
 
 def _exact_interval(rate: float, count: int) -> tuple[float, float]:
@@ -372,32 +359,23 @@ def _check_study(
         raise ValueError("the study has no trials: ask for quality, diversity, or both")
     if wanted["diversity"] and sweep.clips.num_generations < 2:
         raise ValueError("diversity is heard in pairs of clips: evaluate with num_generations >= 2")
-    _check_clips(results, sweep, dict.fromkeys(name for pair in pairs for name in pair))
-
-
-def _check_clips(results: Results, sweep: Sweep, names: Iterable[str]) -> None:
-    """The texts of a study come from the results and its audio from the sweep: refuse two that differ."""
+    # The texts of a study come from the results and its audio from the sweep: the two must be of one piece.
     again = "set it as it was, or run `diverse-cfg evaluate` with this configuration again"
     clips = sweep.clips
-    if list(clips.prompts) != results.prompts:
-        for number, (ours, theirs) in enumerate(zip_longest(clips.prompts, results.prompts), start=1):
-            if ours != theirs:
-                raise ValueError(
-                    f"prompt {number} of the configuration is {ours!r} and of the results {theirs!r} (settings "
-                    f"prompts, prompts_split, prompt_column, num_prompts): {again}"
-                )
-    asked = {
-        "num_generations": clips.num_generations,
-        "num_frames": clips.num_frames,
-        "seeds": list(clips.seeds),
-    }
-    for name, value in asked.items():
+    for number, (ours, theirs) in enumerate(zip_longest(clips.prompts, results.prompts), start=1):
+        if ours != theirs:
+            raise ValueError(
+                f"prompt {number} of the configuration is {ours!r} and of the results {theirs!r} (settings "
+                f"prompts, prompts_split, prompt_column, num_prompts): {again}"
+            )
+    for name in ("num_generations", "num_frames", "seeds"):
+        value = list(clips.seeds) if name == "seeds" else getattr(clips, name)
         found = results.settings.get(name, value)
         if found != value:
             setting = "num_frames (clip_seconds)" if name == "num_frames" else name
             raise ValueError(f"{setting} is {value} in the configuration and {found} in the results: {again}")
     recorded = results.settings.get("clips", {})
-    for name in names:
+    for name in dict.fromkeys(name for pair in pairs for name in pair):
         system = results[name].system
         now = digest(describe(system, system.replicates[0], clips, clips.seeds[0]))
         if now != recorded.get(name, [now])[0]:
@@ -406,13 +384,3 @@ def _check_clips(results: Results, sweep: Sweep, names: Iterable[str]) -> None:
                 "have changed since; run `diverse-cfg evaluate` with this configuration again"
             )
         kept_codes(system, sweep)
-
-
-def _blind_copies(folder: Path, name: str, files: Sequence[str]) -> tuple[str, ...]:
-    """Copies whose names say nothing; the left clip of a trial is no hint at the system."""
-    copies = []
-    for number, file in enumerate(files):
-        copy = f"audio/{name}-{number}.wav"
-        shutil.copyfile(folder / "systems" / file, folder / copy)
-        copies.append(copy)
-    return tuple(copies)
