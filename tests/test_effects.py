@@ -9,7 +9,7 @@ import torch
 
 from diverse_cfg.cli.train import TrainArguments
 from diverse_cfg.config import CFGDiversityConfig, GuardConfig
-from diverse_cfg.effects import ACTS, RULES, idle_settings, _rule_of
+from diverse_cfg.effects import ACTS, RULES, _rule_of, idle_settings
 from diverse_cfg.rewards import DiversityReward
 from diverse_cfg.settings import field_types
 from diverse_cfg.trainer import CFGDiversityTrainer
