@@ -52,36 +52,26 @@ def test_out_of_range_names_field_and_value(tmp_path, name, value):
         config(tmp_path, **{name: value})
 
 
-@pytest.mark.parametrize("num_generations", [1, 2])
-def test_diversity_needs_three_generations(tmp_path, num_generations):
-    """Fault: G = 2, TRL's default, whose baseline cancels the whole signal."""
-    with pytest.raises(ValueError, match=r"num_generations|at least"):
-        config(tmp_path, num_generations=num_generations, diversity_coef=5.0)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        # TRL's default, whose baseline cancels the whole signal.
+        ({"num_generations": 1, "diversity_coef": 5.0}, "num_generations|at least"),
+        ({"num_generations": 2, "diversity_coef": 5.0}, "num_generations|at least"),
+        # TRL only asks that the *global* batch holds whole groups.
+        ({"num_generations": 4, "per_device_train_batch_size": 6}, "num_generations"),
+        ({"diversity_coef": 0.0, "distillation_coef": 0.0}, "both 0"),
+        ({"rollout_source": "teacher", "diversity_coef": 5.0}, "rollout_source='teacher'"),
+        ({"rollout_source": "mix", "sequence_score": True}, "sequence_score"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **settings)
 
 
 def test_two_generations_are_enough_without_diversity(tmp_path):
     assert config(tmp_path, num_generations=2, diversity_coef=0.0).num_generations == 2
-
-
-def test_a_group_stays_on_one_process(tmp_path):
-    """Fault: TRL only asks that the *global* batch holds whole groups."""
-    with pytest.raises(ValueError, match="num_generations"):
-        config(tmp_path, num_generations=4, per_device_train_batch_size=6)
-
-
-def test_nothing_to_train_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="both 0"):
-        config(tmp_path, diversity_coef=0.0, distillation_coef=0.0)
-
-
-def test_teacher_clips_have_no_policy_gradient(tmp_path):
-    with pytest.raises(ValueError, match="rollout_source='teacher'"):
-        config(tmp_path, rollout_source="teacher", diversity_coef=5.0)
-
-
-def test_sequence_score_needs_the_students_clips(tmp_path):
-    with pytest.raises(ValueError, match="sequence_score"):
-        config(tmp_path, rollout_source="mix", sequence_score=True)
 
 
 def test_guards_are_a_nested_group(tmp_path):

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 from transformers import T5Config, T5EncoderModel
 
+from diverse_cfg.functional.guidance import guided_logits
 from diverse_cfg.policies.audiocraft import import_audiocraft
+from diverse_cfg.policies.musicgen.model import code_logits, encode_text
+from diverse_cfg.policies.sampler.rollout import decode_codes, fast_generate
 from tests.tiny import tiny_tokenizer
 
 PROMPTS = ["sad cello", "a calm piano song in the key of g"]
@@ -307,6 +310,43 @@ def expectation(folder: Path, size: Size) -> dict[str, Tensor]:
         "audio_codes": musicgen.compression_model.encode(audio)[0],
         "greedy_codes": greedy_codes(musicgen, PROMPTS),
     }
+
+
+def our_codes(model, processor, guidance_scale=GUIDANCE_SCALE):
+    """Greedy codes of PROMPTS [N, K, T], all of them in one batch."""
+    settings = {"num_frames": NUM_FRAMES, "guidance_scale": guidance_scale, "temperature": 0.0, "seed": 0}
+    return fast_generate(model, PROMPTS, processor=processor, **settings).codes
+
+
+def check_equal(model, processor, expected, tolerance=1e-5, guided_tolerance=4e-5, audio_tolerance=0.0):
+    """Every gate at once: logits, codes and audio of the codec, guided greedy generation.
+
+    Catches a name that leads to another tensor, a q-k-v order, a wrong delay, a null prompt that is none, prompts of
+    unequal length in one batch, which AudioCraft was given one by one, and left and right that are not interleaved
+    codebook by codebook.
+    """
+    condition = encode_text(model, processor, PROMPTS)
+    with torch.no_grad():
+        conditional = code_logits(model, expected["codes"], condition)
+        null = code_logits(model, expected["codes"], condition.null())
+    close = {"atol": tolerance, "rtol": 0.0}
+    torch.testing.assert_close(conditional, expected["conditional_logits"], **close)
+    torch.testing.assert_close(null, expected["null_logits"], **close)
+    guided = guided_logits(conditional, null, GUIDANCE_SCALE)
+    torch.testing.assert_close(guided, expected["guided_logits"], atol=guided_tolerance, rtol=0)
+    assert (conditional - null).abs().max() > 0.1, "the prompt must matter for this to test anything"
+    audio = decode_codes(model, expected["codes"]).reshape(expected["decoded_audio"].shape)
+    torch.testing.assert_close(audio, expected["decoded_audio"], atol=audio_tolerance, rtol=0)
+    assert audio.std() > 1e-3
+    channels = expected["audio"].shape[1]
+    with torch.no_grad():
+        encoded = [
+            model.audio_encoder.encode(expected["audio"][:, c : c + 1]).audio_codes[0]
+            for c in range(channels)
+        ]
+    assert torch.equal(torch.stack(encoded, dim=2).flatten(1, 2), expected["audio_codes"])
+    assert torch.equal(our_codes(model, processor), expected["greedy_codes"])
+    assert expected["greedy_codes"].unique().numel() > 3
 
 
 @torch.no_grad()

@@ -7,20 +7,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diverse_cfg.functional.guidance import guided_logits
 from diverse_cfg.policies.audiocraft import export_audiocraft, is_audiocraft, load_audiocraft
 from diverse_cfg.policies.audiocraft.configuration import bandwidth
 from diverse_cfg.policies.audiocraft.folders import checkpoint_files, transformers_folder
 from diverse_cfg.policies.audiocraft.stored_config import StoredConfig
 from diverse_cfg.policies.loading import load_policy, load_processor
 from diverse_cfg.policies.musicgen.family import MUSICGEN
-from diverse_cfg.policies.musicgen.model import code_logits, encode_text
-from diverse_cfg.policies.sampler.rollout import decode_codes, fast_generate
+from diverse_cfg.policies.sampler.rollout import decode_codes
+from tests.policies.audiocraft_world import PROMPTS, check_equal
 
 DATA = Path(__file__).parent / "data" / "audiocraft"
-PROMPTS = ["sad cello", "a calm piano song in the key of g"]
-# Logits are of the size of 5; another processor rounds differently.
-TOLERANCE = {"atol": 2e-5, "rtol": 0.0}
 
 
 @pytest.fixture(scope="module", params=["mono", "stereo"])
@@ -30,45 +26,10 @@ def frozen(request):
     return folder, *load_audiocraft(folder), load_file(folder / "expected.safetensors")
 
 
-def test_logits_are_audiocrafts(frozen):
-    """A name that leads to another tensor, a q-k-v order, a wrong delay, a NULL that is none; and prompts of
-    unequal length in one batch, which AudioCraft was given one by one."""
-    _, model, processor, expected = frozen
-    condition = encode_text(model, processor, PROMPTS)
-    with torch.no_grad():
-        conditional = code_logits(model, expected["codes"], condition)
-        null = code_logits(model, expected["codes"], condition.null())
-    torch.testing.assert_close(conditional, expected["conditional_logits"], **TOLERANCE)
-    torch.testing.assert_close(null, expected["null_logits"], **TOLERANCE)
-    guided = guided_logits(conditional, null, 3.0)
-    torch.testing.assert_close(guided, expected["guided_logits"], atol=6e-5, rtol=0.0)
-    assert (conditional - null).abs().max() > 0.1, "the prompt must matter for this to test anything"
-
-
-def test_greedy_guided_codes_are_audiocrafts(frozen):
-    _, model, processor, expected = frozen
-    codes = fast_generate(
-        model, PROMPTS, processor=processor, num_frames=9, guidance_scale=3.0, temperature=0.0, seed=0
-    ).codes
-    assert torch.equal(codes, expected["greedy_codes"])
-    assert codes.unique().numel() > 3
-
-
-def test_the_codec_is_audiocrafts(frozen):
-    _, model, _, expected = frozen
-    audio = decode_codes(model, expected["codes"])
-    torch.testing.assert_close(
-        audio.reshape(expected["decoded_audio"].shape), expected["decoded_audio"], atol=1e-6, rtol=0
-    )
-    assert expected["decoded_audio"].std() > 1e-3
-    channels = expected["audio"].shape[1]
-    with torch.no_grad():
-        codes = [
-            model.audio_encoder.encode(expected["audio"][:, c : c + 1]).audio_codes[0]
-            for c in range(channels)
-        ]
-    # AudioCraft interleaves left and right, codebook by codebook.
-    assert torch.equal(torch.stack(codes, dim=2).flatten(1, 2), expected["audio_codes"])
+def test_everything_is_audiocrafts(frozen):
+    """Logits are of the size of 5; another processor rounds differently."""
+    _, *converted, expected = frozen
+    check_equal(*converted, expected, tolerance=2e-5, guided_tolerance=6e-5, audio_tolerance=1e-6)
 
 
 def test_round_trip_is_equal_to_the_bit(frozen, tmp_path):

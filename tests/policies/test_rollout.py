@@ -124,15 +124,6 @@ def test_recorded_log_probs_are_the_teacher_forced_ones(channels, guidance_scale
     assert rollout.waveforms is None
 
 
-def test_null_rows_sample_the_unconditional_model():
-    model = policy_of()
-    condition = encode_text(model, tiny_processor(), PROMPTS)
-    rollout = sample_codes(model, condition.null(), FRAMES, return_logps=True)
-    with torch.no_grad():
-        expected = log_probabilities(code_logits(model, rollout.codes, None), rollout.codes)
-    assert (rollout.logps - expected).abs().max() < 1e-5
-
-
 def test_a_negative_condition_may_have_another_length():
     model = policy_of()
     condition = encode_text(model, tiny_processor(), PROMPTS)
@@ -215,24 +206,16 @@ def test_a_longer_clip_begins_like_a_shorter_one():
     assert torch.equal(longer[:, 0, :12], shorter[:, 0])
 
 
-def test_short_clips_are_possible():
-    """`generate` leaves out the delay pattern below K − 1 frames; the loop does not."""
+@pytest.mark.parametrize(("num_frames", "null"), [(1, False), (2, False), (FRAMES, True)])
+def test_short_clips_and_null_rows_are_sampled_as_the_model_has_them(num_frames, null):
+    """`generate` leaves out the delay pattern below K − 1 frames; the loop does not. Null rows have no prompt."""
     model = policy_of()
     condition = encode_text(model, tiny_processor(), PROMPTS)
-    for num_frames in (1, 2):
-        rollout = sample_codes(model, condition, num_frames, return_logps=True)
-        with torch.no_grad():
-            expected = log_probabilities(code_logits(model, rollout.codes, condition), rollout.codes)
-        assert (rollout.logps - expected).abs().max() < 1e-5
-
-
-def test_seed_of_torch_is_used_when_none_is_given():
-    model = policy_of()
-    torch.manual_seed(3)
-    first, second = (generate(model, seed=None, decode=False).codes for _ in range(2))
-    torch.manual_seed(3)
-    assert torch.equal(generate(model, seed=None, decode=False).codes, first)
-    assert not torch.equal(first, second)
+    rows = condition.null() if null else condition
+    rollout = sample_codes(model, rows, num_frames, return_logps=True)
+    with torch.no_grad():
+        logits = code_logits(model, rollout.codes, None if null else condition)
+    assert (rollout.logps - log_probabilities(logits, rollout.codes)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("active", [True, False])

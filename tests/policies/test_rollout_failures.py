@@ -219,38 +219,30 @@ def test_unknown_attention_is_refused():
 
 
 def test_without_a_seed_the_global_state_moves_only_when_there_are_clips(monkeypatch):
-    model = load_policy(tiny_musicgen())
-    state = torch.get_rng_state()
+    model, state = policy_of(), torch.get_rng_state()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(DecodeLoop, "run", lambda loop, noise: (_ for _ in ()).throw(KeyboardInterrupt))
-        fast_generate(model, PROMPTS, processor=tiny_processor(), num_frames=FRAMES)
+        generate(model, seed=None)
     assert torch.equal(torch.get_rng_state(), state)
-    first, second = (
-        fast_generate(model, PROMPTS, processor=tiny_processor(), num_frames=FRAMES).codes for _ in range(2)
-    )
+    first, second = (generate(model, seed=None).codes for _ in range(2))
     assert not torch.equal(first, second)
     torch.set_rng_state(state)
-    again = fast_generate(model, PROMPTS, processor=tiny_processor(), num_frames=FRAMES).codes
-    assert torch.equal(again, first)
+    assert torch.equal(generate(model, seed=None).codes, first)
 
 
 def test_autocast_of_the_caller_does_not_reach_in():
-    model = load_policy(tiny_musicgen())
-    settings = {"processor": tiny_processor(), "num_frames": FRAMES, "seed": 2}
-    expected = fast_generate(model, PROMPTS, **settings)
+    model = policy_of()
+    expected = generate(model, seed=2)
     with torch.autocast("cpu", torch.bfloat16):
-        clips = fast_generate(model, PROMPTS, **settings)
+        clips = generate(model, seed=2)
     assert torch.equal(clips.codes, expected.codes)
     assert clips.waveforms.dtype == torch.float32
     assert torch.equal(clips.waveforms, expected.waveforms)
 
 
 def test_a_snapshot_of_another_model_or_dtype_is_refused():
-    model, stereo = load_policy(tiny_musicgen()), RolloutWeights.from_model(load_policy(tiny_musicgen(2)))
-    settings = {"processor": tiny_processor(), "num_frames": FRAMES}
+    model, stereo = policy_of(), RolloutWeights.from_model(policy_of(2))
     with pytest.raises(ValueError, match=r"delays=\(0, 0, .*, the model has .*delays=\(0, 1, 2, 3\)"):
-        fast_generate(model, PROMPTS, weights=stereo, **settings)
+        generate(model, weights=stereo)
     with pytest.raises(ValueError, match=r"no effect on weights that are torch\.float32"):
-        fast_generate(
-            model, PROMPTS, weights=RolloutWeights.from_model(model), dtype=torch.bfloat16, **settings
-        )
+        generate(model, weights=RolloutWeights.from_model(model), dtype=torch.bfloat16)

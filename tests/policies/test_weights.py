@@ -1,6 +1,7 @@
 """What the fused copy understands, held against the model's own forward pass, and what it refuses."""
 
 import copy
+import re
 import warnings
 
 import accelerate
@@ -155,97 +156,71 @@ class Patched(nn.Linear):
         return 2 * super().forward(x)
 
 
-def first(model):
-    return model.decoder.model.decoder.layers[0]
+class Shard(nn.Parameter):
+    """As DTensor's: another class of tensor."""
 
 
-def no_layer_of_its_own(model):
-    first(model).fc1 = Patched(16, 32, bias=False)
-
-
-def patched_forward(model):
-    first(model).fc1.forward = lambda x: x
-
-
-def integers(model):
-    first(model).fc2.weight = nn.Parameter(first(model).fc2.weight.to(torch.int8), requires_grad=False)
-
-
-def bias_on_a_head(model):
-    model.decoder.lm_heads[1].bias = nn.Parameter(torch.ones(16))
-
-
-def bias_on_a_layer(model):
-    first(model).encoder_attn.q_proj.bias = nn.Parameter(torch.ones(16))
-
-
-def no_bias(model):
-    model.enc_to_dec_proj.bias = None
-
-
-def offloaded(model):
-    accelerate.cpu_offload(model.decoder, torch.device("cpu"))
-
-
-def second_device(model):
-    first(model).fc2.to("meta")
-
-
-def sharded(model):
-    class Shard(nn.Parameter):
-        pass
-
-    first(model).fc2.weight = Shard(first(model).fc2.weight.detach())
-
-
-def quantised(model):
+def quantised(decoder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model.decoder = torch.ao.quantization.quantize_dynamic(model.decoder, {nn.Linear})
+        return torch.ao.quantization.quantize_dynamic(decoder, {nn.Linear})
 
 
-def other_eps(model):
-    first(model).final_layer_norm.eps = 1e-3
+def integers(weight):
+    return nn.Parameter(weight.to(torch.int8), requires_grad=False)
 
 
-def norm_of_rows(model):
-    model.decoder.model.decoder.embed_tokens[2].max_norm = 1.0
+def offloaded(decoder):
+    return accelerate.cpu_offload(decoder, torch.device("cpu")) or decoder
 
 
-def other_shape(model):
-    first(model).fc1 = nn.Linear(16, 8, bias=False)
+LAYER = f"{LAYERS}.0"
 
 
-def short_positions(model):
-    table = model.decoder.model.decoder.embed_positions
-    table.weights = table.weights[:64]
+def one():
+    return nn.Parameter(torch.ones(16))
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("part", "change", "message"),
     [
-        (no_layer_of_its_own, r"layers\.0\.fc1 is a .*Patched with a forward of its own"),
-        (patched_forward, r"layers\.0\.fc1 is a .*with a forward of its own"),
-        (quantised, r"lm_heads\.0 is a .*quantized.*not the plain Linear"),
-        (integers, r"layers\.0\.fc2 has weights of torch.int8"),
-        (bias_on_a_head, r"lm_heads\.1 has a bias"),
-        (bias_on_a_layer, r"layers\.0\.encoder_attn\.q_proj has a bias"),
-        (no_bias, "enc_to_dec_proj has no bias"),
-        (offloaded, r"embed_tokens\.0 is on the meta device"),
-        (second_device, r"layers\.0\.fc2 is on the meta device"),
-        (sharded, r"layers\.0\.fc2 has weights of type Shard"),
-        (other_eps, r"layers\.0\.final_layer_norm has eps=0.001, the last norm 1e-05"),
-        (norm_of_rows, r"embed_tokens\.2 has max_norm=1.0"),
-        (other_shape, r"layers\.0\.fc1 has weights of shape \(8, 16\), its configuration says \(32, 16\)"),
-        (short_positions, r"embed_positions has weights of shape \(64, 16\)"),
+        (f"{LAYER}.fc1", lambda _: Patched(16, 32, bias=False), "is a .*Patched with a forward of its own"),
+        (f"{LAYER}.fc1.forward", lambda _: lambda x: x, "is a .*with a forward of its own"),
+        ("decoder", quantised, r"lm_heads\.0 is a .*quantized.*not the plain Linear"),
+        (f"{LAYER}.fc2.weight", integers, "has weights of torch.int8"),
+        ("decoder.lm_heads.1.bias", lambda _: one(), "has a bias"),
+        (f"{LAYER}.encoder_attn.q_proj.bias", lambda _: one(), "has a bias"),
+        ("enc_to_dec_proj.bias", lambda _: None, "has no bias"),
+        ("decoder", offloaded, r"embed_tokens\.0 is on the meta device"),
+        (f"{LAYER}.fc2", lambda layer: layer.to("meta"), "is on the meta device"),
+        (f"{LAYER}.fc2.weight", lambda weight: Shard(weight.detach()), "has weights of type Shard"),
+        (f"{LAYER}.final_layer_norm.eps", lambda _: 1e-3, "has eps=0.001, the last norm 1e-05"),
+        ("decoder.model.decoder.embed_tokens.2.max_norm", lambda _: 1.0, "has max_norm=1.0"),
+        (
+            f"{LAYER}.fc1",
+            lambda _: nn.Linear(16, 8, bias=False),
+            r"has weights of shape \(8, 16\), its configuration says \(32, 16\)",
+        ),
+        (
+            "decoder.model.decoder.embed_positions.weights",
+            lambda table: table[:64],
+            r"has weights of shape \(64, 16\)",
+        ),
     ],
 )
-def test_what_the_copy_would_get_wrong_is_refused_and_a_snapshot_stays(change, message):
+def test_what_the_copy_would_get_wrong_is_refused_and_a_snapshot_stays(part, change, message):
     """Faults: numbers of int8 taken for weights, a bias that is dropped, a raw error after half of the tensors."""
     weights = RolloutWeights.from_model(policy_of())
     before = contents(weights)
     model = policy_of(seed=1)
-    change(model)
+    owner, _, name = part.rpartition(".")
+    setattr(model.get_submodule(owner), name, change(getattr(model.get_submodule(owner), name)))
+    named = (
+        ""
+        if part == "decoder"
+        else re.escape(re.sub(r"\.(weights?|bias|eps|max_norm|forward)$", "", part)) + " "
+    )
+    message = named + message
     with pytest.raises(ValueError, match=message + ".*rollout_backend='transformers'"):
         RolloutWeights.from_model(model)
     with pytest.raises(ValueError, match=message):
