@@ -1,6 +1,7 @@
 """Callbacks of the trainer: adaptive gradient clipping, audio of every evaluation, and alarms against
 hacking."""
 
+import importlib
 import logging
 import math
 from collections.abc import Callable
@@ -16,6 +17,9 @@ from diverse_cfg.policies.files import write_wav
 from diverse_cfg.untrusted import slug
 
 logger = logging.getLogger(__name__)
+
+# Relative rise of the reward from which the second encoder is expected to move, and the share of it that it must show.
+_MIN_RISE, _FOLLOW = 0.1, 0.25
 
 
 class AdaptiveClipCallback(TrainerCallback):
@@ -95,29 +99,20 @@ def _to_tensorboard(args, state, clips: list[EvaluationClip]) -> None:
 
     with SummaryWriter(args.logging_dir) as writer:
         for index, clip in enumerate(clips):
-            mono = clip.waveform.float().cpu()
-            mono = mono.mean(dim=0) if mono.ndim == 2 else mono
-            writer.add_audio(
-                f"audio/{index:02d} {clip.prompt}",
-                mono[None],
-                state.global_step,
-                sample_rate=clip.sampling_rate,
-            )
+            mono = torch.atleast_2d(clip.waveform.float().cpu()).mean(dim=0, keepdim=True)
+            name = f"audio/{index:02d} {clip.prompt}"
+            writer.add_audio(name, mono, state.global_step, sample_rate=clip.sampling_rate)
 
 
 def _to_tracker(name: str, state, clips: list[EvaluationClip]) -> None:
-    import importlib
-
     tracker = importlib.import_module(name)
-    audio = [
-        tracker.Audio(
+    audio = {
+        f"audio/{index:02d}": tracker.Audio(
             clip.waveform.float().cpu().T.numpy(), sample_rate=clip.sampling_rate, caption=clip.prompt
         )
-        for clip in clips
-    ]
-    tracker.log(
-        {f"audio/{index:02d}": value for index, value in enumerate(audio)} | {"step": state.global_step}
-    )
+        for index, clip in enumerate(clips)
+    }
+    tracker.log(audio | {"step": state.global_step})
 
 
 class RewardHackingAlarm(TrainerCallback):
@@ -133,19 +128,13 @@ class RewardHackingAlarm(TrainerCallback):
 
     Args:
         quality: names of the reward functions that judge quality.
-        min_rise: relative rise of the reward from which the second encoder is expected to move.
-        follow: share of that relative rise which it must show.
         kl_limit: multiple of the first divergence. 1 fits a run from the unguided base, which must not get
             farther from the teacher; one that buys diversity from a β = 0 student moves away on purpose.
     """
 
-    def __init__(
-        self, quality: list[str], min_rise: float = 0.1, follow: float = 0.25, kl_limit: float = 1.0
-    ):
+    def __init__(self, quality: list[str], kl_limit: float = 1.0):
         self.quality = quality
         self.kl_limit = kl_limit
-        self.min_rise = min_rise
-        self.follow = follow
         # By evaluation set: the first evaluation, and the best mean of every quality.
         self.first: dict[str, dict[str, float]] = {}
         self.best: dict[str, dict[str, float]] = {}
@@ -170,7 +159,7 @@ class RewardHackingAlarm(TrainerCallback):
         first, best = self.first.setdefault(name, now), self.best.setdefault(name, {})
         rise = _relative_rise(now, first, "reward/diversity")
         follows = _relative_rise(now, first, "reward/monitor_diversity")
-        if rise is not None and follows is not None and rise > self.min_rise and follows < self.follow * rise:
+        if rise is not None and follows is not None and rise > _MIN_RISE and follows < _FOLLOW * rise:
             alarms.append(
                 f"reward hacking: the rewarded diversity rose by {rise:.0%}, under the second encoder by "
                 f"{follows:.0%}; use a guard, another diversity_embedder, or a smaller diversity_coef"

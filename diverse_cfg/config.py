@@ -5,9 +5,11 @@ transformers' name. The paper's symbols: γ is `guidance_scale`, β is `diversit
 λ belongs to merging and is not a training setting.
 """
 
+import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -100,6 +102,14 @@ class CFGDiversityConfig(RLOOConfig):
     and the distance does not, a value of `diversity_coef` belongs to a clip length.
 
     Args:
+        num_generations: G, clips per prompt; at least 3 when diversity is on.
+        gradient_checkpointing: trade compute for memory: recompute activations in the backward pass.
+        beta: not used, the teacher is the anchor; must stay 0.
+        learning_rate: the initial learning rate for AdamW.
+        adam_beta2: AdamW's second momentum.
+        max_completion_length: not used, set clip_seconds; must stay unset.
+        hub_private_repo: create the repository private. An existing one stays as it is.
+        hub_strategy: what is pushed and when; at the end, the finished student with its card.
         guidance_scale: γ of the teacher, `l_null + γ·(l_cond − l_null)`; the paper uses 3.
         guidance_schedule: γ over the frames of a clip: "constant" (the paper), "linear" or "cosine" down to 1, or
             "interval A B" of places in [0, 1].
@@ -140,7 +150,7 @@ class CFGDiversityConfig(RLOOConfig):
             to rounding, slowly, and also from a model that the loop refuses. Not with FSDP.
         audio_samples: clips written to disk and to the trackers at every evaluation.
         alarms: warn at evaluation when the reward is being hacked (see `callbacks.RewardHackingAlarm`).
-        guards: nested group, see `GuardConfig`.
+        guards: against reward hacking, a nested group, all off by default: see `GuardConfig`.
 
     `eval_loss`, by which `load_best_model_at_end` chooses unless `metric_for_best_model` is set, is the objective
     per code: `distillation_coef`·(divergence per code) − (β·diversity + Σ weight·reward) / (codes of a clip).
@@ -155,109 +165,42 @@ class CFGDiversityConfig(RLOOConfig):
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*RLOOConfig._VALID_DICT_FIELDS, "guards"]
 
-    # TRL's defaults that do not fit this method.
-    num_generations: int | None = field(
-        default=4, metadata={"help": "G, clips per prompt; at least 3 when diversity is on."}
-    )
-    gradient_checkpointing: bool | None = field(
-        default=None,
-        metadata={"help": "Trade compute for memory: recompute activations in the backward pass."},
-    )
-    beta: float = field(default=0.0, metadata={"help": "Not used: the teacher is the anchor. Must stay 0."})
-    learning_rate: float = field(default=3e-6, metadata={"help": "The initial learning rate for AdamW."})
-    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second momentum."})
-    max_completion_length: int | None = field(
-        default=None, metadata={"help": "Not used: set clip_seconds. Must stay unset."}
-    )
+    # TRL's and transformers' own, with defaults that fit this method.
+    num_generations: int | None = 4
+    gradient_checkpointing: bool | None = None
+    beta: float = 0.0
+    learning_rate: float = 3e-6
+    adam_beta2: float = 0.95
+    max_completion_length: int | None = None
+    hub_private_repo: bool | None = True
+    hub_strategy: HubStrategy | str = "end"
 
-    hub_private_repo: bool | None = field(
-        default=True,
-        metadata={"help": "Create the repository private. An existing one stays as it is."},
-    )
-    hub_strategy: HubStrategy | str = field(
-        default="end",
-        metadata={"help": "What is pushed and when; at the end, the finished student with its card."},
-    )
-
-    guidance_scale: float = field(default=3.0, metadata={"help": "γ of the guided teacher."})
-    guidance_schedule: str = field(
-        default="constant",
-        metadata={
-            "help": "γ over a clip: constant, linear or cosine (down to 1), or 'interval A B' of places in [0, 1]."
-        },
-    )
-    diversity_coef: float = field(
-        default=5.0,
-        metadata={"help": "β, weight of the diversity reward, in units of the KL summed over codes."},
-    )
-    distillation_coef: float = field(
-        default=1.0, metadata={"help": "Weight of the distillation term; 1 in the paper."}
-    )
-    negative_prompt: str | None = field(
-        default=None, metadata={"help": "Text that replaces the null prompt in the teacher."}
-    )
-    divergence: str = field(default="reverse_kl", metadata={"help": f"One of {', '.join(DIVERGENCES)}."})
-    jsd_alpha: float = field(default=0.5, metadata={"help": "Weight of the student in the JSD's mixture."})
-    rollout_source: str = field(default="student", metadata={"help": f"One of {', '.join(ROLLOUT_SOURCES)}."})
-    teacher_fraction: float = field(
-        default=0.5, metadata={"help": "Share of prompts sampled from the teacher when rollout_source=mix."}
-    )
-    teacher_model: str | None = field(
-        default=None,
-        metadata={"help": "θ0, when the run does not start from it. Default: the initial model."},
-    )
-    clip_seconds: float | None = field(
-        default=None, metadata={"help": "Clip length in seconds. Default: the model's own, at most 10."}
-    )
-    diversity_embedder: str | None = field(
-        default=None, metadata={"help": "Encoder of the default diversity reward, id or folder."}
-    )
-    monitor_embedder: str | None = field(
-        default=None, metadata={"help": "Second encoder: logged and watched, never rewarded."}
-    )
-    diversity_codebooks: int | None = field(
-        default=None,
-        metadata={"help": "Leading codebooks that the diversity's policy gradient reaches. Default: all."},
-    )
-    prefix_baseline: bool = field(
-        default=False,
-        metadata={"help": "Reduce the policy gradient's variance with a baseline on clip prefixes."},
-    )
-    prefix_lambda: float = field(default=1.0, metadata={"help": "λ of the prefix baseline; 1 is unbiased."})
-    ema_decay: float = field(
-        default=0.0,
-        metadata={
-            "help": "Decay d of the averaged weights, which are evaluated and saved: min(d, (1 + t)/(10 + t)) at "
-            "step t; 0 is off."
-        },
-    )
-    adaptive_clip: float | None = field(
-        default=None, metadata={"help": "Clip gradients at this multiple of their running mean norm."}
-    )
-    sequence_score: bool = field(
-        default=False,
-        metadata={"help": "Ablation: differentiate the distillation term through the sampling too."},
-    )
-    term_norm_steps: int = field(
-        default=0, metadata={"help": "Log the gradient norms of both terms every so many steps; 0 is off."}
-    )
-    loss_chunk_size: int = field(
-        default=256, metadata={"help": "Decoder steps whose distributions are held at once."}
-    )
-    rollout_batch_size: int | None = field(
-        default=None, metadata={"help": "Clips sampled at once. Default: as many as memory allows."}
-    )
-    rollout_backend: str = field(
-        default="fast",
-        metadata={"help": "fast, or transformers for stock generate: the same clips, slowly."},
-    )
-    audio_samples: int = field(default=4, metadata={"help": "Clips kept at every evaluation; 0 is off."})
-    alarms: bool = field(
-        default=True, metadata={"help": "Warn at evaluation when the reward is being hacked."}
-    )
-    guards: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Guards against reward hacking, off by default: see GuardConfig."}
-    )
+    guidance_scale: float = 3.0
+    guidance_schedule: str = "constant"
+    diversity_coef: float = 5.0
+    distillation_coef: float = 1.0
+    negative_prompt: str | None = None
+    divergence: str = "reverse_kl"
+    jsd_alpha: float = 0.5
+    rollout_source: str = "student"
+    teacher_fraction: float = 0.5
+    teacher_model: str | None = None
+    clip_seconds: float | None = None
+    diversity_embedder: str | None = None
+    monitor_embedder: str | None = None
+    diversity_codebooks: int | None = None
+    prefix_baseline: bool = False
+    prefix_lambda: float = 1.0
+    ema_decay: float = 0.0
+    adaptive_clip: float | None = None
+    sequence_score: bool = False
+    term_norm_steps: int = 0
+    loss_chunk_size: int = 256
+    rollout_batch_size: int | None = None
+    rollout_backend: str = "fast"
+    audio_samples: int = 4
+    alarms: bool = True
+    guards: dict[str, Any] | str | None = None
 
     def __post_init__(self):
         if refused := refused_settings(self):
@@ -356,20 +299,16 @@ class CFGDiversityConfig(RLOOConfig):
             )
 
 
-def _positive(value: float) -> bool:
-    return value > 0
+def _explain(owner: type) -> None:
+    """Give the fields of a class the texts of its docstring, which `--help` shows."""
+    entries = re.findall(r"^ {8}(\w+): (.+(?:\n {9,}.+)*)", owner.__doc__ or "", re.MULTILINE)
+    texts = {name: " ".join(text.split()).replace("%", "%%") for name, text in entries}
+    for item in fields(owner):
+        if item.name in owner.__annotations__ and item.name in texts:
+            item.metadata = MappingProxyType({"help": texts[item.name]})
 
 
-def _not_negative(value: float) -> bool:
-    return value >= 0
-
-
-def _share(value: float) -> bool:
-    return 0 < value < 1
-
-
-def _count(value: int) -> bool:
-    return value >= 1
+_explain(CFGDiversityConfig)
 
 
 def _is_schedule(value: str) -> bool:
@@ -381,31 +320,31 @@ def _is_schedule(value: str) -> bool:
 
 # fields → (condition, what the message asks for); types, and that numbers are finite, are checked before
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "guidance_scale": (_count, "a finite number ≥ 1 (1 is no guidance)"),
-    "guidance_schedule": (
-        _is_schedule,
-        "constant, linear, cosine or 'interval A B' with 0 ≤ A ≤ B ≤ 1",
-    ),
+    "guidance_scale": (lambda value: value >= 1, "a finite number ≥ 1 (1 is no guidance)"),
+    "guidance_schedule": (_is_schedule, "constant, linear, cosine or 'interval A B' with 0 ≤ A ≤ B ≤ 1"),
     "diversity_coef distillation_coef learning_rate weight_decay warmup_steps eval_delay epsilon epsilon_high": (
-        _not_negative,
+        lambda value: value >= 0,
         "a finite number ≥ 0",
     ),
     "divergence": (DIVERGENCES.__contains__, f"one of {', '.join(DIVERGENCES)}"),
-    "jsd_alpha teacher_fraction": (_share, "strictly between 0 and 1"),
+    "jsd_alpha teacher_fraction": (lambda value: 0 < value < 1, "strictly between 0 and 1"),
     "rollout_source": (ROLLOUT_SOURCES.__contains__, f"one of {', '.join(ROLLOUT_SOURCES)}"),
     "rollout_backend": (ROLLOUT_BACKENDS.__contains__, f"one of {', '.join(ROLLOUT_BACKENDS)}"),
-    "clip_seconds": (_positive, "a positive number of seconds"),
-    "diversity_codebooks": (_count, "at least 1, or unset (all)"),
+    "clip_seconds": (lambda value: value > 0, "a positive number of seconds"),
+    "diversity_codebooks": (lambda value: value >= 1, "at least 1, or unset (all)"),
     "prefix_lambda": (lambda value: 0 <= value <= 1, "between 0 and 1"),
     "ema_decay adam_beta1 adam_beta2": (lambda value: 0 <= value < 1, "at least 0 (off) and below 1"),
     "adaptive_clip temperature adam_epsilon num_train_epochs logging_steps eval_steps save_steps": (
-        _positive,
+        lambda value: value > 0,
         "positive",
     ),
-    "term_norm_steps audio_samples max_grad_norm dataloader_num_workers": (_not_negative, "0 (off) or more"),
+    "term_norm_steps audio_samples max_grad_norm dataloader_num_workers": (
+        lambda value: value >= 0,
+        "0 (off) or more",
+    ),
     "loss_chunk_size rollout_batch_size per_device_train_batch_size per_device_eval_batch_size "
     "gradient_accumulation_steps generation_batch_size steps_per_generation num_iterations "
-    "num_generations_eval save_total_limit": (_count, "at least 1"),
+    "num_generations_eval save_total_limit": (lambda value: value >= 1, "at least 1"),
     "num_generations": (
         lambda value: value >= 2,
         "at least 2: a clip is judged against the others of its prompt",

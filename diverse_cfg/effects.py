@@ -77,79 +77,66 @@ class Idle:
 _TEXT = "it serves text models; leave it unset, the package has its own rollout of codes"
 _SHARPER = "the loss assumes the distribution that was sampled; train without, set it at inference"
 _NO_PREDICTIONS = "an evaluation keeps metrics, and no predictions or labels; leave it unset"
-_ONE_SAMPLER = "the sampler repeats prompts and is shuffled by seed alone; leave it unset"
 _TABLES = ("wandb", "trackio")
 
+# Names of settings that nothing here can make act → why, and what to do.
+_NEVER = {
+    "use_vllm": "vLLM does not run MusicGen; leave it off, the package has its own fast rollout",
+    "vllm_*": "vLLM does not run MusicGen; leave it unset",
+    "use_transformers_* transformers_continuous_batching_config cache_implementation": _TEXT,
+    "use_liger_kernel liger_kernel_config": "Liger has no MusicGen kernels; the loss is already chunked",
+    "beta": "it would load a second reference model; the guided teacher is the anchor, leave it 0",
+    "sync_ref_model ref_model_*": "the teacher is the frozen initial model; leave it unset",
+    "max_completion_length": "it is a setting for text: set clip_seconds",
+    "mask_truncated_completions": "clips have a fixed length and no end token; leave it off",
+    "pad_to_multiple_of": "clips have a fixed length; leave it unset",
+    "chat_template_kwargs": "prompts are plain captions; leave it unset",
+    "log_multimodal": "prompts are plain captions; leave it unset",
+    "normalize_advantages": "dividing advantages by their spread changes what diversity_coef means; leave it off",
+    "reward_clip_range": "clipping rewards biases the diversity gradient; leave it unset",
+    "repetition_penalty top_k top_p": _SHARPER,
+    "min_p": _SHARPER,
+    "generation_kwargs": "sampling is set by temperature and clip_seconds; leave it unset",
+    "router_aux_loss_coef": "MusicGen is no mixture of experts; leave it unset",
+    "torch_compile torch_compile_*": "the rollout and the loss replace the model's forward; leave it off",
+    "model_init_kwargs": "the trainer loads in float32 by itself; pass a loaded model to decide otherwise",
+    "trust_remote_code": "code from a repository is never run; leave it off",
+    "disable_dropout": "there is no dropout: what is sampled is what is trained; leave it off",
+    "ds3_gather_for_generation": "ZeRO-3 is not supported; leave it unset, and take ZeRO-2 or FSDP2",
+    "label_smoothing_factor label_names": "there are no labels, the teacher is the target; leave it unset",
+    "average_tokens_across_devices": "every clip has the same number of codes; leave it unset",
+    "neftune_noise_alpha": "codes have several embeddings, which take no noise; leave it unset",
+    "use_cache": "the loss needs no cache, and a rollout always has its own; leave it unset",
+    "include_num_input_tokens_seen": "clips have a fixed length: count steps; leave it off",
+    "auto_find_batch_size": "a smaller batch would split prompt groups: set rollout_batch_size, or lower "
+    "per_device_train_batch_size",
+    "bf16_full_eval fp16_full_eval": "evaluations during training ignore it, and others would round the student; "
+    "set bf16 instead",
+    "prediction_loss_only eval_do_concat_batches eval_use_gather_object": _NO_PREDICTIONS,
+    "eval_accumulation_steps include_for_metrics batch_eval_metrics": _NO_PREDICTIONS,
+    "data_seed train_sampling_strategy length_column_name": "the sampler repeats prompts and is shuffled by seed "
+    "alone; leave it unset",
+    "debug": "its hooks fail on MusicGen's masks; leave it unset",
+    "do_train": "this trainer always trains; leave it off",
+    "do_predict": "an evaluation is all there is beside training; leave it off",
+}
+# Of these: values that ask for nothing, beside the default.
+_OFF: dict[str, tuple[Any, ...]] = {
+    "vllm_*": ("colocate", "server"),
+    "pad_to_multiple_of": (None, "auto"),
+    "chat_template_kwargs": ({},),
+    "min_p": (0,),
+    "generation_kwargs": ({},),
+    "router_aux_loss_coef": (None, 0, 0.001),
+    "disable_dropout": (True,),
+    "average_tokens_across_devices": (False,),
+    "include_num_input_tokens_seen": (False, "no"),
+    "debug": (None, []),
+    "do_train": (True,),
+}
+
 RULES = (
-    # ---- never
-    Idle("use_vllm", "vLLM does not run MusicGen; leave it off, the package has its own fast rollout"),
-    Idle("vllm_*", "vLLM does not run MusicGen; leave it unset", off=("colocate", "server")),
-    Idle("use_transformers_* transformers_continuous_batching_config cache_implementation", _TEXT),
-    Idle(
-        "use_liger_kernel liger_kernel_config", "Liger has no MusicGen kernels; the loss is already chunked"
-    ),
-    Idle("beta", "it would load a second reference model; the guided teacher is the anchor, leave it 0"),
-    Idle("sync_ref_model ref_model_*", "the teacher is the frozen initial model; leave it unset"),
-    Idle("max_completion_length", "it is a setting for text: set clip_seconds"),
-    Idle("mask_truncated_completions", "clips have a fixed length and no end token; leave it off"),
-    Idle("pad_to_multiple_of", "clips have a fixed length; leave it unset", off=(None, "auto")),
-    Idle("chat_template_kwargs", "prompts are plain captions; leave it unset", off=({},)),
-    Idle("log_multimodal", "prompts are plain captions; leave it unset"),
-    Idle(
-        "normalize_advantages",
-        "dividing advantages by their spread changes what diversity_coef means; leave it off",
-    ),
-    Idle("reward_clip_range", "clipping rewards biases the diversity gradient; leave it unset"),
-    Idle("repetition_penalty top_k top_p", _SHARPER),
-    Idle("min_p", _SHARPER, off=(0,)),
-    Idle("generation_kwargs", "sampling is set by temperature and clip_seconds; leave it unset", off=({},)),
-    Idle("router_aux_loss_coef", "MusicGen is no mixture of experts; leave it unset", off=(None, 0, 0.001)),
-    Idle(
-        "torch_compile torch_compile_*", "the rollout and the loss replace the model's forward; leave it off"
-    ),
-    Idle(
-        "model_init_kwargs", "the trainer loads in float32 by itself; pass a loaded model to decide otherwise"
-    ),
-    Idle("trust_remote_code", "code from a repository is never run; leave it off"),
-    Idle(
-        "disable_dropout",
-        "there is no dropout: what is sampled is what is trained; leave it off",
-        off=(True,),
-    ),
-    Idle("ds3_gather_for_generation", "ZeRO-3 is not supported; leave it unset, and take ZeRO-2 or FSDP2"),
-    Idle(
-        "label_smoothing_factor label_names", "there are no labels, the teacher is the target; leave it unset"
-    ),
-    Idle(
-        "average_tokens_across_devices",
-        "every clip has the same number of codes; leave it unset",
-        off=(False,),
-    ),
-    Idle("neftune_noise_alpha", "codes have several embeddings, which take no noise; leave it unset"),
-    Idle("use_cache", "the loss needs no cache, and a rollout always has its own; leave it unset"),
-    Idle(
-        "include_num_input_tokens_seen",
-        "clips have a fixed length: count steps; leave it off",
-        off=(False, "no"),
-    ),
-    Idle(
-        "auto_find_batch_size",
-        "a smaller batch would split prompt groups: set rollout_batch_size, or lower "
-        "per_device_train_batch_size",
-    ),
-    Idle(
-        "bf16_full_eval fp16_full_eval",
-        "evaluations during training ignore it, and others would round the student; set bf16 instead",
-    ),
-    Idle(
-        "prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps "
-        "include_for_metrics batch_eval_metrics",
-        _NO_PREDICTIONS,
-    ),
-    Idle("data_seed train_sampling_strategy length_column_name", _ONE_SAMPLER),
-    Idle("debug", "its hooks fail on MusicGen's masks; leave it unset", off=(None, [])),
-    Idle("do_train", "this trainer always trains; leave it off", off=(True,)),
-    Idle("do_predict", "an evaluation is all there is beside training; leave it off"),
+    *(Idle(names, why, off=_OFF.get(names, ())) for names, why in _NEVER.items()),
     # ---- only with another setting
     Idle("fp16", "a CPU has no float16: set bf16, or leave it off", lambda a: a.device.type != "cpu"),
     Idle("num_train_epochs", "max_steps decides the length: set one of the two", lambda a: a.max_steps <= 0),

@@ -8,10 +8,9 @@ Nothing here knows a model, a file or a trainer; every function can be read besi
 | `codebooks` | the delay pattern: apply, revert, which cells are real |
 | `divergence` | reverse and forward KL, generalised Jensen-Shannon: values and slopes |
 | `distillation` | the whole loss, a chunk of the distributions at a time, with its analytic gradient |
-| `diversity` | cosine distances in a group, the reward, its unbiased advantages, Vendi |
+| `diversity` | cosine distances in a group, the reward, its unbiased advantages and others', Vendi |
 | `prefix_baseline` | a variance reducer for it, from embeddings of the beginnings of the clips |
-| `policy_gradient` | leave-one-out advantages, REINFORCE and its clipped surrogate |
-| `interpolation` | weighted sums of state dicts and of LoRA factors |
+| `interpolation` | weighted sums of tensors and of LoRA factors |
 | `statistics` | bootstrap and jackknife by prompt, Fréchet, MMD, hypervolume, win rate |
 
 Shape letters: P prompts, G generations per prompt, N = P·G rows (the G rows of a prompt adjacent),

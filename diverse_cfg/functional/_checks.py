@@ -1,7 +1,5 @@
 """Shape and precision checks shared by the functions of this folder."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -25,25 +23,3 @@ def require_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor
         raise ValueError(
             f"{name} and {other_name} differ in shape: {tuple(tensor.shape)} and {tuple(other.shape)}"
         )
-
-
-def require_positive(name: str, value: float) -> None:
-    """Raise unless `value` is a finite number above zero."""
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be a finite number above 0, got {value}")
-
-
-def expand_per_code(name: str, values: float | Tensor, like: Tensor) -> Tensor:
-    """Expand a number, or a value per clip [N] or per code, to the shape [N, K, T] of `like`; no gradient."""
-    if not isinstance(values, Tensor):
-        if not math.isfinite(values):
-            raise ValueError(f"{name} must be finite, got {values}")
-        return torch.full_like(like, values)
-    if values.shape == like.shape[:1]:
-        values = values[:, None, None].expand(like.shape)
-    if values.shape != like.shape:
-        raise ValueError(
-            f"{name} must be one per clip [{len(like)}] or per code {list(like.shape)}, "
-            f"got {list(values.shape)}"
-        )
-    return values.detach().to(like)

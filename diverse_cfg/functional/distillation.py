@@ -6,6 +6,7 @@ soon as the weights of the cells are, so it is folded into the gradients of the 
 the heads [K, V, H] at once and autograd never stores a distribution.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,12 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from diverse_cfg.functional._checks import (
-    expand_per_code,
-    require_ndim,
-    require_positive,
-    require_same_shape,
-)
+from diverse_cfg.functional._checks import require_ndim, require_same_shape
 from diverse_cfg.functional.codebooks import (
     apply_delay_pattern,
     num_decoder_steps,
@@ -28,9 +24,8 @@ from diverse_cfg.functional.codebooks import (
 )
 from diverse_cfg.functional.divergence import DIVERGENCES, Divergence
 from diverse_cfg.functional.guidance import expand_scale, guided_logits
-from diverse_cfg.functional.policy_gradient import clip_bounds, surrogate
 
-RowLogits = Callable[[slice], Tensor]
+_RowLogits = Callable[[slice], Tensor]
 """A slice of the M rows -> their logits [C, K, V]."""
 
 
@@ -69,7 +64,7 @@ def distillation_loss(
     hidden_states: Tensor,
     head_weights: Tensor,
     codes: Tensor,
-    teacher: GuidedTeacher | RowLogits | None,
+    teacher: GuidedTeacher | None,
     *,
     divergence_weights: float | Tensor = 1.0,
     logp_weights: float | Tensor | None = None,
@@ -89,7 +84,7 @@ def distillation_loss(
     D is the divergence from the guided teacher q, y the sampled codes. With u = 1/(N·K·T) and
     w = −β·A/(N·K·T), A from `diversity_advantages`, its gradient estimates that of −(Q + β·D(θ))/(K·T): the
     paper's objective, which sums over positions, with both terms divided by the same count, so that β keeps
-    its meaning. With `old_logps` the second sum is PPO's clipped surrogate: see `policy_gradient.surrogate`.
+    its meaning. With `old_logps` the second sum is PPO's clipped surrogate: see `surrogate`.
 
     The weights are known before the pass, so a chunk's gradient with respect to its logits is too: see the
     table of `divergence`. Memory is that of a few chunks and of the gradients of hidden states and heads,
@@ -100,8 +95,7 @@ def distillation_loss(
         hidden_states: the student's hidden states after the last norm [N, S, H].
         head_weights: the student's heads, stacked [K, V, H], without bias; with or without gradient.
         codes: y, sampled codes [N, K, T].
-        teacher: a `GuidedTeacher`; or a function from a slice of the N·S decoder steps (row-major) to guided
-            logits [C, K, V], called under no_grad; or None for the policy gradient alone.
+        teacher: None for the policy gradient alone.
         divergence_weights: u, a number, [N] or [N, K, T]. 0 leaves a code out.
         logp_weights: w, a number, [N] or [N, K, T]; None for distillation alone.
         old_logps: log-probs recorded while sampling [N, K, T]; None on the strictly on-policy path.
@@ -121,21 +115,21 @@ def distillation_loss(
     """
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}")
-    require_positive("temperature", temperature)
-    clip_bounds(epsilon, epsilon_high)
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be a finite number above 0, got {temperature}")
+    _clip_bounds(epsilon, epsilon_high)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 decoder step, got {chunk_size}")
     _check_loss_shapes(hidden_states, head_weights, codes, delays)
     # float32, or float64 when a model in float64 asks for it
     dtype = torch.promote_types(torch.promote_types(hidden_states.dtype, head_weights.dtype), torch.float32)
     like = codes.new_empty(codes.shape, dtype=dtype)
-    if isinstance(teacher, GuidedTeacher):
-        teacher = _teacher_logits(teacher, head_weights, hidden_states.shape[1], like, delays)
+    guided = teacher and _teacher_logits(teacher, head_weights, hidden_states.shape[1], like, delays)
     if old_logps is not None:
         require_same_shape("old_logps", old_logps, "codes", codes)
 
     def by_row(name: str, values: float | Tensor) -> Tensor:
-        return _to_rows(expand_per_code(name, values, like), 0.0, delays)
+        return _to_rows(_expand_per_code(name, values, like), 0.0, delays)
 
     cells = _Rows(
         codes=_to_rows(codes, 0, delays),
@@ -150,13 +144,58 @@ def distillation_loss(
     )
     wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden_states, head_weights)]
     loss, *per_cell = _ChunkedTerms.apply(
-        hidden_states.flatten(0, 1), head_weights, teacher, cells, wanted, chunk_size
+        hidden_states.flatten(0, 1), head_weights, guided, cells, wanted, chunk_size
     )
 
     def by_codes(values: Tensor) -> Tensor:
         return revert_delay_pattern(values.unflatten(0, hidden_states.shape[:2]).mT, codes.shape[2], delays)
 
     return DistillationTerms(loss, *(None if values is None else by_codes(values) for values in per_cell))
+
+
+def surrogate(
+    logps: Tensor,
+    weights: Tensor,
+    old_logps: Tensor | None = None,
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """REINFORCE per code, or PPO's clipped surrogate for samples of a slightly older policy.
+
+        w · log π_θ(y_nkt | y_<)                                              (Williams 1992; arXiv 2402.14740)
+        max( w·ρ, w·clip(ρ, 1 − ε, 1 + ε_high) ),   ρ = π_θ / π_old                          (arXiv 1707.06347)
+
+    with w = −A / count, to be minimised. At ρ = 1 both have the same slope. The ratio is per code, never the
+    product over the clip: over thousands of codes a rounding error of 0.1 nat is normal.
+
+    Args:
+        logps: log-probs under the current policy, any shape.
+        weights: w, the same shape.
+        old_logps: log-probs recorded while sampling, the same shape; None on the strictly on-policy path.
+        epsilon: ε, how far below 1 a ratio may matter.
+        epsilon_high: ε_high, how far above 1; None takes `epsilon`.
+
+    Returns:
+        Value and slope, its derivative with respect to `logps`, both in their shape.
+
+    Raises:
+        ValueError: no interval around 1.
+    """
+    if old_logps is None:
+        return weights * logps, weights
+    low, high = _clip_bounds(epsilon, epsilon_high)
+    ratios = (logps - old_logps).exp()
+    values = torch.maximum(weights * ratios, weights * ratios.clamp(low, high))
+    clipped = ((ratios > high) & (weights < 0)) | ((ratios < low) & (weights > 0))
+    return values, torch.where(clipped, 0, weights * ratios)
+
+
+def _clip_bounds(epsilon: float, epsilon_high: float | None) -> tuple[float, float]:
+    """The interval (1 − ε, 1 + ε_high) that ratios are clipped to; raises on values that make none."""
+    high = epsilon if epsilon_high is None else epsilon_high
+    if not (0 < epsilon < 1 and 0 < high < float("inf")):
+        raise ValueError(f"need 0 < epsilon < 1 and epsilon_high > 0, got {epsilon} and {high}")
+    return 1 - epsilon, 1 + high
 
 
 class _Rows(NamedTuple):
@@ -171,6 +210,22 @@ class _Rows(NamedTuple):
     divergence: Divergence
     alpha: float
     temperature: float
+
+
+def _expand_per_code(name: str, values: float | Tensor, like: Tensor) -> Tensor:
+    """Expand a number, or a value per clip [N] or per code, to the shape [N, K, T] of `like`; no gradient."""
+    if not isinstance(values, Tensor):
+        if not math.isfinite(values):
+            raise ValueError(f"{name} must be finite, got {values}")
+        return torch.full_like(like, values)
+    if values.shape == like.shape[:1]:
+        values = values[:, None, None].expand(like.shape)
+    if values.shape != like.shape:
+        raise ValueError(
+            f"{name} must be one per clip [{len(like)}] or per code {list(like.shape)}, "
+            f"got {list(values.shape)}"
+        )
+    return values.detach().to(like)
 
 
 def _to_rows(values: Tensor, fill: float, delays: Sequence[int]) -> Tensor:
@@ -214,7 +269,7 @@ def _head_logits(rows: Tensor, head_weights: Tensor) -> Tensor:
 def _chunked_pass(
     hidden_states: Tensor,
     head_weights: Tensor,
-    teacher: RowLogits | None,
+    teacher: _RowLogits | None,
     cells: _Rows,
     wanted: list[bool],
     chunk_size: int,
@@ -299,7 +354,7 @@ def _check_loss_shapes(
 
 def _teacher_logits(
     teacher: GuidedTeacher, student_heads: Tensor, num_steps: int, like: Tensor, delays: Sequence[int]
-) -> RowLogits:
+) -> _RowLogits:
     """The function from rows to guided logits of a teacher given by its hidden states."""
     cond, uncond, scale = teacher.cond_hidden_states, teacher.uncond_hidden_states, teacher.guidance_scale
     if uncond is None:
@@ -322,20 +377,12 @@ def _teacher_logits(
     cond, uncond = cond.detach().flatten(0, 1), uncond.detach().flatten(0, 1)
     heads = teacher.head_weights.detach().to(like.dtype).contiguous()
     if isinstance(scale, Tensor):
-        per_code = expand_scale(scale, like)
-        per_row = _to_rows(per_code, 1.0, delays)
+        scale = _to_rows(expand_scale(scale, like), 1.0, delays)
 
-        def logits(rows: slice) -> Tensor:
-            return guided_logits(
-                _head_logits(cond[rows].to(like.dtype), heads),
-                _head_logits(uncond[rows].to(like.dtype), heads),
-                per_row[rows],
-            )
-    else:
-
-        def logits(rows: slice) -> Tensor:
-            return _head_logits(
-                guided_logits(cond[rows].to(like.dtype), uncond[rows].to(like.dtype), scale), heads
-            )
+    def logits(rows: slice) -> Tensor:
+        states = cond[rows].to(like.dtype), uncond[rows].to(like.dtype)
+        if isinstance(scale, Tensor):
+            return guided_logits(*(_head_logits(x, heads) for x in states), scale[rows])
+        return _head_logits(guided_logits(*states, scale), heads)
 
     return logits

@@ -1,4 +1,4 @@
-"""Diversity of the generations of one prompt: distances, reward, unbiased advantages, Vendi score.
+"""Diversity of the generations of one prompt: distances, reward, Vendi score; and advantages, of it and of others.
 
     D(θ) = E_x E_{y1, y2 ~ π_θ(·|x)} [ 1 − cos(E(y1), E(y2)) ]                          (arXiv 2410.06084)
 
@@ -114,6 +114,31 @@ def diversity_advantages(rewards: Tensor) -> Tensor:
         )
     (rewards,) = promote(rewards)
     return 2 * num_generations / (num_generations - 2) * (rewards - rewards.mean(dim=1, keepdim=True))
+
+
+def leave_one_out_advantages(rewards: Tensor) -> Tensor:
+    """Advantages against the mean reward of the other generations of the prompt (RLOO).
+
+        A_i = r_i − 1/(G − 1) · Σ_{j≠i} r_j = G/(G − 1) · (r_i − mean_j r_j)            (arXiv 2402.14740)
+
+    For rewards that depend on one generation alone. The diversity reward depends on pairs and has advantages
+    of its own.
+
+    Args:
+        rewards: [P, G].
+
+    Returns:
+        Advantages [P, G], which sum to zero over a group.
+
+    Raises:
+        ValueError: wrong number of dimensions, or G < 2.
+    """
+    require_ndim("rewards", rewards, "P G")
+    num_generations = rewards.shape[1]
+    if num_generations < 2:
+        raise ValueError(f"a leave-one-out baseline needs num_generations >= 2, got {num_generations}")
+    (rewards,) = promote(rewards)
+    return num_generations / (num_generations - 1) * (rewards - rewards.mean(dim=1, keepdim=True))
 
 
 def vendi_score(embeddings: Tensor) -> Tensor:

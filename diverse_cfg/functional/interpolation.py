@@ -1,7 +1,7 @@
-"""Weighted sums of weights: whole state dicts, and LoRA factors."""
+"""Weighted sums of weights: tensors of several models, and LoRA factors."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,75 +9,31 @@ from torch import Tensor
 
 
 def weighted_sum(
-    state_dicts: Sequence[Mapping[str, Tensor]],
-    weights: Sequence[float],
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, Tensor]:
-    """Weighted sum of state dicts.
+    tensors: Sequence[Tensor], weights: Sequence[float], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Weighted sum of one tensor of several models.
 
         θ = Σ_i w_i · θ_i                                        (model soups, arXiv 2203.05482; 2410.06084)
 
-    Sums to 1 for an average, ¼ each for the paper's uniform merge; negative weights extrapolate. Tensors that
-    are not floats (counters, masks) cannot be averaged: they must be equal everywhere and are copied.
-
     Args:
-        state_dicts: same names, shapes and devices.
-        weights: one finite number per state dict.
-        dtype: of the result, float32 or float64; the sum itself is taken in float64. Half precision would
-            lose what fine-tuning changed (1e-4 relative), so that bfloat16 inputs are widened too.
+        tensors: of one shape and device.
+        weights: one finite number per tensor; negative ones extrapolate.
+        dtype: of the result, float32 or float64. Half precision would lose what fine-tuning changed (1e-4
+            relative), so that bfloat16 inputs are widened too.
 
     Returns:
-        A new state dict; no memory is shared with the inputs. A weight of exactly 0 is skipped, so that an
-        end point is exact.
+        A new tensor; the sum itself is taken in float64, so that what the models share comes out bit for bit.
 
     Raises:
-        ValueError: nothing to sum, counts differ, a weight is not finite, all are 0, names, shapes or
-            non-float tensors differ, or dtype is half precision.
+        ValueError: nothing to sum, counts differ, a weight is not finite, all are 0, or dtype is half precision.
     """
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-    _check_weights(len(state_dicts), weights)
-    for state_dict in state_dicts[1:]:
-        _require_same_layout(state_dicts[0], state_dict)
-    used = [(state_dict, w) for state_dict, w in zip(state_dicts, weights, strict=True) if w != 0]
-    merged = {}
-    for name, first in state_dicts[0].items():
-        if not first.is_floating_point():
-            if any(not torch.equal(first, state_dict[name]) for state_dict in state_dicts[1:]):
-                raise ValueError(f"{name} ({first.dtype}) differs between the state dicts and has no average")
-            merged[name] = first.clone()
-            continue
-        # In float64, so that what the models share (a frozen codec) comes out bit for bit.
-        total = used[0][0][name].double() * used[0][1]
-        for state_dict, weight in used[1:]:
-            total.add_(state_dict[name].double(), alpha=weight)
-        merged[name] = total.to(dtype)
-    return merged
-
-
-def lerp(
-    start: Mapping[str, Tensor],
-    end: Mapping[str, Tensor],
-    merge_weight: float,
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, Tensor]:
-    """Linear interpolation of two state dicts.
-
-        θ_LERP = (1 − λ)·θ_q + λ·θ_d                                                     (arXiv 2410.06084)
-
-    Args:
-        start: θ_q, the quality model.
-        end: θ_d, the diversity model.
-        merge_weight: λ; 0 gives `start` and 1 gives `end` exactly, values outside [0, 1] extrapolate.
-        dtype: see `weighted_sum`.
-
-    Returns:
-        A new state dict.
-
-    Raises:
-        ValueError: as `weighted_sum`.
-    """
-    return weighted_sum([start, end], [1 - merge_weight, merge_weight], dtype)
+    _check_weights(len(tensors), weights)
+    total = tensors[0].double() * weights[0]
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+        total.add_(tensor.double(), alpha=weight)
+    return total.to(dtype)
 
 
 class LoraFactors(NamedTuple):
@@ -155,17 +111,6 @@ def _check_weights(count: int, weights: Sequence[float]) -> None:
         raise ValueError(f"weights must be finite, got {list(weights)}")
     if not any(weights):
         raise ValueError(f"all weights are zero: {list(weights)}")
-
-
-def _require_same_layout(first: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
-    unmatched = sorted(first.keys() ^ other.keys())
-    if unmatched:
-        raise ValueError(f"{len(unmatched)} names are not in both state dicts, such as {unmatched[:3]}")
-    for name, tensor in first.items():
-        if tensor.shape != other[name].shape:
-            raise ValueError(f"{name} has shapes {tuple(tensor.shape)} and {tuple(other[name].shape)}")
-        if tensor.is_floating_point() != other[name].is_floating_point():
-            raise ValueError(f"{name} has types {tensor.dtype} and {other[name].dtype}")
 
 
 def _check_factors(lora_a: Tensor, lora_b: Tensor, scaling: float) -> None:

@@ -85,10 +85,9 @@ class Experts:
             reference = self.reference.tensor(name, precise)
             merged = reference
             differences = [(c.difference(name, reference), w) for c, w in terms if c is not self.reference]
-            changed = [({name: difference}, w) for difference, w in differences if difference is not None]
+            changed = [(difference, w) for difference, w in differences if difference is not None]
             if changed and reference.is_floating_point():
-                parts, factors = zip(*changed, strict=True)
-                merged = interpolation.weighted_sum(parts, factors, precise)[name].add_(reference)
+                merged = interpolation.weighted_sum(*zip(*changed, strict=True), precise).add_(reference)
             merged = merged.to(dtype)
         self._require_finite(name, merged, [c for c, _ in terms])
         return merged

@@ -5,12 +5,11 @@ it stopped: a clip depends on its seed and sample id alone, so what is generated
 been.
 """
 
-import functools
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,17 +29,14 @@ from diverse_cfg.policies.sampler.rollout import (
     fast_generate,
 )
 from diverse_cfg.provenance import library_versions
-from diverse_cfg.types import Clips
 from diverse_cfg.untrusted import slug
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "generations.json"
+_MANIFEST = "generations.json"
 
-SAMPLE_FORMATS = {"int16": "PCM_16", "float32": "FLOAT"}
+_SAMPLE_FORMATS = {"int16": "PCM_16", "float32": "FLOAT"}
 """Name of a sample format → libsndfile's name of it."""
-
-_BATCH = 16
 
 
 def generate_files(
@@ -51,20 +47,16 @@ def generate_files(
     processor: Any,
     num_frames: int,
     num_generations: int = 1,
-    guidance_scale: float | Sequence[float] = 1.0,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
     seed: int = 0,
     negative_prompt: str | None = None,
     sample_format: str = "int16",
     resume: bool = False,
     model_name: str | None = None,
-    batch_size: int = _BATCH,
+    batch_size: int = 16,
     rollout_backend: str = "fast",
     dtype: torch.dtype | None = None,
     progress: bool = True,
+    **sampling: Any,
 ) -> list[dict[str, Any]]:
     """Generate clips for prompts and write them into a folder.
 
@@ -75,11 +67,6 @@ def generate_files(
         processor: the model's processor or tokenizer.
         num_frames: T.
         num_generations: G clips per prompt.
-        guidance_scale: γ, or one for each of T frames.
-        temperature: 0 is greedy.
-        top_k: 0 keeps all codes.
-        top_p: 1 keeps all codes.
-        min_p: 0 keeps all codes.
         seed: clip g of prompt p is the sample p·G + g of this seed.
         negative_prompt: text in the place of the null prompt.
         sample_format: "int16" (samples beyond full scale are clipped) or "float32".
@@ -89,6 +76,7 @@ def generate_files(
         rollout_backend: "fast" or "transformers".
         dtype: of the rollout's weights.
         progress: show a bar.
+        sampling: `SamplingSettings` by name.
 
     Returns:
         One entry per clip, as in `generations.json`: file, prompt, generation, seed, sample_id, seconds.
@@ -97,9 +85,9 @@ def generate_files(
         ValueError: the folder holds something else, `resume` with other settings, or see `fast_generate`.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if sample_format not in SAMPLE_FORMATS:
-        raise ValueError(f"sample_format={sample_format!r} must be one of {', '.join(SAMPLE_FORMATS)}")
-    settings = SamplingSettings(guidance_scale, temperature, top_k, top_p, min_p)
+    if sample_format not in _SAMPLE_FORMATS:
+        raise ValueError(f"sample_format={sample_format!r} must be one of {', '.join(_SAMPLE_FORMATS)}")
+    settings = SamplingSettings(**sampling)
     require_64_bits("seed", seed)
     check_request(
         model,
@@ -127,22 +115,29 @@ def generate_files(
     _open_folder(folder, manifest, resume)
     pending = [clip for clip in manifest["clips"] if not (folder / clip["file"]).is_file()]
     weights = RolloutWeights.from_model(model, dtype) if pending and rollout_backend == "fast" else None
-    play = functools.partial(
-        fast_generate,
-        model,
-        processor=processor,
-        num_frames=num_frames,
-        **asdict(settings),
-        seed=seed,
-        batch_size=batch_size,
-        rollout_backend=rollout_backend,
-        negative_prompt=negative_prompt,
-        weights=weights,
-    )
-    done = len(manifest["clips"]) - len(pending)
-    bar = tqdm(total=len(manifest["clips"]), initial=done, unit="clip", disable=not progress)
+    loud, total = 0, len(manifest["clips"])
+    bar = tqdm(total=total, initial=total - len(pending), unit="clip", disable=not progress)
     with alone(folder), bar:
-        loud = _play_clips(folder, pending, play, batch_size, sample_format, bar)
+        for start in range(0, len(pending), batch_size):
+            batch = pending[start : start + batch_size]
+            clips = fast_generate(
+                model,
+                [clip["prompt"] for clip in batch],
+                processor=processor,
+                num_frames=num_frames,
+                **asdict(settings),
+                seed=seed,
+                batch_size=batch_size,
+                rollout_backend=rollout_backend,
+                negative_prompt=negative_prompt,
+                sample_ids=[clip["sample_id"] for clip in batch],
+                weights=weights,
+            )
+            assert clips.waveforms is not None
+            for clip, waveform in zip(batch, clips.waveforms.float().cpu(), strict=True):
+                write_wav(folder / clip["file"], waveform, clips.sampling_rate, sample_format)
+                loud += int(waveform.abs().max() > 1)
+                bar.update()
     if loud and sample_format == "int16":
         logger.warning(
             "%d of %d clips exceed full scale and were clipped; sample_format='float32' keeps them",
@@ -150,35 +145,6 @@ def generate_files(
             len(pending),
         )
     return manifest["clips"]
-
-
-def _play_clips(
-    folder: Path,
-    clips: list[dict[str, Any]],
-    play: Callable[..., Clips],
-    batch_size: int,
-    sample_format: str,
-    bar: tqdm,
-) -> int:
-    """Generate and write clips, batch after batch; return how many exceed full scale."""
-    loud = 0
-    for start in range(0, len(clips), batch_size):
-        batch = clips[start : start + batch_size]
-        prompts, sample_ids = [clip["prompt"] for clip in batch], [clip["sample_id"] for clip in batch]
-        loud += _write_clips(folder, batch, play(prompts, sample_ids=sample_ids), sample_format, bar)
-    return loud
-
-
-def _write_clips(
-    folder: Path, clips: list[dict[str, Any]], rollout: Clips, sample_format: str, bar: tqdm
-) -> int:
-    """Write the WAVs of one batch; return how many exceed full scale."""
-    assert rollout.waveforms is not None
-    waveforms = rollout.waveforms.float().cpu()
-    for clip, waveform in zip(clips, waveforms, strict=True):
-        write_wav(folder / clip["file"], waveform, rollout.sampling_rate, sample_format)
-        bar.update()
-    return int((waveforms.abs().flatten(1).amax(1) > 1).sum())
 
 
 def write_wav(
@@ -189,7 +155,7 @@ def write_wav(
     samples = waveform.detach().float().cpu()
     if sample_format == "int16":
         samples = samples.clamp(-1, 1)
-    subtype = SAMPLE_FORMATS[sample_format]
+    subtype = _SAMPLE_FORMATS[sample_format]
     with replacing(path) as temporary:
         soundfile.write(temporary, samples.numpy().T, sampling_rate, subtype, format="WAV")
 
@@ -204,44 +170,39 @@ def _fingerprint(model: nn.Module) -> str:
 
 
 def _plan(prompts: list[str], num_generations: int, seed: int, seconds: float) -> list[dict[str, Any]]:
-    clips = []
-    for row, prompt in enumerate(prompts):
-        for generation in range(num_generations):
-            clips.append(
-                {
-                    "file": f"{row:04d}-{generation:02d}-{slug(prompt, 40)}.wav",
-                    "prompt": prompt,
-                    "generation": generation,
-                    "seed": seed,
-                    "sample_id": row * num_generations + generation,
-                    "seconds": seconds,
-                }
-            )
-    return clips
+    return [
+        {
+            "file": f"{row:04d}-{generation:02d}-{slug(prompt, 40)}.wav",
+            "prompt": prompt,
+            "generation": generation,
+            "seed": seed,
+            "sample_id": row * num_generations + generation,
+            "seconds": seconds,
+        }
+        for row, prompt in enumerate(prompts)
+        for generation in range(num_generations)
+    ]
 
 
 def _open_folder(folder: Path, manifest: dict[str, Any], resume: bool) -> None:
     """Make the folder and write the list of clips into it, or check that it is the one to go on with."""
-    path = folder / MANIFEST
-    if folder.is_dir() and any(folder.iterdir()):
-        if not resume:
-            raise ValueError(
-                f"{folder} is not empty: choose another output folder, or resume to go on with it"
-            )
-        if not path.is_file():
-            raise ValueError(f"{folder} has no {MANIFEST}, so it cannot be resumed: choose another folder")
-        try:
-            begun = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not valid JSON ({error}): choose another output folder") from error
-        wanted = json.loads(json.dumps(manifest))
-        other = [name for name, value in wanted.items() if begun.get(name) != value]
-        if other:
-            raise ValueError(
-                f"{folder} was begun with another {', '.join(other)} (see {MANIFEST}): repeat that call, or "
-                "choose another output folder"
-            )
+    path = folder / _MANIFEST
+    if not folder.is_dir() or not any(folder.iterdir()):
+        folder.mkdir(parents=True, exist_ok=True)
+        content = manifest | {"versions": library_versions()}
+        write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    content = manifest | {"versions": library_versions()}
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    if not resume:
+        raise ValueError(f"{folder} is not empty: choose another output folder, or resume to go on with it")
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {_MANIFEST}, so it cannot be resumed: choose another folder")
+    try:
+        begun = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): choose another output folder") from error
+    wanted = json.loads(json.dumps(manifest))
+    if other := [name for name, value in wanted.items() if begun.get(name) != value]:
+        raise ValueError(
+            f"{folder} was begun with another {', '.join(other)} (see {_MANIFEST}): repeat that call, or "
+            "choose another output folder"
+        )

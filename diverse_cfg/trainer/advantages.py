@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from diverse_cfg.config import CFGDiversityConfig, GuardConfig
-from diverse_cfg.functional.diversity import diversity_advantages
-from diverse_cfg.functional.policy_gradient import leave_one_out_advantages
+from diverse_cfg.functional.diversity import diversity_advantages, leave_one_out_advantages
 from diverse_cfg.functional.prefix_baseline import (
     RidgeStatistics,
     code_segments,

@@ -9,10 +9,10 @@ import torch
 from diverse_cfg.functional.diversity import (
     diversity_advantages,
     diversity_reward,
+    leave_one_out_advantages,
     pairwise_cosine_distance,
     vendi_score,
 )
-from diverse_cfg.functional.policy_gradient import leave_one_out_advantages
 from tests import oracles
 
 

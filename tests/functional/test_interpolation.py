@@ -1,89 +1,50 @@
-"""Weighted sums of state dicts and of LoRA factors."""
+"""Weighted sums of tensors and of LoRA factors."""
 
 import numpy as np
 import pytest
 import torch
 
-from diverse_cfg.functional.interpolation import (
-    LoraFactors,
-    concatenate_lora,
-    lerp,
-    lora_delta,
-    weighted_sum,
-)
-
-
-def state(seed, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "layer.weight": torch.randn(3, 4, generator=generator).to(dtype),
-        "norm.bias": torch.randn(4, generator=generator).to(dtype),
-        "steps": torch.tensor([7]),
-    }
+from diverse_cfg.functional.interpolation import LoraFactors, concatenate_lora, lora_delta, weighted_sum
 
 
 @pytest.mark.parametrize("weights", [(0.25, 0.25, 0.5), (2.0, -0.7, -0.3), (0.0, 1.0, 0.0)])
 def test_weighted_sum_matches_numpy(weights):
-    """Catches weights paired with the wrong model and signs that get lost."""
-    states = [state(seed) for seed in range(3)]
-    merged = weighted_sum(states, weights, dtype=torch.float64)
-    for name in ("layer.weight", "norm.bias"):
-        expected = sum(w * s[name].double().numpy() for w, s in zip(weights, states, strict=True))
-        np.testing.assert_allclose(merged[name].numpy(), expected, rtol=1e-12, atol=1e-15)
-    assert merged["steps"].item() == 7
-
-
-def test_lerp_ends_are_exact_and_new():
-    """Catches λ and 1 − λ traded, rounding at the ends, and results that alias a model."""
-    start, end = state(0), state(1)
-    for weight, expected in ((0.0, start), (1.0, end)):
-        merged = lerp(start, end, weight)
-        assert all(torch.equal(merged[name], expected[name]) for name in start)
-        assert all(merged[name].data_ptr() != expected[name].data_ptr() for name in start)
-    middle = lerp(start, end, 0.25)
-    expected = 0.75 * start["norm.bias"] + 0.25 * end["norm.bias"]
-    torch.testing.assert_close(middle["norm.bias"], expected)
-    beyond = lerp(start, end, 1.5)
-    torch.testing.assert_close(beyond["norm.bias"], 1.5 * end["norm.bias"] - 0.5 * start["norm.bias"])
+    """Catches weights paired with the wrong model, signs that get lost, and results that alias a model."""
+    tensors = [torch.randn(3, 4) for _ in range(3)]
+    merged = weighted_sum(tensors, weights, torch.float64)
+    expected = sum(w * x.double().numpy() for w, x in zip(weights, tensors, strict=True))
+    np.testing.assert_allclose(merged.numpy(), expected, rtol=1e-12, atol=1e-15)
+    one = torch.ones(2, dtype=torch.float64)
+    assert weighted_sum([one], [1.0], torch.float64).data_ptr() != one.data_ptr()
 
 
 def test_small_differences_survive():
     """Catches a sum in half precision, which loses what fine-tuning changed (1e-4)."""
-    base = {"w": torch.ones(1000, dtype=torch.bfloat16)}
-    tuned = {"w": torch.full((1000,), 1 + 1e-4)}
-    merged = lerp(base, tuned, 0.5)
-    assert merged["w"].dtype == torch.float32
-    torch.testing.assert_close(merged["w"], torch.full((1000,), 1 + 0.5e-4), rtol=0, atol=1.5e-7)
+    merged = weighted_sum([torch.ones(1000).bfloat16(), torch.full((1000,), 1 + 1e-4)], [0.5, 0.5])
+    assert merged.dtype == torch.float32
+    torch.testing.assert_close(merged, torch.full((1000,), 1 + 0.5e-4), rtol=0, atol=1.5e-7)
 
 
 def test_what_models_share_stays_bit_for_bit():
     """Catches a frozen codec that drifts by a rounding error in every merge."""
-    shared = {"codec": torch.randn(2000)}
-    for merged in (lerp(shared, shared, 0.35), weighted_sum([shared] * 3, [1 / 3] * 3)):
-        assert torch.equal(merged["codec"], shared["codec"])
+    shared = torch.randn(2000)
+    for weights in ([0.65, 0.35], [1 / 3] * 3):
+        assert torch.equal(weighted_sum([shared] * len(weights), weights), shared)
 
 
-def test_bad_state_dicts_are_named():
-    """Catches merges of different models, and averages of what has none."""
-    first, second = state(0), state(1)
-    with pytest.raises(ValueError, match=r"1 names are not in both state dicts, such as \['norm.bias'\]"):
-        lerp(first, {k: v for k, v in second.items() if k != "norm.bias"}, 0.5)
-    with pytest.raises(ValueError, match=r"layer.weight has shapes \(3, 4\) and \(4, 3\)"):
-        lerp(first, second | {"layer.weight": torch.zeros(4, 3)}, 0.5)
-    with pytest.raises(ValueError, match=r"steps \(torch.int64\) differs"):
-        lerp(first, second | {"steps": torch.tensor([8])}, 0.5)
-    with pytest.raises(ValueError, match=r"steps has types torch.int64 and torch.float32"):
-        lerp(first, second | {"steps": torch.tensor([7.0])}, 0.5)
-    with pytest.raises(ValueError, match="got 1 for 2"):
-        weighted_sum([first, second], [1.0])
-    with pytest.raises(ValueError, match="got 0 for 0"):
-        weighted_sum([], [])
-    with pytest.raises(ValueError, match="finite"):
-        lerp(first, second, float("nan"))
-    with pytest.raises(ValueError, match="all weights are zero"):
-        weighted_sum([first, second], [0.0, 0.0])
-    with pytest.raises(ValueError, match=r"torch.float32 or torch.float64, got torch.bfloat16"):
-        lerp(first, second, 0.5, dtype=torch.bfloat16)
+@pytest.mark.parametrize(
+    ("weights", "dtype", "message"),
+    [
+        ([1.0], torch.float32, "got 1 for 2"),
+        ([0.5, float("nan")], torch.float32, "finite"),
+        ([0.0, 0.0], torch.float32, "all weights are zero"),
+        ([0.5, 0.5], torch.bfloat16, "torch.float32 or torch.float64, got torch.bfloat16"),
+    ],
+)
+def test_bad_sums_are_named(weights, dtype, message):
+    """Catches weights that belong to other models, and averages that lose the difference."""
+    with pytest.raises(ValueError, match=message):
+        weighted_sum([torch.ones(2)] * 2, weights, dtype)
 
 
 def adapters(ranks, dtype=torch.float64):
@@ -121,3 +82,5 @@ def test_bad_factors_are_named():
         lora_delta(first.lora_a, first.lora_b, float("inf"))
     with pytest.raises(ValueError, match="all weights are zero"):
         concatenate_lora([first, second], [0.0, 0.0])
+    with pytest.raises(ValueError, match="got 0 for 0"):
+        concatenate_lora([], [])

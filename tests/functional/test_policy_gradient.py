@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from diverse_cfg.functional.policy_gradient import (
-    leave_one_out_advantages,
-    surrogate,
-)
+from diverse_cfg.functional.distillation import surrogate
+from diverse_cfg.functional.diversity import leave_one_out_advantages
 from tests import oracles
 
 

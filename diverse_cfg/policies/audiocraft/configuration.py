@@ -1,4 +1,4 @@
-"""AudioCraft's stored configuration (`xp.cfg`) as transformers' MusicGen configuration.
+"""AudioCraft's stored configuration (`xp.cfg`) as transformers' MusicGen configuration, and back.
 
 `xp.cfg` is the whole Hydra configuration of a training run as YAML text, with `${a.b}` references left in. Of
 its hundreds of entries a few decide what the network computes. Each of them is checked against what
@@ -30,7 +30,7 @@ _OTHER_MODELS = {
 }
 # Settings of the network: AudioCraft's value when the configuration is silent, and the one that
 # transformers' MusicGen is built with.
-NETWORK: dict[str, tuple[Any, Any]] = {
+_NETWORK: dict[str, tuple[Any, Any]] = {
     "norm_first": (False, True),
     "norm": ("layer_norm", "layer_norm"),
     "bias_proj": (True, False),
@@ -48,6 +48,8 @@ NETWORK: dict[str, tuple[Any, Any]] = {
     "qk_layer_norm_cross": (False, False),
     "kv_repeat": (1, 1),
 }
+# Of these, what AudioCraft's own configurations do not name.
+_TAKEN_FOR_GRANTED = ("positional_scale", "max_period")
 # Settings that size the network, or that matter in training and to memory only.
 _HARMLESS = {
     *("dim", "num_heads", "num_layers", "hidden_scale", "n_q", "card", "cross_attention", "q_modeling"),
@@ -64,6 +66,19 @@ _CODEC: dict[str, tuple[Any, Any]] = {
     "seanet.activation": ("ELU", "ELU"),
     "seanet.disable_norm_outer_blocks": (0, 0),
     "seanet.decoder.final_activation": (None, None),
+}
+# Sizes of a codec: AudioCraft's name → (transformers', AudioCraft's value when the configuration is silent).
+_SEANET: dict[str, tuple[str, Any]] = {
+    "dimension": ("hidden_size", 128),
+    "n_filters": ("num_filters", 32),
+    "n_residual_layers": ("num_residual_layers", 3),
+    "kernel_size": ("kernel_size", 7),
+    "residual_kernel_size": ("residual_kernel_size", 3),
+    "last_kernel_size": ("last_kernel_size", 7),
+    "dilation_base": ("dilation_growth_rate", 2),
+    "pad_mode": ("pad_mode", "reflect"),
+    "compress": ("compress", 2),
+    "lstm": ("num_lstm_layers", 0),
 }
 # Ours, outside of the sections from which AudioCraft builds anything.
 _POSITIONS = "diverse_cfg.max_position_embeddings"
@@ -85,14 +100,14 @@ def check_language_model(cfg: StoredConfig) -> None:
     _check_conditions(cfg)
     _check_pattern(cfg)
     network = cfg.require("transformer_lm")
-    for name, (silent, needed) in NETWORK.items():
+    for name, (silent, needed) in _NETWORK.items():
         if (found := network.get(name, silent)) != needed:
             raise ValueError(
                 f"{cfg.name} has transformer_lm.{name}={found!r}, and transformers' MusicGen is built with "
                 f"{needed!r}: this checkpoint cannot be converted"
             )
     for name, value in network.items():
-        if name not in NETWORK and name not in _HARMLESS and value not in (None, False, 0, "none"):
+        if name not in _NETWORK and name not in _HARMLESS and value not in (None, False, 0, "none"):
             raise ValueError(
                 f"{cfg.name} has transformer_lm.{name}={value!r}, which AudioCraft 1.3.0 does not know and "
                 "transformers' MusicGen does not have: this checkpoint cannot be converted"
@@ -107,12 +122,12 @@ def check_language_model(cfg: StoredConfig) -> None:
 def _check_conditions(cfg: StoredConfig) -> None:
     conditioners = {key: value for key, value in (cfg.get("conditioners") or {}).items() if key != "args"}
     models = {key: (value or {}).get("model") for key, value in conditioners.items()}
-    for kind, names in {
-        "a MusicGen-Melody": ("chroma_stem",),
-        "a MusicGen-Style": ("style",),
-        "a MusicGen conditioned on CLAP": ("clap",),
+    for model, kind in {
+        "chroma_stem": "a MusicGen-Melody",
+        "style": "a MusicGen-Style",
+        "clap": "a MusicGen conditioned on CLAP",
     }.items():
-        if set(names) & set(models.values()):
+        if model in models.values():
             raise ValueError(f"{cfg.name} is {kind} checkpoint, which is conditioned on audio: {_INSTEAD}")
     if models != {"description": "t5"}:
         raise ValueError(
@@ -211,22 +226,13 @@ def codec_config(cfg: StoredConfig) -> EncodecConfig:
         sampling_rate=rate,
         audio_channels=1,
         normalize=False,
-        hidden_size=int(seanet.get("dimension", 128)),
-        num_filters=int(seanet.get("n_filters", 32)),
-        num_residual_layers=int(seanet.get("n_residual_layers", 3)),
         upsampling_ratios=ratios,
         norm_type="weight_norm",
-        kernel_size=int(seanet.get("kernel_size", 7)),
-        last_kernel_size=int(seanet.get("last_kernel_size", 7)),
-        residual_kernel_size=int(seanet.get("residual_kernel_size", 3)),
-        dilation_growth_rate=int(seanet.get("dilation_base", 2)),
         use_causal_conv=bool(cfg.get("encodec.causal", False)),
-        pad_mode=str(seanet.get("pad_mode", "reflect")),
-        compress=int(seanet.get("compress", 2)),
-        num_lstm_layers=int(seanet["lstm"]),
         trim_right_ratio=trim,
         codebook_size=bins,
         use_conv_shortcut=not seanet.get("true_skip", True),
+        **{ours: type(usual)(seanet.get(name, usual)) for name, (ours, usual) in _SEANET.items()},
     )
 
 
@@ -240,27 +246,180 @@ def bandwidth(num_codebooks: int, sampling_rate: int, hop_length: int, bins: int
     return value if int(1000 * value // bits_per_second) == num_codebooks else math.nextafter(value, math.inf)
 
 
-def default_generation(config: MusicgenConfig, cfg: StoredConfig) -> GenerationConfig:
-    """How AudioCraft's MusicGen plays unless told otherwise: top-k 250, its guidance, the trained length."""
-    codec = config.audio_encoder
-    seconds = float(cfg.get("dataset.segment_duration") or SECONDS)
-    frames = int(seconds * codec.sampling_rate / codec.hop_length)
-    special = config.decoder.vocab_size
+def generation_config(
+    config: MusicgenConfig, frames: int, guidance_scale: float | None, top_k: int = TOP_K, **settings: Any
+) -> GenerationConfig:
+    """How AudioCraft's MusicGen is sampled: top-k 250 and its own guidance, where nothing else is set."""
     return GenerationConfig(
-        do_sample=True,
-        guidance_scale=float(cfg.get("classifier_free_guidance.inference_coef") or GUIDANCE_SCALE),
-        top_k=TOP_K,
+        **{"do_sample": True} | settings,
+        guidance_scale=float(guidance_scale or GUIDANCE_SCALE),
+        top_k=top_k,
         max_new_tokens=MUSICGEN.num_frames_to_tokens(frames, config),
-        pad_token_id=special,
-        bos_token_id=special,
-        decoder_start_token_id=special,
+        **MUSICGEN.special_tokens(config),
     )
 
 
-def musicgen_config(
-    text_encoder: Any, codec: EncodecConfig, decoder: MusicgenDecoderConfig
-) -> MusicgenConfig:
-    """The three configurations as one, with MusicGen's special token everywhere."""
-    return MUSICGEN.repair_token_ids(
-        MusicgenConfig(text_encoder=text_encoder, audio_encoder=codec, decoder=decoder)
-    )
+# ---- back ------------------------------------------------------------------------------------------------
+
+
+def audiocraft_configs(
+    config: MusicgenConfig, generation: GenerationConfig, text_encoder: str, *, finetuned_text_encoder: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The configurations from which AudioCraft builds this model: of the language model, and of the codec.
+
+    Args:
+        config: of the transformers model.
+        generation: its generation settings: guidance and length.
+        text_encoder: name of the T5 that AudioCraft shall load.
+        finetuned_text_encoder: the checkpoint brings the T5's weights.
+
+    Raises:
+        ValueError: the model has something that AudioCraft's MusicGen lacks.
+    """
+    decoder, codec = config.decoder, config.audio_encoder
+    require_convertible(config)
+    stereo = decoder.audio_channels == 2
+    delays = list(codebook_delays(decoder.num_codebooks, decoder.audio_channels))
+    frame_rate = codec.sampling_rate / codec.hop_length
+    frames = num_frames(config, generation) or 0
+    language_model = {
+        "solver": "musicgen",
+        "device": "cpu",
+        "dtype": "float32",
+        "sample_rate": codec.sampling_rate,
+        "channels": decoder.audio_channels,
+        "compression_model_checkpoint": "compression_state_dict.bin",
+        "compression_model_n_q": decoder.num_codebooks // decoder.audio_channels,
+        "interleave_stereo_codebooks": {"use": stereo, "per_timestep": False},
+        # A MusicGen of at most 18 s cannot be constructed (its default stride for longer clips is 18 s), and
+        # nothing in the network depends on it: how long this model plays is asked of `duration`.
+        "dataset": {"segment_duration": max(SECONDS, float(math.ceil(frames / frame_rate)))},
+        "lm_model": "transformer_lm",
+        "transformer_lm": {
+            "dim": decoder.hidden_size,
+            "num_heads": decoder.num_attention_heads,
+            "num_layers": decoder.num_hidden_layers,
+            "hidden_scale": decoder.ffn_dim / decoder.hidden_size,
+            "n_q": decoder.num_codebooks,
+            "card": decoder.vocab_size,
+            "dropout": 0.0,
+            **{name: needed for name, (_, needed) in _NETWORK.items() if name not in _TAKEN_FOR_GRANTED},
+            "custom": False,
+            "memory_efficient": True,
+            "cross_attention": True,
+        },
+        "codebooks_pattern": {
+            "modeling": "delay",
+            "delay": {"delays": delays, "flatten_first": 0, "empty_initial": 0},
+        },
+        "classifier_free_guidance": {
+            "training_dropout": 0.3,
+            "inference_coef": float(generation.guidance_scale or 1.0),
+        },
+        "attribute_dropout": {},
+        "fuser": {
+            "cross_attention_pos_emb": False,
+            "cross_attention_pos_emb_scale": 1,
+            "sum": [],
+            "prepend": [],
+            "cross": ["description"],
+            "input_interpolate": [],
+        },
+        "conditioners": {
+            "description": {
+                "model": "t5",
+                "t5": {
+                    "name": text_encoder,
+                    "finetune": finetuned_text_encoder,
+                    "word_dropout": 0.3,
+                    "normalize_text": False,
+                },
+            }
+        },
+        "generate": {"lm": {"use_sampling": True, "top_k": top_k(generation)}},
+        "diverse_cfg": {"max_position_embeddings": decoder.max_position_embeddings},
+    }
+    return language_model, _codec_settings(codec)
+
+
+def top_k(generation: GenerationConfig) -> int:
+    """The top-k that these settings play with: transformers takes 50 where they are silent."""
+    return 50 if generation.top_k is None else generation.top_k
+
+
+def num_frames(config: MusicgenConfig, generation: GenerationConfig) -> int | None:
+    """Length of the clips that these generation settings make, in frames; None if they do not say."""
+    tokens = generation.max_new_tokens or generation.max_length
+    return tokens - MUSICGEN.num_frames_to_tokens(0, config) if tokens else None
+
+
+def _codec_settings(codec: EncodecConfig) -> dict[str, Any]:
+    return {
+        "solver": "compression",
+        "device": "cpu",
+        "sample_rate": codec.sampling_rate,
+        "channels": 1,
+        "compression_model": "encodec",
+        "encodec": {
+            "autoencoder": "seanet",
+            "quantizer": "rvq",
+            "sample_rate": codec.sampling_rate,
+            "channels": 1,
+            "causal": codec.use_causal_conv,
+            "renormalize": False,
+        },
+        "seanet": {
+            **{name: getattr(codec, ours) for name, (ours, _) in _SEANET.items()},
+            "channels": 1,
+            "causal": codec.use_causal_conv,
+            "ratios": list(codec.upsampling_ratios),
+            "activation": "ELU",
+            "activation_params": {"alpha": 1.0},
+            "norm": "weight_norm",
+            "norm_params": {},
+            "true_skip": not codec.use_conv_shortcut,
+            "disable_norm_outer_blocks": 0,
+            "encoder": {},
+            "decoder": {
+                "trim_right_ratio": codec.trim_right_ratio,
+                "final_activation": None,
+                "final_activation_params": None,
+            },
+        },
+        "rvq": {
+            "n_q": codec.num_quantizers,
+            "q_dropout": False,
+            "bins": codec.codebook_size,
+            "kmeans_init": False,
+        },
+    }
+
+
+def require_convertible(config: MusicgenConfig) -> None:
+    """Raise for what a transformers MusicGen may have and AudioCraft's cannot.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    decoder, codec = config.decoder, config.audio_encoder
+    faults = []
+    if codec.model_type != "encodec":
+        faults.append(f"its codec is a {codec.model_type!r}, not an EnCodec")
+    else:
+        if codec.audio_channels != 1 or codec.normalize or codec.norm_type != "weight_norm":
+            faults.append(
+                f"its codec has audio_channels={codec.audio_channels}, normalize={codec.normalize}, norm_type="
+                f"{codec.norm_type!r} (mono, false and 'weight_norm' are needed)"
+            )
+        if codec.codebook_size != decoder.vocab_size:
+            faults.append(f"its codec has {codec.codebook_size} codes, its decoder {decoder.vocab_size}")
+        if codec.codebook_dim != codec.hidden_size:
+            faults.append(f"codebook_dim={codec.codebook_dim} differs from hidden_size={codec.hidden_size}")
+    if decoder.activation_function != "gelu" or decoder.scale_embedding:
+        faults.append(
+            f"activation_function={decoder.activation_function!r}, scale_embedding={decoder.scale_embedding}"
+        )
+    if config.text_encoder.model_type != "t5":
+        faults.append(f"its text encoder is a {config.text_encoder.model_type!r}, not a T5")
+    if faults:
+        raise ValueError(f"AudioCraft's MusicGen cannot hold this model: {'; '.join(faults)}")

@@ -33,7 +33,7 @@ from diverse_cfg.provenance import PROVENANCE_FILE
 
 logger = logging.getLogger(__name__)
 
-CACHE_VARIABLE = "DIVERSE_CFG_CACHE"
+_CACHE_VARIABLE = "DIVERSE_CFG_CACHE"
 """Environment variable with the folder of converted checkpoints; by default ~/.cache/diverse-cfg."""
 
 _STAMP = "audiocraft.json"
@@ -131,7 +131,8 @@ def transformers_folder(source: str | os.PathLike) -> str:
     language_model, codec = checkpoint_files(source)
     stamp = _stamp(language_model, codec)
     key = blake2b(str(language_model.parent.resolve()).encode(), digest_size=8).hexdigest()
-    folder = cache_folder() / f"{language_model.parent.resolve().name}-{key}"
+    cache = Path(os.environ.get(_CACHE_VARIABLE) or Path.home() / ".cache" / "diverse-cfg") / "audiocraft"
+    folder = cache / f"{language_model.parent.resolve().name}-{key}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(folder.with_name(f".{folder.name}.lock")):
         if _read_stamp(folder) != stamp:
@@ -140,13 +141,6 @@ def transformers_folder(source: str | os.PathLike) -> str:
             shutil.rmtree(folder, ignore_errors=True)
             write_transformers(stored, folder, like=language_model.parent, stamp=stamp)
     return str(folder)
-
-
-def cache_folder() -> Path:
-    """Where converted checkpoints are kept."""
-    given = os.environ.get(CACHE_VARIABLE)
-    root = Path(given) if given else Path.home() / ".cache" / "diverse-cfg"
-    return root / "audiocraft"
 
 
 def write_transformers(
@@ -207,14 +201,10 @@ def _is_training_run(source: str) -> bool:
 
 def _stamp(language_model: Path, codec: Path) -> dict:
     """What decides the conversion's content: a checkpoint that is written again gets another one."""
-    files = [language_model, codec, language_model.with_name("generation_config.json")]
-    files += sorted((language_model.parent / TEXT_ENCODER_FOLDER).glob("*"))
-    return {
-        "written_by": __version__,
-        "files": [
-            [path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files if path.is_file()
-        ],
-    }
+    paths = [language_model, codec, language_model.with_name("generation_config.json")]
+    paths += sorted((language_model.parent / TEXT_ENCODER_FOLDER).glob("*"))
+    files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths if path.is_file()]
+    return {"written_by": __version__, "files": files}
 
 
 def _read_stamp(folder: Path) -> dict | None:

@@ -20,18 +20,12 @@ from transformers import (
     MusicgenProcessor,
 )
 
-from diverse_cfg.policies.audiocraft import configuration, names, settings
+from diverse_cfg.policies.audiocraft import configuration, names
 from diverse_cfg.policies.audiocraft.folders import transformers_folder
 from diverse_cfg.policies.audiocraft.importing import import_audiocraft
-from diverse_cfg.policies.audiocraft.reading import (
-    Parts,
-    assemble,
-    build_model,
-    check_codec,
-)
+from diverse_cfg.policies.audiocraft.reading import Parts, assemble, build_model, check_codec
 from diverse_cfg.policies.audiocraft.stored_config import StoredConfig
 from diverse_cfg.policies.audiocraft.writing import codec_state, known_text_encoder, language_model_state
-from diverse_cfg.policies.musicgen.family import MUSICGEN
 
 _CONDITIONERS = {
     "T5Conditioner": "t5",
@@ -88,12 +82,20 @@ def from_audiocraft(model: Any) -> tuple[MusicgenForConditionalGeneration, Music
     conditioner = language_model.condition_provider.conditioners["description"]
     text = Parts(copy.deepcopy(conditioner.t5.config), dict(conditioner.t5.state_dict()))
     state = names.language_model_to_transformers(language_model.state_dict())
-    codec_config = codec_parts.config
-    decoder = configuration.decoder_config(cfg, codec_config.sampling_rate / codec_config.hop_length)
-    stored = assemble(text, codec_parts, decoder, state, conditioner.t5_tokenizer, cfg)
+    stored = assemble(cfg, state, text, codec_parts, conditioner.t5_tokenizer)
     result = build_model(stored)
     if playing is not None:
-        result.generation_config = _generation(playing, result)
+        params, nucleus = playing.generation_params, playing.generation_params.get("top_p") or 0.0
+        result.generation_config = configuration.generation_config(
+            result.config,
+            int(playing.duration * playing.frame_rate),
+            params.get("cfg_coef"),
+            # AudioCraft leaves top-k out where it has a top-p.
+            0 if nucleus else int(params.get("top_k", configuration.TOP_K)),
+            top_p=nucleus or 1.0,
+            do_sample=bool(params.get("use_sampling", True)),
+            temperature=float(params.get("temp") or 1.0),
+        )
     result.config._name_or_path = name or ""
     return result, stored.processor
 
@@ -124,10 +126,9 @@ def to_audiocraft(model: nn.Module, processor: Any = None) -> Any:
     generation = model.generation_config or GenerationConfig()
     tokenizer = _tokenizer(model, processor)
     name = known_text_encoder(model.config) or "text_encoder"
-    configs = settings.audiocraft_configs(model.config, generation, name, finetuned_text_encoder=False)
-    cfg = omegaconf.OmegaConf.create(configs.language_model)
-    cfg.device = model.device.type
-    codec_cfg = omegaconf.OmegaConf.create(configs.codec | {"device": model.device.type})
+    configs = configuration.audiocraft_configs(model.config, generation, name, finetuned_text_encoder=False)
+    device = {"device": model.device.type}
+    cfg, codec_cfg = (omegaconf.OmegaConf.create(values | device) for values in configs)
     with _own_text_encoder(name, model.text_encoder, tokenizer):
         language_model = builders.get_lm_model(cfg)
     language_model.load_state_dict(language_model_state(model))
@@ -137,10 +138,10 @@ def to_audiocraft(model: nn.Module, processor: Any = None) -> Any:
     musicgen = importlib.import_module("audiocraft.models").MusicGen(
         model.config._name_or_path or "diverse-cfg", codec.eval(), language_model.eval()
     )
-    frames = settings.num_frames(model.config, generation)
+    frames = configuration.num_frames(model.config, generation)
     musicgen.set_generation_params(
         use_sampling=bool(generation.do_sample),
-        top_k=min(settings.top_k(generation), language_model.card),
+        top_k=min(configuration.top_k(generation), language_model.card),
         top_p=0.0 if generation.top_p in (None, 1.0) else generation.top_p,
         temperature=generation.temperature or 1.0,
         duration=_seconds(frames, musicgen.frame_rate) if frames else musicgen.max_duration,
@@ -316,22 +317,3 @@ def _codec_settings(codec: Any) -> dict[str, Any]:
         "seanet": seanet,
         "rvq": {"n_q": codec.total_codebooks, "bins": codec.cardinality},
     }
-
-
-def _generation(musicgen: Any, model: MusicgenForConditionalGeneration) -> GenerationConfig:
-    """How the live object is set to play."""
-    params, special = musicgen.generation_params, model.config.decoder.vocab_size
-    frames = int(musicgen.duration * musicgen.frame_rate)
-    nucleus = params.get("top_p") or 0.0
-    return GenerationConfig(
-        do_sample=bool(params.get("use_sampling", True)),
-        guidance_scale=float(params.get("cfg_coef") or configuration.GUIDANCE_SCALE),
-        temperature=float(params.get("temp") or 1.0),
-        # AudioCraft leaves top-k out where it has a top-p.
-        top_k=0 if nucleus else int(params.get("top_k", configuration.TOP_K)),
-        top_p=nucleus or 1.0,
-        max_new_tokens=MUSICGEN.num_frames_to_tokens(frames, model.config),
-        pad_token_id=special,
-        bos_token_id=special,
-        decoder_start_token_id=special,
-    )

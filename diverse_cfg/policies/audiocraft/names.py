@@ -106,11 +106,8 @@ def codec_name(name: str, transposed: frozenset[str]) -> str:
         transposed: layers of the decoder (such as "decoder.layers.3") that are transposed convolutions,
             which have a name of their own in AudioCraft.
     """
-    name = name.removesuffix(".parametrizations.weight.original0") + (
-        ".weight_g" if name.endswith("original0") else ""
-    )
-    if name.endswith(".parametrizations.weight.original1"):
-        name = name.removesuffix(".parametrizations.weight.original1") + ".weight_v"
+    for ours, theirs in ((".original0", ".weight_g"), (".original1", ".weight_v")):
+        name = re.sub(rf"\.parametrizations\.weight{ours}$", theirs, name)
     name = re.sub(r"^quantizer\.layers\.(\d+)\.codebook\.", r"quantizer.vq.layers.\1._codebook.", name)
     layer = ".".join(name.split(".")[:3])
     name = name.replace(".conv.", ".convtr.convtr." if layer in transposed else ".conv.conv.")

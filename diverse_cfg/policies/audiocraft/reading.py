@@ -87,34 +87,23 @@ def read_checkpoint(
     Raises:
         ValueError: what it is, and what to do, when it is no complete MusicGen that transformers can hold.
     """
-    package = read_package(language_model)
+    package = _read_package(language_model)
     cfg = StoredConfig(package["xp.cfg"], str(language_model))
     configuration.check_language_model(cfg)
-    codec_parts = read_codec(codec)
+    codec_parts = _read_codec(codec)
     check_codec(cfg, codec_parts.config, str(codec))
-    decoder = configuration.decoder_config(
-        cfg, codec_parts.config.sampling_rate / codec_parts.config.hop_length
-    )
     state = names.language_model_to_transformers(package["best_state"])
-    text, tokenizer = read_text_encoder(cfg, state, language_model.parent, text_encoder)
-    return assemble(
-        text,
-        codec_parts,
-        decoder,
-        state,
-        tokenizer,
-        cfg,
-        generation=load_generation_config(language_model.parent),
-    )
+    text, tokenizer = _read_text_encoder(cfg, state, language_model.parent, text_encoder)
+    generation = load_generation_config(language_model.parent)
+    return assemble(cfg, state, text, codec_parts, tokenizer, generation)
 
 
 def assemble(
+    cfg: StoredConfig,
+    state: Mapping[str, Tensor],
     text: Parts,
     codec: Parts,
-    decoder: Any,
-    state: Mapping[str, Tensor],
     tokenizer: Any,
-    cfg: StoredConfig,
     generation: GenerationConfig | None = None,
 ) -> Stored:
     """The parts as one model, after checking that every tensor is there and has its shape.
@@ -122,25 +111,29 @@ def assemble(
     Raises:
         ValueError: tensors are missing, left over, or of another shape; the message lists them.
     """
-    config = configuration.musicgen_config(text.config, codec.config, decoder)
-    config.dtype = "float32"
+    decoder = configuration.decoder_config(cfg, codec.config.sampling_rate / codec.config.hop_length)
+    config = MusicgenConfig(text_encoder=text.config, audio_encoder=codec.config, decoder=decoder)
+    MUSICGEN.repair_token_ids(config).dtype = "float32"
     shapes, aliases = MUSICGEN.expected_tensors(config)
     found = {name: tensor for name, tensor in state.items() if not name.startswith(names.TEXT_ENCODER)}
     found |= {names.TEXT_ENCODER + name: tensor for name, tensor in text.state.items()}
     found |= {names.CODEC + name: tensor for name, tensor in codec.state.items()}
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in found.items():
-        canonical = MUSICGEN.canonical_name(name, aliases)
-        if canonical is not None:
-            tensors[canonical] = tensor
-    require_complete(tensors, shapes, cfg.name)
+    tensors = {
+        canonical: tensor
+        for name, tensor in found.items()
+        if (canonical := MUSICGEN.canonical_name(name, aliases)) is not None
+    }
+    _require_complete(tensors, shapes, cfg.name)
     features = EncodecFeatureExtractor(
         feature_size=decoder.audio_channels, sampling_rate=codec.config.sampling_rate, padding_side="left"
     )
+    seconds = float(cfg.get("dataset.segment_duration") or configuration.SECONDS)
+    frames = int(seconds * codec.config.sampling_rate / codec.config.hop_length)
+    guidance = cfg.get("classifier_free_guidance.inference_coef")
     return Stored(
         config,
         {name: tensors[name] for name in shapes},
-        generation or configuration.default_generation(config, cfg),
+        generation or configuration.generation_config(config, frames, guidance),
         MusicgenProcessor(features, tokenizer),
     )
 
@@ -156,7 +149,7 @@ def build_model(stored: Stored) -> MusicgenForConditionalGeneration:
     return model.float().eval()
 
 
-def read_package(path: Path) -> dict[str, Any]:
+def _read_package(path: Path) -> dict[str, Any]:
     """One exported file as a dictionary with `best_state` and `xp.cfg` (or `pretrained`).
 
     Raises:
@@ -216,9 +209,9 @@ def _mentions(path: Path, word: bytes) -> bool:
             return word in file.read(io.DEFAULT_BUFFER_SIZE)
 
 
-def read_codec(path: Path) -> Parts:
+def _read_codec(path: Path) -> Parts:
     """The codec of `compression_state_dict.bin`, or the pretrained one that it points to."""
-    package = read_package(path)
+    package = _read_package(path)
     if "pretrained" in package:
         return _pretrained_codec(str(package["pretrained"]), path)
     cfg = StoredConfig(package["xp.cfg"], str(path))
@@ -237,7 +230,7 @@ def _pretrained_codec(name: str, pointer: Path) -> Parts:
             target = candidate if candidate.is_file() else candidate / CODEC_FILE
             if target.resolve() == pointer.resolve():
                 raise ValueError(f"{pointer} points to itself: put the codec's own export there")
-            return read_codec(target)
+            return _read_codec(target)
     local = next((str(path) for path in (Path(name), pointer.parent / name) if path.is_dir()), name)
     try:
         model = load_complete(EncodecModel, local)
@@ -291,7 +284,7 @@ def check_codec(cfg: StoredConfig, codec: EncodecConfig, name: str) -> None:
     codec.target_bandwidths = bandwidths
 
 
-def read_text_encoder(
+def _read_text_encoder(
     cfg: StoredConfig,
     state: Mapping[str, Tensor],
     folder: Path,
@@ -342,7 +335,9 @@ def _encoder_only(config: Any) -> Any:
         return T5EncoderModel(config).config
 
 
-def require_complete(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], name: str) -> None:
+def _require_complete(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], name: str
+) -> None:
     """Raise unless these are exactly the tensors that the configuration asks for.
 
     Raises:

@@ -19,12 +19,12 @@ from transformers import (
 from transformers.models.encodec.modeling_encodec import EncodecConvTranspose1d
 
 from diverse_cfg.atomic import replacing
-from diverse_cfg.policies.audiocraft import names, settings
+from diverse_cfg.policies.audiocraft import configuration, names
 from diverse_cfg.policies.audiocraft.reading import CODEC_FILE, LANGUAGE_MODEL_FILE, TEXT_ENCODER_FOLDER
 
 logger = logging.getLogger(__name__)
 
-VERSION = "1.3.0"
+_VERSION = "1.3.0"
 # The T5s that AudioCraft loads, by width, layers, heads, feed-forward width and activation. It also lists larger ones,
 # which it cannot load: their widths are filed under names that nobody has.
 _TEXT_ENCODERS = {
@@ -70,7 +70,7 @@ def export_audiocraft(
         if (folder / name).exists():
             raise FileExistsError(f"{folder} holds {name} already: choose another folder")
     _require_merged(model)
-    settings.require_convertible(model.config)
+    configuration.require_convertible(model.config)
     generation = model.generation_config or GenerationConfig()
     name = text_encoder or known_text_encoder(model.config)
     beside = name is None
@@ -80,7 +80,7 @@ def export_audiocraft(
             "it can be written beside the checkpoint, or text_encoder=… to name the T5 to load"
         )
     travels = not beside and not _is_same(model.text_encoder, name)
-    configs = settings.audiocraft_configs(
+    of_model, of_codec = configuration.audiocraft_configs(
         model.config, generation, name or TEXT_ENCODER_FOLDER, finetuned_text_encoder=travels
     )
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,8 +93,8 @@ def export_audiocraft(
             TEXT_ENCODER_FOLDER,
         )
     generation.save_pretrained(folder)
-    _save(codec_state(model.audio_encoder), configs.codec, folder / CODEC_FILE)
-    _save(language_model_state(model, travels, dtype), configs.language_model, folder / LANGUAGE_MODEL_FILE)
+    _save(codec_state(model.audio_encoder), of_codec, folder / CODEC_FILE)
+    _save(language_model_state(model, travels, dtype), of_model, folder / LANGUAGE_MODEL_FILE)
     if generation.guidance_scale in (None, 1.0):
         logger.warning(
             "this model has its guidance inside, and AudioCraft guides unless told otherwise: call "
@@ -159,7 +159,7 @@ def _save(state: dict[str, Tensor], config: dict[str, Any], path: Path) -> None:
         # Clones, since a view is saved with all of what it looks at.
         "best_state": {name: tensor.detach().clone() for name, tensor in state.items()},
         "xp.cfg": yaml.safe_dump(config, sort_keys=False),
-        "version": VERSION,
+        "version": _VERSION,
         "exported": True,
     }
     with replacing(path) as temporary:

@@ -10,6 +10,8 @@ beforehand, and attention over just the steps that exist. `StaticDecoder` is for
 tensor and the context is masked, so that a CUDA graph can replay it. Both give the logits of stock MusicGen.
 """
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,7 +38,8 @@ class _Decoder:
             prompts'.
     """
 
-    cache_dtype: torch.dtype
+    wide_cache: ClassVar[bool]
+    """Whether keys and values have the residual stream's precision, instead of the matrices'."""
 
     def __init__(
         self,
@@ -48,6 +51,7 @@ class _Decoder:
     ) -> None:
         shape = weights.shape
         self.weights = weights
+        self.cache_dtype = weights.tensors["norm"].dtype if self.wide_cache else weights.dtype
         self.num_clips = num_clips
         self.guidance = guidance
         self.num_rows = num_clips if guidance is None else 2 * num_clips
@@ -58,6 +62,11 @@ class _Decoder:
         self.cache = [
             torch.empty(size, dtype=self.cache_dtype, device=weights.device) for _ in weights.layers
         ]
+        self._prepare(condition)
+
+    def _prepare(self, condition: TextCondition) -> None:
+        """Make what the steps read."""
+        raise NotImplementedError
 
     def _norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.layer_norm(x, (x.shape[-1],), weight, bias, self.weights.shape.layer_norm_eps)
@@ -104,28 +113,21 @@ class _Decoder:
 class EagerDecoder(_Decoder):
     """The decoder on a CPU. One batch, then a new object; see `_Decoder`."""
 
-    def __init__(
-        self,
-        weights: RolloutWeights,
-        num_clips: int,
-        num_steps: int,
-        condition: TextCondition,
-        guidance: float | Tensor | None,
-    ) -> None:
-        # A CPU has no fast half-precision attention; its matrix products are what bfloat16 speeds up.
-        wide = self.cache_dtype = weights.tensors["norm"].dtype
-        super().__init__(weights, num_clips, num_steps, condition, guidance)
-        rows, texts, shape = self.num_rows, self.num_texts, weights.shape
+    # A CPU has no fast half-precision attention; its matrix products are what bfloat16 speeds up.
+    wide_cache = True
+
+    def _prepare(self, condition: TextCondition) -> None:
+        rows, texts, shape = self.num_rows, self.num_texts, self.weights.shape
         heads, width, size = shape.num_heads, shape.head_dim, shape.hidden_size
 
         def empty(*sizes: int) -> Tensor:
-            return torch.empty(sizes, dtype=wide, device=weights.device)
+            return torch.empty(sizes, dtype=self.cache_dtype, device=self.weights.device)
 
         # Per layer: where each step's keys and values go, all keys transposed, all values.
         self.slots = [cache.flatten(1, 2).unbind(2) for cache in self.cache]
         self.keys = [cache[0].flatten(0, 1).transpose(1, 2) for cache in self.cache]
         self.values = [cache[1].flatten(0, 1) for cache in self.cache]
-        self.positions = weights.tensors["positions"].unbind(0)
+        self.positions = self.weights.tensors["positions"].unbind(0)
         self.by_head = (rows * heads, 3, width)
         self.attended = empty(rows * heads, 1, width)
         self.update = self.attended.view(rows, size)
@@ -176,17 +178,10 @@ class EagerDecoder(_Decoder):
 class StaticDecoder(_Decoder):
     """The decoder on a GPU; see `_Decoder`. May be reset for another batch of the same shape."""
 
-    def __init__(
-        self,
-        weights: RolloutWeights,
-        num_clips: int,
-        num_steps: int,
-        condition: TextCondition,
-        guidance: float | Tensor | None,
-    ) -> None:
-        # Attention kernels want the matrices' half precision, where there is one.
-        self.cache_dtype = weights.dtype
-        super().__init__(weights, num_clips, num_steps, condition, guidance)
+    # Attention kernels want the matrices' half precision, where there is one.
+    wide_cache = False
+
+    def _prepare(self, condition: TextCondition) -> None:
         self._clear()
         self.text_bias, self.text_keys_values = self._text(condition)
 

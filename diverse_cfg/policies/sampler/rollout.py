@@ -25,17 +25,7 @@ from diverse_cfg.policies.sampler.weights import RolloutWeights
 from diverse_cfg.provenance import warn_if_guided
 from diverse_cfg.types import ROLLOUT_BACKENDS, Clips, TextCondition
 
-__all__ = [
-    "RolloutWeights",
-    "SamplingSettings",
-    "check_backend",
-    "check_request",
-    "decode_codes",
-    "fast_generate",
-    "sample_codes",
-]
-
-MAX_SECONDS = 30
+_MAX_SECONDS = 30
 """What MusicGen was trained on; longer music needs a sliding window, which is out of scope for now."""
 
 _TEXT_BUCKET = 32
@@ -123,16 +113,17 @@ def fast_generate(
     global_state.set_state(torch.get_rng_state())
     # The caller's autocast must not reach in: dtypes are those of the model and of the rollout's weights.
     with torch.autocast(unwrap(model).device.type, enabled=False):
-        condition, negative = _encode(model, processor, prompts, negative_prompt)
+        avoided = [] if negative_prompt is None else [negative_prompt]
+        encoded = encode_text(model, processor, prompts + avoided)
         clips = sample_codes(
             model,
-            condition.repeat_interleave(num_generations),
+            encoded.select(slice(0, len(prompts))).repeat_interleave(num_generations),
             num_frames,
             **asdict(settings),
             seed=int(torch.randint(2**62, (), generator=global_state)) if seed is None else seed,
             sample_ids=sample_ids,
             return_logps=return_logps,
-            negative_condition=None if negative is None else negative.repeat_interleave(len(texts)),
+            negative_condition=encoded.select([-1] * len(texts)) if avoided else None,
             batch_size=batch_size,
             rollout_backend=rollout_backend,
             names=[f"prompt {prompt!r}" for prompt in texts],
@@ -150,11 +141,6 @@ def sample_codes(
     condition: TextCondition,
     num_frames: int,
     *,
-    guidance_scale: float | Sequence[float] = 1.0,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
     seed: int = 0,
     sample_ids: Sequence[int] | None = None,
     return_logps: bool = False,
@@ -164,6 +150,7 @@ def sample_codes(
     names: Sequence[str] | None = None,
     weights: RolloutWeights | None = None,
     dtype: torch.dtype | None = None,
+    **sampling: Any,
 ) -> Clips:
     """Sample one clip of codes per row of `condition`.
 
@@ -173,11 +160,6 @@ def sample_codes(
         model: the policy, also inside a `PeftModel`, whose active adapters count.
         condition: N rows; repeat a prompt's row for several clips of it. Null rows sample without a prompt.
         num_frames: T.
-        guidance_scale: see `fast_generate`; so are temperature, top_k, top_p, min_p, weights and dtype.
-        temperature: 0 is greedy.
-        top_k: 0 keeps all codes.
-        top_p: 1 keeps all codes.
-        min_p: 0 keeps all codes.
         seed: of the run.
         sample_ids: which clip of the run each row is [N]; 0 … N − 1 by default. A trainer keeps counting over
             steps and processes. Rows with the same seed and id share their random numbers.
@@ -188,6 +170,7 @@ def sample_codes(
         names: what an error calls each row [N], such as its prompt.
         weights: a snapshot to sample from; refresh it when the model has changed.
         dtype: of a snapshot taken now.
+        sampling: `SamplingSettings` by name.
 
     Returns:
         Clips without waveforms.
@@ -197,7 +180,7 @@ def sample_codes(
         FloatingPointError: logits that are not finite; names row and step.
         torch.OutOfMemoryError: not even one clip fits.
     """
-    settings = SamplingSettings(guidance_scale, temperature, top_k, top_p, min_p)
+    settings = SamplingSettings(**sampling)
     check_backend(rollout_backend)
     _check_length(model, num_frames)
     _check_schedule(settings, num_frames, rollout_backend)
@@ -210,7 +193,13 @@ def sample_codes(
             raise ValueError("negative_condition needs guidance: set guidance_scale above 1")
     _check_counts(batch_size=batch_size)
     _check_weights(model, weights, dtype)
-    sample_ids = _checked_ids(sample_ids, len(condition))
+    sample_ids = range(len(condition)) if sample_ids is None else sample_ids
+    names = names or [f"row {row} of the condition" for row in range(len(condition))]
+    for kind, given in (("sample_ids", sample_ids), ("names", names)):
+        if len(given) != len(condition):
+            raise ValueError(f"{len(given)} {kind} for {len(condition)} clips")
+    for sample_id in sample_ids:
+        require_64_bits("sample id", sample_id)
     require_64_bits("seed", seed)
     snapshot = None
     if rollout_backend == "fast":
@@ -218,14 +207,13 @@ def sample_codes(
     elif negative_condition is not None:  # stock `generate` wants texts of one length
         longest = max(c.attention_mask.shape[1] for c in (condition, negative_condition))
         condition, negative_condition = condition.pad(longest), negative_condition.pad(longest)
-    names = names or [f"row {row} of the condition" for row in range(len(condition))]
-    if len(names) != len(condition):
-        raise ValueError(f"{len(names)} names for {len(condition)} clips")
+    policy = unwrap(model)
+    size = policy.decoder.config.num_codebooks, num_frames, policy.decoder.config.vocab_size
 
     def sample(rows: slice) -> tuple[Tensor, Tensor]:
         avoided = None if negative_condition is None else negative_condition.select(rows)
         text = condition.select(rows)
-        noise = _noise(model, seed, sample_ids[rows], num_frames)
+        noise = keyed_noise(seed, sample_ids[rows], *size).to(policy.device)
         if snapshot is None:
             return generate_codes(model, text, num_frames, settings, noise, avoided, names[rows])
         return _sample(snapshot, text, num_frames, settings, noise, avoided, names[rows])
@@ -233,7 +221,8 @@ def sample_codes(
     codes, logps = _batched(model, snapshot, len(condition), num_frames, settings, batch_size, sample)
     if snapshot is not None and weights is None:
         snapshot.loops.clear()  # nobody will use its graphs again
-    return Clips(codes, _sampling_rate(model), logps if return_logps else None, condition=condition)
+    rate = policy.config.audio_encoder.sampling_rate
+    return Clips(codes, rate, logps if return_logps else None, condition=condition)
 
 
 @torch.no_grad()
@@ -329,11 +318,8 @@ def _batched(
     if key not in sizes:
         dtype = unwrap(model).decoder.dtype if weights is None else weights.dtype
         sizes[key] = batch_size or automatic_batch(model, num_frames, settings.guided, dtype)
-
-    def remember(size: int) -> None:
-        sizes[key] = size
-
-    codes, logps = zip(*in_batches(num_clips, sizes[key], sample, remember), strict=True)
+    batches = in_batches(num_clips, sizes[key], sample, lambda size: sizes.update({key: size}))
+    codes, logps = zip(*batches, strict=True)
     if weights is not None:
         nbytes = sum(loop.nbytes for loop in weights.loops.values())
         if not may_be_kept(nbytes, weights.device):
@@ -440,44 +426,13 @@ def _check_length(model: nn.Module, num_frames: int) -> None:
     config = unwrap(model).decoder.config
     num_steps = num_decoder_steps(num_frames, delays(model))
     seconds = num_frames / frame_rate(model)
-    if seconds > MAX_SECONDS:
+    if seconds > _MAX_SECONDS:
         raise ValueError(
-            f"num_frames={num_frames} is {seconds:.1f} s; MusicGen plays at most {MAX_SECONDS} s at once, "
-            f"longer music is not supported: ask for at most {int(MAX_SECONDS * frame_rate(model))} frames"
+            f"num_frames={num_frames} is {seconds:.1f} s; MusicGen plays at most {_MAX_SECONDS} s at once, "
+            f"longer music is not supported: ask for at most {int(_MAX_SECONDS * frame_rate(model))} frames"
         )
     if num_steps > config.max_position_embeddings:
         raise ValueError(
             f"num_frames={num_frames} needs {num_steps} positions of {config.max_position_embeddings}: ask "
             f"for at most {num_frames - num_steps + config.max_position_embeddings} frames"
         )
-
-
-def _checked_ids(sample_ids: Sequence[int] | None, num_clips: int) -> Sequence[int]:
-    if sample_ids is None:
-        return range(num_clips)
-    if len(sample_ids) != num_clips:
-        raise ValueError(f"{len(sample_ids)} sample_ids for {num_clips} clips")
-    for sample_id in sample_ids:
-        require_64_bits("sample id", sample_id)
-    return sample_ids
-
-
-def _noise(model: nn.Module, seed: int, sample_ids: Sequence[int], num_frames: int) -> Tensor:
-    policy = unwrap(model)
-    config = policy.decoder.config
-    noise = keyed_noise(seed, sample_ids, config.num_codebooks, num_frames, config.vocab_size)
-    return noise.to(policy.device)
-
-
-def _encode(
-    model: nn.Module, processor: Any, prompts: list[str], negative_prompt: str | None
-) -> tuple[TextCondition, TextCondition | None]:
-    """Conditions of the prompts [P rows] and of the negative prompt [1 row], in one call."""
-    if negative_prompt is None:
-        return encode_text(model, processor, prompts), None
-    both = encode_text(model, processor, [*prompts, negative_prompt])
-    return both.select(slice(0, len(prompts))), both.select(slice(len(prompts), None))
-
-
-def _sampling_rate(model: nn.Module) -> int:
-    return unwrap(model).config.audio_encoder.sampling_rate

@@ -26,7 +26,7 @@ from diverse_cfg.policies.musicgen.model import delays, unwrap
 from diverse_cfg.types import TextCondition
 
 # They all compute softmax attention, which is what the loop computes; another name may mean another function.
-SUPPORTED_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+_SUPPORTED_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 # The tensors that take the requested dtype; norms, embeddings and the text projection stay in float32.
 _MATRICES = frozenset(
@@ -43,7 +43,7 @@ _ELSE = "or use rollout_backend='transformers'"
 
 
 @dataclass(frozen=True)
-class DecoderShape:
+class _DecoderShape:
     """What the loop needs to know of a decoder's configuration."""
 
     hidden_size: int
@@ -113,7 +113,7 @@ class RolloutWeights:
         tensors: name → fused tensor, as `from_model` collects them.
     """
 
-    def __init__(self, shape: DecoderShape, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, shape: _DecoderShape, tensors: dict[str, Tensor]) -> None:
         self.shape = shape
         self.tensors = tensors
         self.loops: dict[Any, Any] = {}
@@ -153,7 +153,7 @@ class RolloutWeights:
         if not isinstance(narrow, torch.dtype) or not narrow.is_floating_point:
             raise ValueError(f"dtype={narrow!r} must be a floating-point torch.dtype such as torch.bfloat16")
         wide = torch.promote_types(narrow, torch.float32)
-        shape = DecoderShape.of(policy)
+        shape = _DecoderShape.of(policy)
         device = _require_fusable(policy, shape)
         tensors = {}
         for name, tensor in _fused(policy, shape):
@@ -181,24 +181,21 @@ class RolloutWeights:
                 the snapshot is as it was.
         """
         policy = unwrap(model)
-        shape = DecoderShape.of(policy)
-        device = _require_fusable(policy, shape)
-        self._require_shape(shape)
+        device = _require_fusable(policy, _DecoderShape.of(policy))
+        self.require_fits(policy)
         if device != self.device:
             raise ValueError(
                 f"the snapshot is on {self.device}, the model on {device}: move the model back, or take a new "
                 "snapshot with RolloutWeights.from_model"
             )
-        dtype, repacked = self.dtype, False
+        dtype = self.dtype
         for name, tensor in _fused(policy, self.shape):
             target = self.tensors[name]
             if target.is_mkldnn:  # an opaque layout cannot be written into
                 self.tensors[name] = _packed(tensor, dtype)
-                repacked = True
             else:
                 target.copy_(tensor)
-        if repacked:
-            self._group()
+        self._group()
 
     def require_fits(self, model: nn.Module) -> None:
         """Raise unless this could be a snapshot of a model; only shapes are compared, not weights.
@@ -206,9 +203,7 @@ class RolloutWeights:
         Raises:
             ValueError: naming what differs.
         """
-        self._require_shape(DecoderShape.of(model))
-
-    def _require_shape(self, shape: DecoderShape) -> None:
+        shape = _DecoderShape.of(model)
         if shape != self.shape:
             ours, theirs = asdict(self.shape), asdict(shape)
             differing = [name for name in ours if ours[name] != theirs[name]]
@@ -281,7 +276,7 @@ class _Source(NamedTuple):
     has_bias: bool
 
 
-def _sources(policy: Any, shape: DecoderShape) -> Iterator[_Source]:
+def _sources(policy: Any, shape: _DecoderShape) -> Iterator[_Source]:
     """Every layer that `_fused` reads, but for the table of positions."""
     decoder, size = policy.decoder.model.decoder, shape.hidden_size
     for table in decoder.embed_tokens:
@@ -301,7 +296,7 @@ def _sources(policy: Any, shape: DecoderShape) -> Iterator[_Source]:
         yield _Source(layer.fc2, nn.Linear, (size, shape.ffn_size), False)
 
 
-def _require_fusable(policy: Any, shape: DecoderShape) -> torch.device:
+def _require_fusable(policy: Any, shape: _DecoderShape) -> torch.device:
     """Raise unless the loop computes what the decoder does; nothing is copied or computed for that.
 
     Returns:
@@ -311,10 +306,10 @@ def _require_fusable(policy: Any, shape: DecoderShape) -> torch.device:
         ValueError: naming the module and the remedy.
     """
     attention = policy.decoder.config._attn_implementation
-    if attention not in SUPPORTED_ATTENTION:
+    if attention not in _SUPPORTED_ATTENTION:
         raise ValueError(
             f"attn_implementation={attention!r} may compute another attention than the rollout does: "
-            f"load the model with one of {', '.join(SUPPORTED_ATTENTION)}, {_ELSE}"
+            f"load the model with one of {', '.join(_SUPPORTED_ATTENTION)}, {_ELSE}"
         )
     table = policy.decoder.model.decoder.embed_positions.weights
     positions = (shape.max_positions, shape.hidden_size)
@@ -330,7 +325,7 @@ def _require_fusable(policy: Any, shape: DecoderShape) -> torch.device:
     return device
 
 
-def _problem(source: _Source, shape: DecoderShape, device: torch.device) -> str | None:
+def _problem(source: _Source, shape: _DecoderShape, device: torch.device) -> str | None:
     """Why a layer cannot be fused, with a remedy."""
     layer, kind, size, has_bias = source
     try:
@@ -371,7 +366,7 @@ def _problem_of_tensor(tensor: Tensor, size: tuple[int, ...], device: torch.devi
     return None
 
 
-def _fused(policy: Any, shape: DecoderShape) -> Iterator[tuple[str, Tensor]]:
+def _fused(policy: Any, shape: _DecoderShape) -> Iterator[tuple[str, Tensor]]:
     """The fused tensors of a policy, one at a time."""
     decoder = policy.decoder.model.decoder
     scale = shape.head_dim**-0.5
