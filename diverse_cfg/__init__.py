@@ -17,6 +17,7 @@ _PUBLIC = {
     "CFGDiversityConfig": "diverse_cfg.config",
     "CFGDiversityTrainer": "diverse_cfg.trainer",
     "DiversityReward": "diverse_cfg.rewards",
+    "FacetReward": "diverse_cfg.facets",
     "RolloutWeights": "diverse_cfg.policies.sampler.weights",
     "export_audiocraft": "diverse_cfg.policies.audiocraft",
     "fast_generate": "diverse_cfg.policies.sampler.rollout",
@@ -38,6 +39,7 @@ __all__ = [
     "CFGDiversityConfig",
     "CFGDiversityTrainer",
     "DiversityReward",
+    "FacetReward",
     "RolloutWeights",
     "__version__",
     "export_audiocraft",
@@ -60,6 +62,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from diverse_cfg.assets import nano_path
     from diverse_cfg.config import CFGDiversityConfig
     from diverse_cfg.embeddings import load_embedder
+    from diverse_cfg.facets import FacetReward
     from diverse_cfg.merging import inspect_checkpoint, load_slider, merge_checkpoints
     from diverse_cfg.policies.audiocraft import (
         export_audiocraft,

@@ -6,7 +6,7 @@ the path that `nano_path()` returns, without importing this package.
 
 from pathlib import Path
 
-NANO_PARTS = ("base", "judge", "reward-encoder", "within-encoder", "eval-encoder", "prompts")
+NANO_PARTS = ("base", "judge", "reward-encoder", "within-encoder", "eval-encoder", "prompts", "open-prompts")
 
 _NANO = Path(__file__).parent / "assets" / "nano"
 # What a part cannot do without; the others are checked by whoever loads them.
@@ -19,7 +19,7 @@ def nano_path(part: str | None = None) -> Path:
     Args:
         part: None or "base" for the MusicGen checkpoint; "judge" (audible attributes), "reward-encoder" and
             "eval-encoder" (two different embedders), "within-encoder" (a reward that ignores what a prompt
-            fixes), or "prompts".
+            fixes), "prompts" (which name all four attributes), or "open-prompts" (one to four, see `level`).
 
     Returns:
         An existing folder, usable wherever a model folder or an embedder name is expected.
@@ -45,5 +45,15 @@ def nano_path(part: str | None = None) -> Path:
 
 
 def source(name: str, part: str = "base") -> str:
-    """What a setting names: `nano` stands for this part of the shipped world, anything else for itself."""
+    """What a setting names: `nano` stands for this part of the shipped world, anything else for itself.
+
+    Where prompts are wanted, `nano-open` stands for those that leave attributes open.
+    """
+    if part == "prompts" and name == "nano-open":
+        part, name = "open-prompts", "nano"
     return str(nano_path(part)) if name == "nano" else name
+
+
+def portable(name: str) -> str:
+    """The inverse of `source` for the base: what a file of results calls it, on whatever machine it is read."""
+    return "nano" if Path(name) == _NANO / "base" else name

@@ -16,6 +16,7 @@ from trl import RLOOConfig
 
 from diverse_cfg.effects import idle_settings, refused_settings
 from diverse_cfg.functional.divergence import DIVERGENCES
+from diverse_cfg.functional.guidance import guidance_schedule
 from diverse_cfg.settings import field_types, parse_settings, require_type
 from diverse_cfg.types import ROLLOUT_BACKENDS
 
@@ -100,6 +101,8 @@ class CFGDiversityConfig(RLOOConfig):
 
     Args:
         guidance_scale: γ of the teacher, `l_null + γ·(l_cond − l_null)`; the paper uses 3.
+        guidance_schedule: γ over the frames of a clip: "constant" (the paper), "linear" or "cosine" down to 1, or
+            "interval A B" of places in [0, 1].
         diversity_coef: β, weight of the diversity reward in units of the KL summed over positions; the
             paper trains {0, 5, 10, 15}. 0 is pure distillation.
         distillation_coef: weight of Q; 1 in the paper, 0 leaves pure diversity.
@@ -177,6 +180,12 @@ class CFGDiversityConfig(RLOOConfig):
     )
 
     guidance_scale: float = field(default=3.0, metadata={"help": "γ of the guided teacher."})
+    guidance_schedule: str = field(
+        default="constant",
+        metadata={
+            "help": "γ over a clip: constant, linear or cosine (down to 1), or 'interval A B' of places in [0, 1]."
+        },
+    )
     diversity_coef: float = field(
         default=5.0,
         metadata={"help": "β, weight of the diversity reward, in units of the KL summed over codes."},
@@ -363,9 +372,20 @@ def _count(value: int) -> bool:
     return value >= 1
 
 
+def _is_schedule(value: str) -> bool:
+    try:
+        return bool(guidance_schedule(value, 2.0, 2))
+    except ValueError:
+        return False
+
+
 # fields → (condition, what the message asks for); types, and that numbers are finite, are checked before
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "guidance_scale": (_count, "a finite number ≥ 1 (1 is no guidance)"),
+    "guidance_schedule": (
+        _is_schedule,
+        "constant, linear, cosine or 'interval A B' with 0 ≤ A ≤ B ≤ 1",
+    ),
     "diversity_coef distillation_coef learning_rate weight_decay warmup_steps eval_delay epsilon epsilon_high": (
         _not_negative,
         "a finite number ≥ 0",

@@ -218,7 +218,7 @@ RULES = (
     ),
     # ---- this method's own
     Idle(
-        "negative_prompt",
+        "negative_prompt guidance_schedule",
         "guidance_scale=1 guides away from nothing: raise it",
         lambda a: a.guidance_scale > 1,
     ),

@@ -137,9 +137,10 @@ def _format(path: Path) -> str | None:
 
 
 def _from_hub(name: str, split: str) -> Dataset:
-    if name == "nano":
+    if name in ("nano", "nano-open"):
+        part = "prompts" if name == "nano" else "open-prompts"
         raise FileNotFoundError(
-            'there is no prompt file or folder nano; in Python use diverse_cfg.nano_path("prompts")'
+            f'there is no prompt file or folder {name}; in Python use diverse_cfg.nano_path("{part}")'
         )
     from datasets import Dataset, load_dataset
     from datasets.exceptions import DatasetNotFoundError

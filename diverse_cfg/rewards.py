@@ -66,7 +66,7 @@ class DiversityReward:
                 "groups of at least 2 clips per prompt"
             )
         self.embeddings = embed_clips(self.embedder, inputs, sampling_rate)
-        distances = pairwise_cosine_distance(self.embeddings.unflatten(0, (-1, num_generations)))
+        distances = embedding_distances(self.embedder, self.embeddings, num_generations)
         if self.distance_cap is not None:
             distances = distances.clamp(max=self.distance_cap)
         if self.guards.listens:
@@ -175,6 +175,12 @@ def embed_clips(embedder: Embedder, inputs: Tensor, sampling_rate: int) -> Tenso
     if bool(broken.any()):
         raise ValueError(f"embedder {name!r} returned non-finite values for clip {int(broken.nonzero()[0])}")
     return embeddings
+
+
+def embedding_distances(embedder: Embedder, embeddings: Tensor, num_generations: int) -> Tensor:
+    """Distances of the clips of each prompt [P, G, G], from embeddings [N, D]: the embedder's own, else cosines."""
+    measure = getattr(embedder, "distances", pairwise_cosine_distance)
+    return measure(embeddings.unflatten(0, (-1, num_generations)))
 
 
 def mean_distances(distances: Tensor) -> Tensor:

@@ -103,6 +103,17 @@ def test_broken_audio_is_not_valid():
     assert report["level_dbfs"][0] == pytest.approx(10 * np.log10(good.square().mean().item()), abs=1e-3)
 
 
+@pytest.mark.parametrize(("tail", "dying"), [(0.0, False), (0.38, False), (0.4, True), (1.0, True)])
+def test_a_clip_dies_that_ends_in_silence(tail, dying):
+    """Catches a rest in the middle that counts as an end, and a tail that is one frame short."""
+    clip = 0.1 * torch.ones(3 * RATE)
+    clip[RATE : 2 * RATE] = 0
+    clip[len(clip) - round(tail * RATE) :] = 0
+    assert validity(clip[None], RATE)["dying"].tolist() == [dying]
+    other = torch.full_like(clip, 0.1)
+    assert not validity(torch.stack([clip, other])[None], RATE)["dying"].any(), "its other channel sounds on"
+
+
 def coloured_noise(exponent, seconds=3, low=0.0, high=math.inf):
     """Noise at −20 dBFS whose amplitude falls as frequency to the exponent, between two frequencies."""
     spectrum = torch.fft.rfft(torch.randn(seconds * RATE, generator=torch.Generator().manual_seed(1)))

@@ -26,7 +26,7 @@ def test_every_part_has_its_own_folder(shipped):
         (shipped / part).mkdir()
         (shipped / part / "config.json").write_text("{}")
     folders = [assets.nano_path(part) for part in assets.NANO_PARTS]
-    assert len(set(folders)) == len(folders) == 6
+    assert len(set(folders)) == len(folders) == 7
     assert all(folder.is_dir() for folder in folders)
 
 
@@ -49,7 +49,8 @@ def test_a_missing_or_empty_part_is_named(shipped, part):
 @pytest.mark.parametrize("part", ["Base", "../base", "eval_encoder"])
 def test_an_unknown_part_lists_the_known(shipped, part):
     with pytest.raises(
-        ValueError, match="choose one of base, judge, reward-encoder, within-encoder, eval-encoder, prompts"
+        ValueError,
+        match="choose one of base, judge, reward-encoder, within-encoder, eval-encoder, prompts, open-prompts",
     ):
         assets.nano_path(part)
 

@@ -61,6 +61,25 @@ def test_a_base_plays_as_it_is_meant_to(called, tiny_folder):
     assert settings["num_frames"] == 17  # 20 steps, three of them the delay of four codebooks
 
 
+def test_guidance_that_changes_over_the_clip(called, tiny_folder, capsys):
+    """A schedule of the base's own γ; a name that is none is refused before the model is loaded."""
+    arguments = [
+        "generate",
+        "--model",
+        tiny_folder,
+        "--prompt",
+        PROMPT,
+        "--output",
+        "out",
+        "--seconds",
+        "0.1",
+    ]
+    assert main([*arguments, "--guidance-schedule", "interval 0 0.5"]) == 0
+    assert called[0][-1]["guidance_scale"] == (3.0, 3.0, 3.0, 1.0, 1.0)
+    assert main([*arguments, "--guidance-schedule", "ramp"]) == 2
+    assert "guidance_schedule='ramp' must be constant, linear" in capsys.readouterr().err
+
+
 def test_a_student_plays_without_guidance_and_as_it_was_trained(called, student, capsys):
     """Catches guidance applied twice, and a filter that the student never saw."""
     assert main(["generate", "--model", student, "--prompt", PROMPT, "--output", "out"]) == 0

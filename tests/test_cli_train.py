@@ -7,6 +7,8 @@ import pytest
 
 from diverse_cfg.cli import main
 from diverse_cfg.cli import train as command
+from diverse_cfg.config import GuardConfig
+from diverse_cfg.facets import REWARDED_FACETS
 from tests.tiny import PROMPTS
 
 RECIPE = """\
@@ -184,6 +186,11 @@ def test_reward_functions_by_name(monkeypatch):
     with_diversity = command._rewards(args, SimpleNamespace(diversity_coef=5), "m")
     assert with_diversity == ["diversity for m", "adherence", "aesthetics PQ"]
     assert command._rewards(args, SimpleNamespace(diversity_coef=0), "m") == ["adherence", "aesthetics PQ"]
+    args.reward_funcs = ["diversity_rhythm", "text_adherence"]
+    guards = GuardConfig(max_silence=0.2)
+    _, rhythm, other = command._rewards(args, SimpleNamespace(diversity_coef=5, guards=guards), "m")
+    assert (rhythm.__name__, rhythm.guards, other) == ("diversity_rhythm", guards, "adherence")
+    assert command.FACETS == REWARDED_FACETS
     args.reward_funcs = None
     assert command._rewards(args, SimpleNamespace(diversity_coef=5), "m") is None
     named = SimpleNamespace(diversity_coef=0, diversity_embedder="e")  # only logged

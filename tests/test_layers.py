@@ -21,6 +21,7 @@ LAYERS = [
     ["config"],
     ["policies", "embeddings", "prompts", "assets"],
     ["rewards", "cards", "nano"],
+    ["facets"],
     ["merging"],
     ["callbacks"],
     ["trainer"],

@@ -18,10 +18,10 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "nano"
 pytestmark = pytest.mark.usefixtures("nano_recipe")
 
 
-def load(tmp_path, **changes):
+def load(tmp_path, file="experiment.yaml", **changes):
     from experiment import Experiment
 
-    loaded = Experiment.load(RECIPE / "experiment.yaml")
+    loaded = Experiment.load(RECIPE / file)
     loaded.output = str(tmp_path / "runs")
     for name, value in changes.items():
         setattr(loaded, name, value)
@@ -84,6 +84,29 @@ def test_every_sweep_is_built_before_the_first_training(tmp_path, monkeypatch, c
         (tmp_path / "e.yaml").write_text(text.replace(wrong, changed), encoding="utf-8")
         assert module.main(["--config", str(tmp_path / "e.yaml"), "--output", str(tmp_path / "runs")]) == 1
         assert said in capsys.readouterr().err
+
+
+def test_the_open_experiment_is_guarded_and_chooses_without_test_prompts(tmp_path):
+    """Catches a diversity student that is paid for clips that die, and a β that test prompts helped to choose."""
+    from experiment import check_plan
+
+    experiment = load(tmp_path, "open.yaml")
+    check_plan(experiment)
+    for arm in experiment.arms:
+        settings = experiment.settings_of(arm, 1)
+        guarded = settings["diversity_coef"] > 0 and arm != "unguarded"
+        assert settings.get("guards") == ({"max_silence": 0.1} if guarded else None), arm
+        assert settings["dataset_name"] == "nano-open" and settings["save_steps"] < settings["max_steps"]
+    validation = experiment.sweeps["validation"]
+    assert validation["prompts_split"] == "validation"
+    assert {sweep["prompts"] for sweep in experiment.sweeps.values()} == {"nano-open"}
+
+
+def test_the_recorded_experiment_has_no_guard_but_where_it_says_so(tmp_path):
+    """Catches a recipe's new guard that changes what was recorded: it was measured without."""
+    experiment = load(tmp_path)
+    guarded = {arm for arm in experiment.arms if experiment.settings_of(arm, 0).get("guards")}
+    assert guarded == {"guarded", "overdone-guarded"}
 
 
 def test_all_students_continue_from_the_quality_student_of_their_seed(tmp_path):
@@ -302,7 +325,7 @@ def test_what_was_done_before_settings_were_noted_counts_as_done(whole, capsys):
     whole.arms["beta-80"].settings["diversity_coef"] = 999.0
     for seed in (1, 2):
         finish(whole, "beta-80", seed)
-    tasks = missing(whole, "beta-80", 0)
+    tasks = missing(whole, ["beta-80"], 0)
     assert (
         tasks == {} and "beta-80/seed-0: done, with settings that were not noted" in capsys.readouterr().out
     )
@@ -318,6 +341,10 @@ def test_only_the_shipped_experiment_is_recorded_in_the_repository(tmp_path):
     assert recorded_folder(CONFIG, "elsewhere", None, experiment) == own
     assert recorded_folder(tmp_path / "mine.yaml", None, None, experiment) == own
     assert recorded_folder(tmp_path / "mine.yaml", None, tmp_path, experiment) == tmp_path
+    one_seed = load(tmp_path, seeds=[1])
+    assert recorded_folder(CONFIG, None, None, one_seed) == own, "a part is no evidence"
+    shipped = RECIPE / "open.yaml"
+    assert recorded_folder(shipped, None, None, load(tmp_path, "open.yaml")) == RECORDED.with_name("open")
 
 
 def test_half_way_comes_after_the_test_sweep(tmp_path):
@@ -326,7 +353,7 @@ def test_half_way_comes_after_the_test_sweep(tmp_path):
     experiment = load(tmp_path)
     tasks = missing(experiment, None, 0)
     assert list(tasks)[-1] == "halfway" and tasks["halfway"] == ["sweep:test"]
-    assert missing(experiment, "halfway", 0) == {"halfway": ["sweep:test"]}
+    assert missing(experiment, ["halfway"], 0) == {"halfway": ["sweep:test"]}
 
 
 # ---- the page ----------------------------------------------------------------------------------------------------

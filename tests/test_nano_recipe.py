@@ -1,10 +1,16 @@
 """The recipe of the nano base, on the few notes it makes itself: reading, captions, codes, training loop."""
 
 import json
+from collections import Counter
+from itertools import combinations
 
 import numpy as np
 import pytest
 import torch
+
+from diverse_cfg.assets import nano_path
+from diverse_cfg.nano.attributes import level_of, parse_prompt
+from diverse_cfg.prompts import load_prompts
 
 pytestmark = pytest.mark.usefixtures("nano_recipe")
 
@@ -92,7 +98,7 @@ def test_captions_name_only_what_is_known_and_the_tokenizer_reads_them():
     from captions import caption
     from language_model import build_tokenizer
 
-    from diverse_cfg.nano.attributes import ATTRIBUTES, parse_prompt
+    from diverse_cfg.nano.attributes import ATTRIBUTES
 
     tokenizer, rng = build_tokenizer(), np.random.default_rng(0)
     for _ in range(200):
@@ -108,6 +114,55 @@ def test_captions_name_only_what_is_known_and_the_tokenizer_reads_them():
         assert said["instrument"] == known["instrument"]
         assert tokenizer.unk_token_id not in tokenizer(text).input_ids
         assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+
+
+def test_open_prompts_are_those_of_the_seed():
+    """Catches shipped prompts that nobody can make again, whose wordings the tokenizer cannot read, or whose level is
+    not what the prompt names."""
+    from language_model import build_tokenizer
+    from open_prompts import ASSETS, PER_LEVEL, open_prompts
+
+    tokenizer, found = build_tokenizer(), open_prompts(0)
+    for split, count in PER_LEVEL.items():
+        lines = (ASSETS / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        assert rows == found[split]
+        assert Counter(row["level"] for row in rows) == dict.fromkeys((1, 2, 3, 4), count)
+        for row in rows:
+            assert (
+                parse_prompt(row["prompt"]) == row["attributes"] and level_of(row["prompt"]) == row["level"]
+            )
+            assert tokenizer.unk_token_id not in tokenizer(row["prompt"]).input_ids
+        if split != "train":
+            assert len({row["prompt"] for row in rows}) == len(rows)
+            assert [row["level"] for row in rows[:8]] == [1, 2, 3, 4] * 2, (
+                "the first prompts are of all levels"
+            )
+        for level, sets in ((2, 3), (3, 3)):
+            named = Counter(frozenset(row["attributes"]) for row in rows if row["level"] == level)
+            assert len(named) == sets and max(named.values()) - min(named.values()) <= 1
+
+
+def test_no_open_prompt_is_in_two_splits():
+    """Catches a student that is judged on what it was trained on; of an instrument alone only wordings can differ."""
+    from open_prompts import open_prompts
+
+    splits = list(open_prompts(0).values())
+    for first, second in combinations(splits, 2):
+        assert not {row["prompt"] for row in first} & {row["prompt"] for row in second}
+        meanings = [
+            {tuple(row["attributes"].items()) for row in rows if row["level"] > 1} for rows in (first, second)
+        ]
+        assert not meanings[0] & meanings[1]
+
+
+def test_four_attributes_of_open_prompts_are_the_prompts_that_were_there_before():
+    from open_prompts import open_prompts
+
+    for split in ("validation", "test"):
+        before = [row["prompt"] for row in load_prompts(nano_path("prompts"), split=split)]
+        level_4 = [row["prompt"] for row in open_prompts(0)[split] if row["level"] == 4]
+        assert level_4 == before[: len(level_4)]
 
 
 def test_attributes_are_those_of_the_clip_not_of_the_recording():

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
+from diverse_cfg.functional.divergence import DIVERGENCES
 from diverse_cfg.merging import merge_checkpoints
 from diverse_cfg.policies.loading import load_policy, load_processor
 from diverse_cfg.policies.policy import as_policy
 from diverse_cfg.rewards import DiversityReward
 from diverse_cfg.trainer import CFGDiversityTrainer
 from tests.toy import toy_folder
-from tests.training import CodeEmbedder, tiny_args
+from tests.training import CodeEmbedder, tiny_args, tiny_trainer
 
 
 class LetterEmbedder(CodeEmbedder):
@@ -70,3 +71,21 @@ def test_its_own_null_prompt_guides(tmp_path):
     torch.testing.assert_close(
         policy.hidden_states(codes, policy.null(condition)), policy.hidden_states(codes, None)
     )
+
+
+def test_a_divergence_is_one_line_of_one_table(tmp_path, monkeypatch):
+    """What CONTRIBUTING promises of a new divergence: the loss, the settings and the help read `DIVERGENCES`."""
+    reverse_kl = DIVERGENCES["reverse_kl"]
+
+    def half(*arguments):
+        value, slope = reverse_kl(*arguments)
+        return value / 2, slope / 2
+
+    monkeypatch.setitem(DIVERGENCES, "half_reverse_kl", half)
+    found = {}
+    for name in ("reverse_kl", "half_reverse_kl"):
+        trainer = tiny_trainer(tmp_path / name, divergence=name, diversity_coef=0.0, max_steps=1)
+        trainer.train()
+        found[name] = trainer.state.log_history[0]
+    for metric in ("loss", "grad_norm"):
+        assert found["half_reverse_kl"][metric] == pytest.approx(found["reverse_kl"][metric] / 2, rel=1e-3)

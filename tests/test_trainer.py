@@ -17,10 +17,13 @@ from diverse_cfg.config import GuardConfig
 from diverse_cfg.functional.guidance import guided_logits
 from diverse_cfg.policies.loading import load_policy
 from diverse_cfg.policies.musicgen.model import code_logits, encode_text
+from diverse_cfg.policies.sampler.rollout import sample_codes
 from diverse_cfg.provenance import Provenance, read_provenance, write_provenance
 from diverse_cfg.rewards import DiversityReward
 from diverse_cfg.trainer import CFGDiversityTrainer
 from diverse_cfg.trainer.advantages import Advantages
+from diverse_cfg.trainer.objective import student_terms
+from diverse_cfg.types import Clips
 from tests.faults import held
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
 from tests.training import CodeEmbedder, WaveEmbedder, losses, tiny_args, tiny_trainer
@@ -86,6 +89,30 @@ def test_negative_prompt_takes_the_place_of_the_null_prompt(tmp_path):
     cond, uncond = code_logits(base, codes, condition), code_logits(base, codes, negative)
     found = teacher_logits(trainer, codes, condition)
     assert (found - guided_logits(cond, uncond, 3.0)).abs().max().item() < 1e-5
+
+
+def test_a_schedule_guides_the_teacher_and_its_clips_frame_by_frame(tmp_path):
+    """Faults: the schedule reaches the loss only, or the teacher's clips only, or the first frames get the last γ."""
+    trainer = tiny_trainer(tmp_path, guidance_schedule="interval 0.5 1", rollout_source="mix")
+    frames = trainer._num_frames
+    scale = torch.tensor([1.0] * (frames // 2) + [3.0] * (frames - frames // 2))
+    base = tiny_musicgen()
+    condition = encode_text(base, tiny_processor(), PROMPTS)
+    codes = trainer._sample(condition, torch.arange(len(PROMPTS)), 3, True)
+    assert torch.equal(
+        codes, sample_codes(base, condition, frames, guidance_scale=tuple(scale.tolist()), seed=3).codes
+    )
+    cond, uncond = (code_logits(base, codes, rows) for rows in (condition, condition.null()))
+    teacher = trainer._teacher(codes, condition)
+    terms, _ = student_terms(
+        trainer._policy, Clips(codes, 3200, condition=condition), trainer._loss_settings, teacher
+    )
+    student, guided = cond.log_softmax(-1), guided_logits(cond, uncond, scale).log_softmax(-1)
+    wanted = (student.exp() * (student - guided)).sum(-1)
+    torch.testing.assert_close(terms.divergences, wanted, atol=1e-5, rtol=1e-4)
+    assert wanted[..., : frames // 2].abs().max() < 1e-5 < wanted[..., frames // 2 :].mean()
+    trainer.train()
+    assert trainer._provenance().training["guidance_schedule"] == "interval 0.5 1"
 
 
 def test_another_teacher_than_the_start(tmp_path, tiny_folder):

@@ -119,6 +119,20 @@ def test_training_recipe_runs_on_a_stand_in(tmp_path, monkeypatch, path, standin
 
 
 @pytest.mark.slow
+def test_a_diversity_reward_does_not_pay_for_silence():
+    """Catches a recipe, or a command of the README, whose student is paid for clips that die early."""
+    demo = RECIPES.parent / "diverse_cfg" / "assets" / "demo"
+    recipes = [*TRAIN, demo / "quality.yaml", demo / "diversity.yaml"]
+    rewarded = {path: settings for path in recipes if (settings := read(path))["diversity_coef"] > 0}
+    assert len(rewarded) >= 7
+    for path, settings in rewarded.items():
+        assert settings["guards"] == {"max_silence": 0.1}, path
+        assert "the paper has no guard" in path.read_text(encoding="utf-8")
+    readme = (RECIPES.parent / "README.md").read_text(encoding="utf-8")
+    for rewarding in re.findall(r"--diversity_coef [1-9](?:.|\\\n)*", readme):
+        assert "--guards '{max_silence: 0.1}'" in rewarding
+
+
 def test_nano_recipe_runs_with_its_own_names(tmp_path, monkeypatch):
     """Fault: `teacher_model: nano` or an encoder's short name reaches the loaders as if it were a folder."""
     monkeypatch.chdir(RECIPES.parent)

@@ -43,7 +43,7 @@ def model_source(value: str) -> str:
 
 
 def prompt_source(value: str) -> str:
-    """A prompt dataset as `load_prompts` takes it: `nano` stands for the prompts that are shipped with us."""
+    """A prompt dataset as `load_prompts` takes it: `nano` and `nano-open` stand for those that are shipped."""
     return source(value, "prompts")
 
 

@@ -34,10 +34,13 @@ _SHOWN = (
     "vendi_heldout",
     "kl_teacher",
     "validity",
+    "dying",
     "decoder_rows",
 )
-# Measured on two idle cores: an update of 64 clips of 3 s, and sampling, decoding and judging one clip.
+# Measured on two idle cores: an update of 64 clips of 3 s, and sampling, decoding and judging one clip. What a guard
+# that listens adds to an update is estimated, from 1.5 s on one busy core.
 _SECONDS_PER_STEP = 1.2
+_SECONDS_TO_LISTEN = 1.3
 _SECONDS_PER_CLIP = 0.05
 
 Recipes = dict[str, dict[str, Any]]
@@ -93,7 +96,7 @@ def demo(
 
     Args:
         output: folder; a new one, an empty one, or one that the same recipes have begun.
-        recipes: what is run; `demo-run` in them stands for the folder. The shipped ones take about 7 minutes.
+        recipes: what is run; `demo-run` in them stands for the folder. The shipped ones take about 10 minutes.
         tell: is called with lines for a person.
 
     Returns:
@@ -142,11 +145,12 @@ def findings(results: "Results", guided: str) -> list[str]:
 
 def _plan(recipes: Recipes) -> str:
     quality, diversity, evaluation = (recipes[stage] for stage in ("quality", "diversity", "evaluate"))
-    clips = sum(
-        recipe["max_steps"] * recipe["per_device_train_batch_size"] for recipe in (quality, diversity)
-    )
+    seconds = 15.0
+    for recipe in (quality, diversity):
+        step = _SECONDS_PER_STEP + (_SECONDS_TO_LISTEN if recipe.get("guards") else 0)
+        seconds += recipe["max_steps"] * recipe["per_device_train_batch_size"] / 64 * step
     played = len(evaluation["systems"]) * evaluation["num_prompts"] * evaluation["num_generations"]
-    seconds = clips / 64 * _SECONDS_PER_STEP + played * _SECONDS_PER_CLIP + 15
+    seconds += played * _SECONDS_PER_CLIP
     merges = sum(0 < system.get("merge_weight", 0) < 1 for system in evaluation["systems"])
     return (
         f"Plan: a quality student ({quality['max_steps']} updates), a diversity student "

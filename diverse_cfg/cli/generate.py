@@ -32,7 +32,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", help="a text (repeatable)")
-    what.add_argument("--prompts", metavar="SOURCE", help="a file, folder or Hub dataset of texts, or `nano`")
+    what.add_argument(
+        "--prompts", metavar="SOURCE", help="a file, folder or Hub dataset of texts, `nano`, `nano-open`"
+    )
     add("--prompts-split", help="split of a folder or dataset (default: test)")
     add("--prompt-column", help="column of --prompts that holds the texts (default: prompt)")
     add("--output", required=True, help="folder for the WAV files; new, empty, or begun with --resume")
@@ -43,6 +45,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=number(int, 0, 2**64 - 1), help="same seed, same clips (default: 0)")
     add("--seconds", type=number(float, 0, above=True), help="length (default: the model's own, at most 10)")
     add("--guidance-scale", type=float, metavar="γ", help="default: the model's own; 1 is no guidance")
+    add(
+        "--guidance-schedule",
+        metavar="NAME",
+        help="γ over the clip: linear or cosine (down to 1), or 'interval A B' of places in [0, 1]",
+    )
     add("--negative-prompt", help="text to be guided away from, instead of no text")
     add("--temperature", type=float, help="default: the model's own, or 1; 0 is greedy")
     add("--top-k", type=int, help=f"default: the model's own, or {USUAL_TOP_K}; 0 keeps all codes")
@@ -83,7 +90,8 @@ def _run(args: argparse.Namespace) -> None:
                 f"--num-generations {args.num_generations} at temperature 0 is the same clip every time: leave it out"
             )
     if args.guidance_scale == 1:
-        refuse_idle(args, "negative_prompt", "with --guidance-scale 1, which guides away from nothing")
+        idle = "negative_prompt guidance_schedule"
+        refuse_idle(args, idle, "with --guidance-scale 1, which guides away from nothing")
     names = ("guidance_scale", "temperature", "top_k", "top_p", "min_p")
     typed = {name: value for name in names if (value := getattr(args, name)) is not None}
     output = Path(args.output)
@@ -92,12 +100,15 @@ def _run(args: argparse.Namespace) -> None:
 
     import torch
 
+    from diverse_cfg.functional.guidance import guidance_schedule
     from diverse_cfg.policies.files import generate_files
     from diverse_cfg.policies.loading import load_processor, torch_device
     from diverse_cfg.policies.policy import as_policy
     from diverse_cfg.policies.sampler.draws import SamplingSettings
 
     device = torch_device(args.device)
+    if args.guidance_schedule is not None:
+        guidance_schedule(args.guidance_schedule, 2.0, 2)  # it is one
     SamplingSettings(**typed)  # in range
     source = model_source(args.model)
     model: Any = _load(source, args.adapter, args.merge_weight)
@@ -108,14 +119,17 @@ def _run(args: argparse.Namespace) -> None:
     name = " + ".join([args.model, *args.adapter])
     if args.merge_weight:
         name += f" at {' '.join(f'{weight:g}' for weight in args.merge_weight)}"
-    seconds = args.seconds or policy.usual_seconds
+    num_frames = max(1, round((args.seconds or policy.usual_seconds) * policy.frame_rate))
+    if args.guidance_schedule is not None:
+        scale = sampling["guidance_scale"]
+        sampling["guidance_scale"] = guidance_schedule(args.guidance_schedule, scale, num_frames)
     names = ("num_generations", "negative_prompt", "sample_format", "resume", "batch_size", "rollout_backend")
     clips = generate_files(
         model.to(device),
         list(prompts["prompt"]),
         args.output,
         processor=load_processor(source),
-        num_frames=max(1, round(seconds * policy.frame_rate)),
+        num_frames=num_frames,
         seed=args.seed or 0,
         model_name=name,
         dtype=getattr(torch, args.dtype),

@@ -22,7 +22,11 @@ USAGE = (
     "--output_dir FOLDER [--setting value …]"
 )
 
-REWARDS = ("text_adherence", "aesthetics_ce", "aesthetics_cu", "aesthetics_pc", "aesthetics_pq")
+FACETS = ("melody", "rhythm", "pitch", "timbre", "level")  # `facets.REWARDED_FACETS`, without loading torch
+REWARDS = (
+    *("text_adherence", "aesthetics_ce", "aesthetics_cu", "aesthetics_pc", "aesthetics_pq"),
+    *(f"diversity_{facet}" for facet in FACETS),
+)
 
 # Any of these packages serves the tracker.
 _TRACKERS = {
@@ -40,7 +44,9 @@ class TrainArguments:
         metadata={"help": "Student's start and teacher: Hub id, folder, or `nano` for the shipped base."}
     )
     dataset_name: str = field(
-        metadata={"help": "Prompts: Hub dataset id, folder, file, or `nano` for the shipped ones."}
+        metadata={
+            "help": "Prompts: Hub dataset id, folder, file, or `nano` or `nano-open`: the shipped ones."
+        }
     )
     dataset_train_split: str = field(default="train", metadata={"help": "Split of the prompts to train on."})
     dataset_prompt_column: str | None = field(
@@ -54,8 +60,9 @@ class TrainArguments:
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Rewards beside diversity: text_adherence (CLAP), aesthetics_ce, _cu, _pc or _pq. "
-            "With reward_weights, the diversity reward comes first and has weight 1."
+            "help": "Rewards beside diversity: text_adherence (CLAP), aesthetics_ce, _cu, _pc or _pq; or one facet's "
+            "diversity, diversity_melody, _rhythm, _pitch, _timbre or _level, by rules, with diversity_coef too. "
+            "With reward_weights, the diversity reward comes first; it and the facets have weight 1."
         },
     )
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
@@ -217,6 +224,7 @@ def _resolve_nano(config) -> None:
 
 def _rewards(args: TrainArguments, config, model: str):
     """The named reward functions after the diversity reward; None leaves the choice to the trainer."""
+    from diverse_cfg.facets import FacetReward
     from diverse_cfg.rewards import AestheticsReward, TextAdherenceReward
     from diverse_cfg.trainer.setup import default_reward
 
@@ -225,7 +233,9 @@ def _rewards(args: TrainArguments, config, model: str):
         return [default_reward(config, model)] if only_logged else None
     rewards: list[Any] = [default_reward(config, model)] if config.diversity_coef > 0 else []
     for name in args.reward_funcs:
-        if name == "text_adherence":
+        if name.startswith("diversity_"):
+            rewards.append(FacetReward(name.removeprefix("diversity_"), config.guards))
+        elif name == "text_adherence":
             rewards.append(TextAdherenceReward())
         else:
             rewards.append(AestheticsReward(axis=name.removeprefix("aesthetics_").upper()))

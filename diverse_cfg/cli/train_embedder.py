@@ -22,7 +22,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--prompts",
         metavar="SOURCE",
-        help="sample clips of --model now, for these prompts (`nano`: the shipped ones)",
+        help="sample clips of --model now, for these prompts (`nano`, `nano-open`: the shipped ones)",
     )
     add("--output", "-o", required=True, help="folder to create, for `diversity_embedder`")
     add("--model", help="folder or Hub id of the model whose codes are read, or `nano`")

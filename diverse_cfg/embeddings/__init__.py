@@ -25,6 +25,8 @@ class Embedder(Protocol):
         name: identifies the model in cards, tables and caches.
         sampling_rate: Hz the model works at; `embed` resamples whatever it is given.
         reads: "waveforms" [B, L] or [B, 2, L] in −1 … 1, or "codes" [B, K, T].
+
+    One that has a method `distances` ([P, G, D] → [P, G, G]) is compared by it, all others by the cosine.
     """
 
     name: str

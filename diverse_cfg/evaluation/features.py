@@ -18,7 +18,7 @@ import soundfile
 import torch
 from torch import Tensor
 
-from diverse_cfg import acoustics, rewards
+from diverse_cfg import acoustics, facets, rewards
 from diverse_cfg.embeddings import Embedder, audio
 from diverse_cfg.evaluation.cache import Cache, content_digest, digest, file_digest, weights_digest
 from diverse_cfg.evaluation.generations import Player, Progress
@@ -170,6 +170,22 @@ class ValidityFeature:
         return _floats(acoustics.validity(batch.waveforms, batch.sampling_rate))
 
 
+class FacetsFeature:
+    """What each facet of the music is in a clip, a column each."""
+
+    name = "facets"
+
+    def __init__(self):
+        modules = (facets, rules, acoustics, audio)
+        self.fingerprint = {
+            "feature": "facets",
+            "code": code_digest(*(module.__name__ for module in modules)),
+        }
+
+    def compute(self, batch: Batch) -> dict[str, np.ndarray]:
+        return _floats(facets.measure(batch.waveforms, batch.sampling_rate))
+
+
 class _RewardFeature:
     """What a reward function of single clips gives, as the column `score`."""
 
@@ -264,12 +280,13 @@ class DivergenceFeature:
         student, teacher = batch.player.policy, self.teacher.policy
         self._check(student, teacher)
         device = student.device
+        sampling = batch.system.sampling_of(batch.codes.shape[-1])
         of_student, of_teacher = (policy.encode_text(batch.prompts) for policy in (student, teacher))
         at_once = max(1, _LOGIT_BYTES // (8 * 4 * student.vocab_size * batch.codes[0].numel()))
         kl, entropy = [], []
         for rows in torch.arange(len(batch.codes)).split(at_once):
             codes, select = batch.codes[rows].to(device), rows.to(device)
-            p = _distribution(student, codes, of_student.select(select), batch.system.sampling)
+            p = _distribution(student, codes, of_student.select(select), sampling)
             q = _distribution(teacher, codes, of_teacher.select(select), self.sampling)
             weight = p.exp()
             # 0·log 0 = 0: a filter's −inf belongs to a probability of 0.
@@ -303,7 +320,9 @@ def _distribution(
     logits = policy.code_logits(codes, condition)
     if sampling.guided:
         null = policy.code_logits(codes, policy.null(condition))
-        logits = guided_logits(logits, null, sampling.guidance_scale)
+        scale = sampling.guidance_scale
+        scale = torch.tensor(scale, device=codes.device) if isinstance(scale, tuple) else scale
+        logits = guided_logits(logits, null, scale)
     logits = sampling_logits(logits, sampling)
     if sampling.greedy:
         logits = logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True), -torch.inf)

@@ -123,6 +123,8 @@ def describe(system: System, mixture: Mixture, clips: ClipSet, seed: int) -> dic
     code. The fast one's is as it always was, so that what is cached stays valid.
     """
     backend = {} if clips.rollout_backend == "fast" else {"rollout_backend": clips.rollout_backend}
+    schedule = system.guidance_schedule
+    backend |= {} if schedule == "constant" else {"guidance_schedule": schedule}
     return backend | {
         "version": _VERSION,
         "model": mixture_digest(mixture),
@@ -163,7 +165,7 @@ def generations(
         if progress:
             progress(len(kept["codes"]))
         return kept
-    sampling = system.sampling
+    sampling = system.sampling_of(clips.num_frames)
 
     def clock() -> float:
         if torch.device(player.device).type == "cuda":

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diverse_cfg.facets import facet_distances
 from diverse_cfg.functional.diversity import pairwise_cosine_distance, unit_embeddings, vendi_score
 from diverse_cfg.functional.statistics import frechet_distance, mmd
 
@@ -131,6 +132,58 @@ def different_prompts(encoder: str) -> OfSet:
         return statistic
 
     return of_set
+
+
+def clean_clips(replicate: Replicate) -> Tensor:
+    """Which clips count for the clean measures [P, S, G]: they are valid, do not end in silence of 0.4 s or more,
+    and have all that their prompt names, where a judge can tell."""
+    clean = replicate.features["validity"]["valid"] == 1
+    clean &= replicate.features["validity"]["dying"] == 0
+    if "judge" in replicate.features:
+        clean &= ~(replicate.features["judge"]["mean"] < 1)  # NaN where a prompt names nothing
+    return torch.from_numpy(clean)
+
+
+def clean_share(replicate: Replicate) -> np.ndarray:
+    """Cells: share of the clips that are clean."""
+    return clean_clips(replicate).double().mean(dim=(1, 2)).numpy()
+
+
+def clean_prompts(replicate: Replicate) -> np.ndarray:
+    """Cells: 1 for a prompt that has two clean clips under some seed, so that a distance exists, else 0."""
+    return (clean_clips(replicate).sum(dim=2) >= 2).any(dim=1).double().numpy()
+
+
+def among_clean(distances: Callable[[Replicate], Tensor]) -> ByPrompt:
+    """Cells: mean distance of two clean clips of one prompt and seed; NaN for a prompt without such a pair.
+
+    Args:
+        distances: gives them for all clips [P, S, G, G].
+    """
+
+    def cells(replicate: Replicate) -> np.ndarray:
+        clean, found = clean_clips(replicate), distances(replicate)
+        pairs = clean[..., None, :] & clean[..., :, None]
+        pairs &= ~torch.eye(clean.shape[-1], dtype=torch.bool)
+        sums = torch.where(pairs, found, 0).sum(dim=(1, 2, 3))
+        return (sums / pairs.sum(dim=(1, 2, 3))).numpy()
+
+    return cells
+
+
+def embedding_distances(encoder: str) -> Callable[[Replicate], Tensor]:
+    """Cosine distances of the clips of each prompt and seed [P, S, G, G]."""
+
+    def of_all(replicate: Replicate) -> Tensor:
+        embeddings, _ = _usable(replicate.groups(encoder))
+        return pairwise_cosine_distance(embeddings.flatten(0, 1)).unflatten(0, embeddings.shape[:2])
+
+    return of_all
+
+
+def distances_of(facet: str) -> Callable[[Replicate], Tensor]:
+    """Distances of the clips of each prompt and seed in one facet [P, S, G, G]."""
+    return lambda replicate: facet_distances(facet, replicate.features["facets"][facet])
 
 
 def codebook_entropy(codebook: int = 0) -> ByPrompt:
@@ -335,6 +388,30 @@ for _name, _mark, _under in (
     _set = different_prompts(_name)
     register(Metric(f"different_prompts_{_name}", _label, _text, 0, (_name,), of_set=_set, min_prompts=2))
 
+_clean = "clips that are valid, do not end in silence, and are what their prompt says where a judge can tell"
+_needs = ("facets", "validity")
+for _name, _label, _text, _measure in (
+    ("clean", "clean clips", f"Share of {_clean}.", clean_share),
+    ("clean_prompts", "prompts with clean clips", f"Share of prompts with two {_clean}.", clean_prompts),
+):
+    register(Metric(_name, _label, _text, 1, _needs, _measure, is_share=True))
+for _name, _under in (("heldout", "an encoder that was never rewarded"), ("reward", "the reward's encoder")):
+    _label = "clean diversity" + (" (reward encoder)" if _name == "reward" else "")
+    _text = f"Mean cosine distance under {_under} of two clean clips of one prompt: {_clean}."
+    _measure = among_clean(embedding_distances(_name))
+    register(Metric(f"clean_{_name}", _label, _text, 1, (_name, *_needs), _measure, min_generations=2))
+for _name, _better, _how in (
+    ("melody", 1, "intervals, by edits"),
+    ("rhythm", 1, "times between onsets, by edits"),
+    ("pitch", 1, "shares of pitch classes"),
+    ("timbre", 1, "strength of harmonics, 1 from 20 dB on"),
+    ("level", 0, "RMS of what sounds, 1 from 20 dB on"),
+    ("rests", 0, "share of quiet frames"),
+):
+    _text = f"Mean distance between 0 and 1 of two clean clips of one prompt in their {_name} ({_how})."
+    _label, _measure = f"difference in {_name}", among_clean(distances_of(_name))
+    register(Metric(f"clean_{_name}", _label, _text, _better, _needs, _measure, min_generations=2))
+
 _text = "Entropy of the codes of codebook 0 in all clips of one prompt."
 register(Metric("codebook0_entropy", "token entropy", _text, 1, ("codes",), codebook_entropy(0), unit="nats"))
 _text = "Mean entropy of the distributions that the codes of codebook 0 were drawn from; less is colder."
@@ -363,6 +440,7 @@ for _name, _label, _column, _better, _unit, _text in (
     ("level", "level", "level_dbfs", 0, "dBFS", "RMS level of a clip."),
     ("clipping", "clipped samples", "clipped_fraction", -1, "", "Share of samples at full scale."),
     ("silence", "silent frames", "silent_fraction", -1, "", "Share of a clip that is silent."),
+    ("dying", "dying clips", "dying", -1, "", "Share of clips that end in at least 0.4 s of silence."),
 ):
     _mean = clip_mean("validity", _column)
     register(Metric(_name, _label, _text, _better, ("validity",), _mean, unit=_unit, is_share=not _unit))

@@ -24,6 +24,7 @@ from diverse_cfg.evaluation.features import (
     AestheticsFeature,
     DivergenceFeature,
     EmbeddingFeature,
+    FacetsFeature,
     Feature,
     JudgeFeature,
     RulesFeature,
@@ -50,7 +51,7 @@ class SweepConfig:
     Args:
         systems: entries, see `systems.expand_systems`.
         output: folder of the results; its cache lets a sweep go on and grow.
-        prompts: held-out prompts: "nano", a folder, a file or a Hub dataset.
+        prompts: held-out prompts: "nano", "nano-open", a folder, a file or a Hub dataset.
         prompts_split: of a folder or dataset.
         prompt_column: column that holds them.
         num_prompts: take the first so many; None takes all.
@@ -169,7 +170,7 @@ def build_sweep(config: SweepConfig) -> tuple[Sweep, list[System]]:
     num_frames, seconds = _length(player, config.clip_seconds)
     seeds = tuple(config.seeds)
     clips = ClipSet(tuple(prompts), config.num_generations, num_frames, seeds, config.rollout_backend)
-    features: list[Feature] = [ValidityFeature()]
+    features: list[Feature] = [ValidityFeature(), FacetsFeature()]
     if config.teacher:
         features.append(DivergenceFeature(player, teacher, config.teacher_guidance_scale))
     features += _judges(config, prompts, device)

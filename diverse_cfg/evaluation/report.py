@@ -13,6 +13,7 @@ from pathlib import Path
 from diverse_cfg.acoustics import TARGET_LUFS
 from diverse_cfg.atomic import alone, write_text
 from diverse_cfg.evaluation.figures import front, merge_curve, trajectories
+from diverse_cfg.evaluation.levels import level_tables, levels_of, save_levels
 from diverse_cfg.evaluation.metrics import METRICS, require_known
 from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
 from diverse_cfg.evaluation.results import Results, SystemResult
@@ -69,6 +70,7 @@ def evaluate(
     with alone(config.output):
         results = sweep.run(systems, config.compare_to, progress=progress)
         results.save(config.output)
+        save_levels(results, config.output)
         if not results.usable:
             write_text(Path(config.output) / "results.md", results.table() + "\n")
             raise ValueError(f"every system failed; the first: {results.systems[0].error}")
@@ -128,6 +130,8 @@ def _to_page(results: Results, pictures: Sequence[Picture], config: SweepConfig)
         how += f" Sampling was timed on {'; '.join(machines)}."
         how += " Times of different machines do not compare." if len(machines) > 1 else ""
     lines += ["## Numbers", "", results.table(), "", how]
+    if len(levels_of(results)) > 1:
+        lines += ["", "## Numbers by level", "", level_tables(results)]
     lines += ["", "## What the columns mean", ""]
     lines += [f"- **{METRICS[name].label}**: {METRICS[name].explanation}" for name in results.metrics]
     return "\n".join(lines) + "\n"

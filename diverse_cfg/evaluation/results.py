@@ -376,10 +376,10 @@ def estimate(metric: Metric, replicates: Sequence[Replicate]) -> tuple[Estimate,
     cells = np.stack(columns, axis=1)
     if len(cells) != len(replicates[0].codes) or np.isinf(cells).any():
         raise ValueError(f"metric {metric.name!r} gave infinite values, or {len(cells)} prompts")
-    return _estimate_of_cells(metric, cells, clusters_of(metric, replicates)), cells
+    return estimate_of_cells(metric, cells, clusters_of(metric, replicates)), cells
 
 
-def _estimate_of_cells(metric: Metric, cells: np.ndarray, clusters: np.ndarray | None = None) -> Estimate:
+def estimate_of_cells(metric: Metric, cells: np.ndarray, clusters: np.ndarray | None = None) -> Estimate:
     """`mean_estimate` of a metric's cells, whose interval stays where the metric can be."""
     found = mean_estimate(cells, None if clusters is None else clusters.tolist())
     if metric.is_share and found.low is not None and found.high is not None:

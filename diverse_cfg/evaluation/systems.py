@@ -9,10 +9,11 @@ import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from diverse_cfg.assets import source
+from diverse_cfg.assets import portable, source
+from diverse_cfg.functional.guidance import guidance_schedule
 from diverse_cfg.merging.weights import parse_sweep, resolve_weights
 from diverse_cfg.policies.loading import is_distilled
 from diverse_cfg.policies.sampler.draws import SamplingSettings
@@ -33,13 +34,14 @@ _ENTRY_TYPES: dict[str, Any] = {
     "merge_weight": str | float | list[float],
     "weights": list[float] | None,
     "guidance_scale": float | list[float],
+    "guidance_schedule": str | list[str],
     "temperature": float | list[float],
     "top_k": int | list[int],
     "role": str | None,
     "series": str | None,
     "step": int | None,
 }
-_GRID_KEYS = {"guidance_scale": "γ", "temperature": "T", "top_k": "k"}
+_GRID_KEYS = {"guidance_scale": "γ", "guidance_schedule": "γ(t)", "temperature": "T", "top_k": "k"}
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class System:
         replicates: one model per training seed; clips are generated for each of them. Folders named `seed-N`
             tell which seed, so that comparisons can be made seed by seed.
         guidance_scale: γ at inference; 1 is no guidance.
+        guidance_schedule: γ over the frames; see `functional.guidance.guidance_schedule`.
         temperature: 0 is greedy.
         top_k: 0 keeps all codes.
         role: "base", "guided", "student" or "merge"; decides how it is drawn.
@@ -62,6 +65,7 @@ class System:
     name: str
     replicates: tuple[Mixture, ...]
     guidance_scale: float = 1.0
+    guidance_schedule: str = "constant"
     temperature: float = 1.0
     top_k: int = 0
     role: str = "student"
@@ -70,15 +74,20 @@ class System:
     step: int | None = None
 
     def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise ValueError("a system needs a name")
         for text in (self.name, self.series):
             if text and ("\n" in text or plain(text) != text):
                 raise ValueError(
                     f"system {text!r}: a name is one line of letters, without control characters"
                 )
+        if not self.replicates or not all(self.replicates):
+            raise ValueError(f"system {self.name!r} has no model")
         if self.role not in ROLES:
             raise ValueError(f"system {self.name!r}: role={self.role!r} must be one of {', '.join(ROLES)}")
         try:
             _ = self.sampling
+            guidance_schedule(self.guidance_schedule, self.guidance_scale, 2)
         except ValueError as error:
             raise ValueError(f"system {self.name!r}: {error}") from None
 
@@ -86,6 +95,13 @@ class System:
     def sampling(self) -> SamplingSettings:
         """How its codes are drawn."""
         return SamplingSettings(self.guidance_scale, self.temperature, self.top_k)
+
+    def sampling_of(self, num_frames: int) -> SamplingSettings:
+        """The same for clips of T frames, each with its γ."""
+        if self.guidance_schedule == "constant":
+            return self.sampling
+        schedule = guidance_schedule(self.guidance_schedule, self.guidance_scale, num_frames)
+        return replace(self.sampling, guidance_scale=schedule)
 
     @property
     def untrained(self) -> bool:
@@ -106,14 +122,18 @@ class System:
         return seeds if len(set(seeds)) == len(self.replicates) else ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for the results file."""
-        return asdict(self)
+        """Plain values, for the results file; the shipped base is `nano`, wherever it is installed."""
+        values = asdict(self)
+        values["replicates"] = [
+            [[portable(checkpoint), weight] for checkpoint, weight in mixture] for mixture in self.replicates
+        ]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "System":
         """The inverse of `to_dict`."""
         replicates = tuple(
-            tuple((str(checkpoint), float(weight)) for checkpoint, weight in mixture)
+            tuple((source(str(checkpoint)), float(weight)) for checkpoint, weight in mixture)
             for mixture in values["replicates"]
         )
         return cls(**{**values, "replicates": replicates})
@@ -193,7 +213,7 @@ def _expand(entry: Mapping[str, Any]) -> list[System]:
     for suffix, weight, replicates in _models(name, entry):
         for point in itertools.product(*grid.values()):
             sampling = dict(zip(grid, point, strict=True))
-            marks = [suffix, *(f"{_GRID_KEYS[key]}={sampling[key]:g}" for key in varied)]
+            marks = [suffix, *(f"{_GRID_KEYS[key]}={_short(sampling[key])}" for key in varied)]
             systems.append(
                 System(
                     name=" ".join([name, *filter(None, marks)]),
@@ -248,6 +268,10 @@ def _mixtures(name: str, seeds: list[tuple[str, ...]], weights: Any) -> tuple[Mi
     except ValueError as error:
         raise ValueError(f"system {name!r}: {error}") from None
     return tuple(tuple(zip(seed, resolved, strict=True)) for seed in seeds)
+
+
+def _short(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def _role(replicates: tuple[Mixture, ...], guidance_scale: float) -> str:

@@ -53,3 +53,8 @@ def parse_prompt(prompt: str) -> dict[str, str]:
                 found[attribute] = name
                 break
     return found
+
+
+def level_of(prompt: str) -> int:
+    """How many attributes `prompt` names: 1 to 4, or 0 for a prompt of another world."""
+    return len(parse_prompt(prompt))

@@ -51,7 +51,7 @@ def generate_files(
     processor: Any,
     num_frames: int,
     num_generations: int = 1,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | Sequence[float] = 1.0,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -75,7 +75,7 @@ def generate_files(
         processor: the model's processor or tokenizer.
         num_frames: T.
         num_generations: G clips per prompt.
-        guidance_scale: γ.
+        guidance_scale: γ, or one for each of T frames.
         temperature: 0 is greedy.
         top_k: 0 keeps all codes.
         top_p: 1 keeps all codes.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diverse_cfg.config import CFGDiversityConfig, GuardConfig
-from diverse_cfg.functional.diversity import diversity_advantages, pairwise_cosine_distance
+from diverse_cfg.functional.diversity import diversity_advantages
 from diverse_cfg.functional.policy_gradient import leave_one_out_advantages
 from diverse_cfg.functional.prefix_baseline import (
     RidgeStatistics,
@@ -29,7 +29,14 @@ from diverse_cfg.functional.prefix_baseline import (
     segment_advantages,
     update_ridge,
 )
-from diverse_cfg.rewards import checked, is_async, is_pairwise, mask_pairs, mean_distances
+from diverse_cfg.rewards import (
+    checked,
+    embedding_distances,
+    is_async,
+    is_pairwise,
+    mask_pairs,
+    mean_distances,
+)
 
 CALIBRATION_PROMPTS = 16
 PREFIX_FRACTIONS = (0.13, 0.27, 0.40, 0.60, 0.80)
@@ -95,7 +102,7 @@ class CrossGuards:
     def measure_distances(self, reward_func: Any, embeddings: Tensor, num_generations: int) -> None:
         """Set the cap of the diversity reward from embeddings [N, D] of the unguided base's clips."""
         assert self.guards.distance_quantile is not None
-        distances = pairwise_cosine_distance(embeddings.unflatten(0, (-1, num_generations)))
+        distances = embedding_distances(reward_func.embedder, embeddings, num_generations)
         pairs = torch.triu_indices(num_generations, num_generations, offset=1)
         seen = distances[:, pairs[0], pairs[1]].flatten().float()
         reward_func.distance_cap = seen.quantile(self.guards.distance_quantile).item()
@@ -120,6 +127,8 @@ class CrossGuards:
 
 class PrefixBaseline:
     """Online regression of a clip's diversity advantage on the beginnings of the clip.
+
+    Of several diversity rewards the sum is predicted, from embeddings of the first.
 
     Args:
         num_frames: T.
@@ -236,10 +245,11 @@ class Advantages:
         advantages = torch.zeros(codes.shape, device=codes.device)
         metrics: dict[str, float] = {}
         groups = rewards.to(codes.device).float().unflatten(0, (-1, num_generations))
+        diverse = [index for index, pairwise in enumerate(self.pairwise) if pairwise]
         for index, (pairwise, coef) in enumerate(zip(self.pairwise, self.coefs, strict=True)):
-            if not (self.wanted and coef):
+            if not (self.wanted and coef) or index in diverse[1:]:
                 continue
-            column = groups[..., index]
+            column = groups[..., diverse].sum(-1) if pairwise else groups[..., index]
             estimate = diversity_advantages(column) if pairwise else _leave_one_out(column)
             if pairwise and self.prefix is not None:
                 embeddings = self.reward_funcs[index].embeddings
@@ -262,6 +272,8 @@ class Advantages:
     def reward_metrics(self, rewards: Tensor, num_generations: int, from_teacher: Tensor) -> dict[str, float]:
         """The student's diversity, and its variance within prompts: all that the policy gradient has.
 
+        Of several diversity rewards, that of the first; TRL logs the mean of each.
+
         Args:
             rewards: of all processes [N, F].
             num_generations: G.
@@ -270,7 +282,7 @@ class Advantages:
         metrics: dict[str, float] = {}
         groups = rewards[~from_teacher].float().unflatten(0, (-1, num_generations))
         for index, pairwise in enumerate(self.pairwise):
-            if pairwise and len(groups):
+            if pairwise and len(groups) and not metrics:
                 column = groups[..., index]
                 metrics["reward/diversity"] = column.mean().item()
                 if num_generations > 1:

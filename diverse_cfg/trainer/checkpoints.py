@@ -49,7 +49,7 @@ PICKLE = "training_args.bin"  # it has no place in a model folder; resuming does
 _RECORDED = (
     *("learning_rate", "num_generations", "generation_batch_size", "divergence", "distillation_coef"),
     *("negative_prompt", "rollout_source", "prefix_baseline", "prefix_lambda", "diversity_codebooks"),
-    *("ema_decay", "seed"),
+    *("guidance_schedule", "ema_decay", "seed"),
 )
 
 

@@ -29,6 +29,7 @@ from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.effects import Run, idle_settings
 from diverse_cfg.embeddings.clap import ClapEmbedder
 from diverse_cfg.functional.codebooks import num_decoder_steps
+from diverse_cfg.functional.guidance import guidance_schedule
 from diverse_cfg.policies.checkpoints import inexact_options
 from diverse_cfg.policies.loading import load_policy, load_processor
 from diverse_cfg.policies.policy import Policy, as_policy, plain, require_prompts
@@ -219,6 +220,13 @@ def check_clips(policy: Policy, args: CFGDiversityConfig) -> int:
             "reach all of them"
         )
     return frames
+
+
+def guidance(args: CFGDiversityConfig, num_frames: int) -> float | tuple[float, ...]:
+    """γ of the teacher, or of each of T frames."""
+    if args.guidance_schedule == "constant" or args.guidance_scale == 1:
+        return args.guidance_scale
+    return guidance_schedule(args.guidance_schedule, args.guidance_scale, num_frames)
 
 
 # ---- the adapter, and what is pushed or sharded ------------------------------------------------------------
@@ -470,6 +478,14 @@ def check_reward_funcs(reward_funcs: Any, args: CFGDiversityConfig, base_model: 
             raise ValueError(
                 f"the diversity reward has reward_weights={weight}: its weight is diversity_coef, keep 1 here"
             )
+    encoders = [
+        getattr(reward_func, "embedder", None) for reward_func in reward_funcs if is_pairwise(reward_func)
+    ]
+    if args.prefix_baseline and args.diversity_coef > 0 and hasattr(encoders[0], "distances"):
+        raise ValueError(
+            f"prefix_baseline compares embeddings of the beginnings of clips, and the first diversity reward is "
+            f"{encoders[0].name!r}, which has none: put one with an encoder first, or leave prefix_baseline off"
+        )
     if names and args.rollout_source == "teacher":
         logger.warning(
             "rollout_source='teacher': no clip is the student's own, so the rewards of %s are logged and train "

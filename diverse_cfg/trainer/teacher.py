@@ -165,7 +165,7 @@ class Teacher:
 
     Args:
         policy: a frozen one; or, with LoRA, the student's.
-        guidance_scale: γ.
+        guidance_scale: γ, or one for each of T frames.
         negative: condition of the negative prompt [1, Lt, Dt]; None is the null prompt.
         adapted: with LoRA, the student, whose disabled adapters leave θ0.
     """
@@ -173,7 +173,7 @@ class Teacher:
     def __init__(
         self,
         policy: Policy,
-        guidance_scale: float,
+        guidance_scale: float | tuple[float, ...],
         negative: TextCondition | None = None,
         adapted: PeftModel | None = None,
     ):
@@ -213,7 +213,9 @@ class Teacher:
                 return GuidedTeacher(policy.hidden_states(codes, condition), None, heads, 1.0)
             rows = condition.cat(self.unconditional(condition))
             cond, uncond = policy.hidden_states(codes.repeat(2, 1, 1), rows).chunk(2)
-            return GuidedTeacher(cond, uncond, heads, self.guidance_scale)
+            scale = self.guidance_scale
+            scale = torch.tensor(scale, device=cond.device) if isinstance(scale, tuple) else scale
+            return GuidedTeacher(cond, uncond, heads, scale)
 
 
 class Sampler:
@@ -248,7 +250,7 @@ class Sampler:
         sample_ids: Tensor,
         seed: int,
         is_teacher: bool,
-        guidance_scale: float | None = None,
+        guidance_scale: float | tuple[float, ...] | None = None,
         names: list[str] | None = None,
         num_frames: int | None = None,
     ) -> Tensor:
@@ -271,8 +273,10 @@ class Sampler:
         if not len(condition):
             return sample_ids.new_empty(0, len(self.student.delays), num_frames)
         if guidance_scale is None:
-            guidance_scale = args.guidance_scale if is_teacher else 1.0
-        avoids = guidance_scale > 1 and self.teacher.negative is not None
+            guidance_scale = self.teacher.guidance_scale if is_teacher else 1.0
+        if isinstance(guidance_scale, tuple):
+            guidance_scale = guidance_scale[:num_frames]  # of a measurement, which is short
+        avoids = guidance_scale != 1 and self.teacher.negative is not None
         # Stock `generate` computes in the dtype of a snapshot; a snapshot has its own.
         dtype = rollout_dtype(args) if weights is None else None
         cast = torch.autocast(sample_ids.device.type, dtype, enabled=dtype is not None)

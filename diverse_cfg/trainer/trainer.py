@@ -170,7 +170,7 @@ class CFGDiversityTrainer(RLOOTrainer):
         if frozen is not None:
             frozen.move_own(self.accelerator.device)
         adapted = self.model if frozen is None else None
-        self._teacher = Teacher(frozen or policy, args.guidance_scale, negative, adapted)
+        self._teacher = Teacher(frozen or policy, setup.guidance(args, self._num_frames), negative, adapted)
         setup.check_sharding(self.accelerator, args)
         self._prepare_run()
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +11,7 @@ import torch
 from captions import CLIP_SECONDS, caption
 from codec import CODEBOOK_SIZE, HOP, NUM_CODEBOOKS, build_codec
 from language_model import LanguageModel, build_language_model, build_tokenizer
+from open_prompts import split_combinations, write_open_prompts
 from render import SAMPLE_RATE
 from transformers import (
     EncodecFeatureExtractor,
@@ -91,18 +90,13 @@ def save_base(model: MusicgenForConditionalGeneration, processor: MusicgenProces
 
 
 def write_prompts(folder: Path, seed: int) -> None:
-    """All combinations of attributes, split by hash: 96 to report on, 96 to choose on, the rest to train on.
+    """The prompts `nano`, from `split_combinations`.
 
     Training prompts vary in wording and leave attributes out, as training captions do; the others name all four.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    combinations = [
-        dict(zip(ATTRIBUTES, values, strict=True)) for values in itertools.product(*ATTRIBUTES.values())
-    ]
-    combinations.sort(key=lambda c: hashlib.sha256(json.dumps([seed, c]).encode()).hexdigest())
     rng = np.random.default_rng(seed)
-    rows = {"test": combinations[:96], "validation": combinations[96:192], "train": combinations[192:]}
-    for split, chosen in rows.items():
+    for split, chosen in split_combinations(seed).items():
         with (folder / f"{split}.jsonl").open("w") as file:
             for attributes in chosen:
                 wordings = (
@@ -124,6 +118,7 @@ def write_assets(work: Path, quantizer: dict[str, torch.Tensor], output: Path, s
             raise FileNotFoundError(f"no {work / part}: run the stage `judges` first")
         shutil.copytree(work / part, partial / part)
     write_prompts(partial / "prompts", seed)
+    write_open_prompts(partial / "open-prompts", seed)
     size = sum(f.stat().st_size for f in partial.rglob("*") if f.is_file())
     if size > 20e6:
         raise ValueError(f"the assets take {size / 1e6:.1f} MB, more than the 20 MB a package may carry")

@@ -2,6 +2,7 @@
 
     python recipes/nano/experiment.py                    # everything that is missing; Ctrl-C and again: it goes on
     python recipes/nano/experiment.py --jobs 1 --only beta-20
+    python recipes/nano/experiment.py --config recipes/nano/open.yaml --seeds 1 --only quality beta-0 sweep:validation
 
 Every training is its own process, every sweep a few that fill its cache side by side and one that reads it. A task is
 done when it was finished with the settings that the file has now. When all are, what the results page needs is copied
@@ -20,15 +21,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from claims import REGISTERED, Claim, register
 from tqdm import tqdm
 
 from diverse_cfg.atomic import replacing, write_text
+from diverse_cfg.evaluation.levels import LEVELS_FILE
+from diverse_cfg.evaluation.systems import System
 from diverse_cfg.settings import field_types, read_settings, require_type
 
 HERE = Path(__file__).parent
@@ -73,6 +77,9 @@ class Experiment:
     snapshots: list[int] = field(default_factory=list)
     halfway: dict[str, str] = field(default_factory=dict)  # the arms of `halfway.py`; empty leaves it out
     far_end: dict[str, str] = field(default_factory=dict)  # the findings' arms with another diversity student
+    claims: list[Any] = field(
+        default_factory=list
+    )  # `claims.Claim`s about the sweep `test`, made before it is played
 
     @classmethod
     def load(cls, path: Path) -> Experiment:
@@ -81,7 +88,9 @@ class Experiment:
         _known(values, cls, str(path))
         for name, arm in values["arms"].items():
             _known(arm, Arm, f"{path}, arm {name}")
-        experiment = cls(**values | {"arms": {name: Arm(**arm) for name, arm in values["arms"].items()}})
+        arms = {name: Arm(**arm) for name, arm in values["arms"].items()}
+        claims = [Claim.from_dict(entry, str(path)) for entry in values.get("claims", [])]
+        experiment = cls(**values | {"arms": arms, "claims": claims})
         for name, arm in experiment.arms.items():
             if arm.start != "nano" and arm.start not in experiment.arms:
                 raise ValueError(f"{path}, arm {name}: start={arm.start!r} is neither nano nor an arm")
@@ -118,8 +127,10 @@ class Experiment:
         return settings
 
     def _merged(self, arm: Arm) -> dict[str, Any]:
-        recipe = read_settings(HERE / arm.recipe)
-        return recipe | self.settings | arm.settings
+        settings = read_settings(HERE / arm.recipe) | self.settings | arm.settings
+        if settings.get("guards", ...) is None:
+            del settings["guards"]  # as if the recipe had none: its trainings are the same
+        return settings
 
     def training_hash(self, arm_name: str, seed: int) -> str:
         """Of everything that decides what a training learns, its start included; folders are not in it."""
@@ -149,6 +160,11 @@ class Experiment:
             entry for system in settings["systems"] for entry in self._entries(dict(system))
         ]
         return settings
+
+    def register_claims(self, name: str) -> None:
+        """Before the first clip of the sweep `test`: keep what is claimed of it."""
+        if name == "test":
+            register(self.claims, self.sweeps_folder / name)
 
     def _entries(self, entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """An entry, and with `snapshots` one more for every step that was kept of its first seed."""
@@ -225,14 +241,13 @@ def _known(values: dict[str, Any], kind: type, where: str) -> None:
 
 
 def train(experiment: Experiment, arm: str, seed: int) -> None:
-    """Train one student, or go on with it; `done.json` is written last."""
+    """Train one student, or go on with it; `done.json` says that it is whole."""
     import torch
     from transformers import TrainerCallback
     from trl import TrlParser
 
-    from diverse_cfg.assets import nano_path
     from diverse_cfg.callbacks import RewardHackingAlarm
-    from diverse_cfg.cli.command import model_source
+    from diverse_cfg.cli.command import model_source, prompt_source
     from diverse_cfg.cli.quiet import quiet_libraries
     from diverse_cfg.cli.train import TrainArguments
     from diverse_cfg.config import CFGDiversityConfig
@@ -251,7 +266,7 @@ def train(experiment: Experiment, arm: str, seed: int) -> None:
     if judged:
         rewards.append(judge_reward())
         config.reward_weights = [1.0, 0.0]
-    prompts = str(nano_path("prompts"))
+    prompts = prompt_source(args.dataset_name)
     trainer = CFGDiversityTrainer(
         model_source(args.model_name_or_path),
         reward_funcs=rewards,
@@ -272,14 +287,14 @@ def train(experiment: Experiment, arm: str, seed: int) -> None:
     trainer.save_state()
     alarms = [c for c in trainer.callback_handler.callbacks if isinstance(c, RewardHackingAlarm)]
     folder = Path(config.output_dir)
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
     done = {
         "arm": arm, "seed": seed, "steps": trainer.state.global_step, "settings": experiment.training_hash(arm, seed),
         "threads": torch.get_num_threads(), "alarms": [raised for c in alarms for raised in c.raised],
         "commit": _git("rev-parse", "--short", "HEAD"), "versions": {"torch": torch.__version__},
     }  # fmt: skip
     write_text(folder / DONE, json.dumps(done, indent=1) + "\n")
+    for checkpoint in folder.glob("checkpoint-*"):  # from which it would have gone on
+        shutil.rmtree(checkpoint)
 
 
 def claim(experiment: Experiment, arm: str, seed: int) -> None:
@@ -320,6 +335,7 @@ def part_of_sweep(experiment: Experiment, name: str, part: int, parts: int) -> N
     from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
 
     quiet_libraries()
+    experiment.register_claims(name)
     protocol, systems = build_sweep(SweepConfig.from_dict(experiment.sweep(name)))
     if chosen := systems[part::parts]:
         protocol.run(chosen)
@@ -332,6 +348,7 @@ def sweep(experiment: Experiment, name: str) -> None:
     from diverse_cfg.evaluation.report import evaluate
 
     quiet_libraries()
+    experiment.register_claims(name)
     settings = experiment.sweep(name)
     results = evaluate(SweepConfig.from_dict(settings))
     failed = [row.system.name for row in results.systems if not row.ok]
@@ -387,11 +404,25 @@ def record(experiment: Experiment, recorded: Path) -> None:
     write_text(recorded / "runs.json", json.dumps(runs, indent=1) + "\n")
     for name in [*experiment.sweeps, *([HALFWAY] if experiment.halfway else [])]:
         (recorded / name).mkdir(exist_ok=True)
-        for file in ("metrics.json", "metrics.csv", "cells.npz", "run.json"):
+        for file in ("metrics.json", "metrics.csv", "cells.npz", "run.json", LEVELS_FILE, REGISTERED):
             source = experiment.sweeps_folder / name / file
-            if source.is_file():  # what was measured before run.json was written has none
-                with replacing(recorded / name / file) as temporary:
-                    shutil.copyfile(source, temporary)
+            if not source.is_file():  # not every sweep has all of them
+                continue
+            if source.suffix == ".json":
+                write_text(
+                    recorded / name / file, without_folder(source.read_text("utf-8"), experiment.output)
+                )
+                continue
+            with replacing(recorded / name / file) as temporary:
+                shutil.copyfile(source, temporary)
+
+
+def without_folder(text: str, folder: str) -> str:
+    """JSON in which the students' folders begin with their arm: what is recorded names no place of this machine."""
+    for name in (folder, str(Path(folder).resolve())):
+        inside = json.dumps(name.rstrip(os.sep) + os.sep, ensure_ascii=False)[:-1]  # as a text in JSON begins
+        text = text.replace(inside, '"')
+    return text
 
 
 def seconds_of(log: list[dict[str, Any]]) -> float:
@@ -409,8 +440,8 @@ def _git(*arguments: str) -> str:
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 
-def missing(experiment: Experiment, only: str | None, parts: int) -> dict[str, list[str]]:
-    """What is to be done: task → tasks that come first.
+def missing(experiment: Experiment, only: Collection[str] | None, parts: int) -> dict[str, list[str]]:
+    """What is to be done: task → tasks that come first; with `only`, of these arms, sweeps and `halfway`.
 
     A task is `arm/seed`, `part:name:i/n`, `sweep:name` or `halfway`. A sweep with other settings is run again, which
     its cache makes cheap; a training is hours, and is not replaced.
@@ -424,12 +455,12 @@ def missing(experiment: Experiment, only: str | None, parts: int) -> dict[str, l
         done = finished(folder / DONE, wanted)
         if done is None or finished(folder / STARTED, wanted) is None:
             claim(experiment, arm, seed)  # which says what to do about it
-        if done or (only and arm != only):
+        if done or (only and arm not in only):
             continue
         start = experiment.arms[arm].start
         tasks[f"{arm}/{seed}"] = [] if start == "nano" else [f"{start}/{seed}"]
     for name in experiment.sweeps:
-        if (only and f"sweep:{name}" != only) or finished(
+        if (only and f"sweep:{name}" not in only) or finished(
             experiment.sweeps_folder / name / DONE, experiment.sweep_hash(name)
         ):
             continue
@@ -437,7 +468,7 @@ def missing(experiment: Experiment, only: str | None, parts: int) -> dict[str, l
         shares = [f"part:{name}:{part}/{parts}" for part in range(parts)]
         tasks |= dict.fromkeys(shares, students)
         tasks[f"sweep:{name}"] = students + shares
-    if experiment.halfway and only in (None, HALFWAY):
+    if experiment.halfway and (not only or HALFWAY in only):
         path, wanted = (
             experiment.sweeps_folder / HALFWAY / DONE,
             _hash([experiment.halfway, experiment.sweep_hash("test")]),
@@ -477,9 +508,25 @@ def check_plan(experiment: Experiment) -> None:
             if name == "test" and plan.far_end:
                 settings["arms"] = settings["arms"] | plan.far_end
                 planned_systems(SweepConfig.from_dict(settings))
+            if name == "test":
+                check_claims(plan.claims, planned_systems(SweepConfig.from_dict(settings)))
 
 
-def run_all(experiment: Experiment, config: Path, jobs: int, only: str | None, recorded: Path) -> list[str]:
+def check_claims(claims: Collection[Claim], systems: Collection[System]) -> None:
+    """Raise a ValueError for a claim about what is not played."""
+    names, series = {system.name for system in systems}, {system.series for system in systems}
+    for claim in claims:
+        absent = [name for name in claim.systems if name not in names]
+        absent += [claim.line] if claim.line and claim.line not in series else []
+        if absent:
+            raise ValueError(
+                f"the claim {claim.claim!r} is about {absent[0]!r}, which the sweep test does not play"
+            )
+
+
+def run_all(
+    experiment: Experiment, config: Path, jobs: int, only: Collection[str] | None, recorded: Path
+) -> list[str]:
     """Run what is missing, `jobs` processes at a time; record all once nothing is. Returns the tasks that failed."""
     # Twice as many parts as processes, since systems differ in cost; a single process needs none.
     tasks, failed = missing(experiment, only, 2 * jobs if jobs > 1 else 0), []
@@ -496,6 +543,8 @@ def run_all(experiment: Experiment, config: Path, jobs: int, only: str | None, r
                 str(config),
                 "--output",
                 experiment.output,
+                "--seeds",
+                *map(str, experiment.seeds),
                 "--task",
                 task,
             ]
@@ -529,9 +578,10 @@ def run_all(experiment: Experiment, config: Path, jobs: int, only: str | None, r
 
 
 def recorded_folder(config: Path, output: str | None, recorded: Path | None, experiment: Experiment) -> Path:
-    """Where the numbers go: into the repository only those of the experiment that it ships."""
-    shipped = config.resolve() == CONFIG.resolve() and output is None
-    return recorded or (RECORDED if shipped else Path(experiment.output) / "recorded")
+    """Where the numbers go: into the repository only those of the experiments that it ships, with all their seeds."""
+    whole = config.resolve().parent == HERE.resolve() and Experiment.load(config).seeds == experiment.seeds
+    shipped = whole and output is None
+    return recorded or (RECORDED.with_name(config.stem) if shipped else Path(experiment.output) / "recorded")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -540,17 +590,21 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, one thread each")
-    parser.add_argument("--only", metavar="TASK", help="one arm, one sweep as sweep:NAME, or halfway")
+    parser.add_argument(
+        "--only", nargs="+", metavar="TASK", help="these arms, sweeps (as sweep:NAME), and halfway alone"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", help="overrides `seeds` of the file")
     parser.add_argument("--output", help="overrides `output` of the file")
     parser.add_argument(
         "--recorded",
         type=Path,
-        help="folder for the numbers of the page; results/experiment for the shipped file, else OUTPUT/recorded",
+        help="folder for the numbers of the page; results/NAME for a shipped file NAME.yaml, else OUTPUT/recorded",
     )
     parser.add_argument("--task", help=argparse.SUPPRESS)  # one task in this process
     arguments = parser.parse_args(argv)
     experiment = Experiment.load(arguments.config)
     experiment.output = arguments.output or experiment.output
+    experiment.seeds = arguments.seeds or experiment.seeds
     if arguments.task:
         match arguments.task.replace("/", ":").split(":"):
             case ["halfway"]:

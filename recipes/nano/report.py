@@ -55,6 +55,7 @@ WAYS = {
     "encoder of the reward, judge": ("adherence", "diversity_reward"),
     "encoder of the reward, rules": ("rules", "diversity_reward"),
 }
+MOST_DYING = 0.02
 ONE_SEED = " ¹"
 ONE_SEED_NOTE = "¹ One training seed: this run only; the interval is over prompts alone."
 # Logged while training, in every seed; then measured on test prompts with the weights kept along the first.
@@ -173,9 +174,13 @@ def alarms(runs: Sequence[dict[str, Any]], arms: dict[str, list[Log]]) -> str:
 
 
 def chosen_on(validation: Results, x: str = "diversity_heldout", y: str = "adherence") -> str | None:
-    """The most diverse student that keeps at least half of what guidance gains in quality; None if none does."""
+    """The most diverse student that keeps at least half of what guidance gains in quality; None if none does.
+
+    Where dying clips were counted, no more than 2 % of its clips may be such.
+    """
     base, guided = (np.nanmean(validation[f"base γ={scale}"].cells[y]) for scale in (1, 3))
     students = [row for row in validation.usable if row.system.series == "β" and not row.flags]
+    students = [row for row in students if "dying" not in row.cells or row.mean("dying") <= MOST_DYING]
     kept = [row for row in students if np.nanmean(row.cells[y]) >= (base + guided) / 2]
     return max(kept, key=lambda row: np.nanmean(row.cells[x])).system.name if kept else None
 

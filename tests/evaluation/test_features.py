@@ -12,6 +12,7 @@ from diverse_cfg.evaluation.features import (
     Batch,
     DivergenceFeature,
     EmbeddingFeature,
+    FacetsFeature,
     RulesFeature,
     TextAdherenceFeature,
     ValidityFeature,
@@ -233,6 +234,18 @@ def test_judges_from_elsewhere_are_known_by_their_weights_and_code(tmp_path):
     assert AestheticsFeature("aesthetics_ce", second, "cpu").fingerprint != one
     text = TextAdherenceFeature(TwoTowers(), encoder_folder(tmp_path / "e")).fingerprint
     assert text["code"] == code_digest("diverse_cfg.rewards", __name__, "diverse_cfg.embeddings.audio")
+
+
+def test_facets_of_clips():
+    """Fault: rows of different lengths in the parts of one replicate."""
+    time = torch.arange(3200) / 3200
+    clips = 0.2 * torch.sin(2 * math.pi * torch.tensor([220.0, 330.0])[:, None] * time)
+    clips[1, 1600:] = 0
+    rows = FacetsFeature().compute(of_audio(clips))
+    assert rows["melody"][:, 0].tolist() == [57, 64]
+    assert all(len(values) == 2 and np.isfinite(values).all() for values in rows.values())
+    silent = FacetsFeature().compute(of_audio(broken_audio("silence", 3, 3200)))
+    assert all(values.shape[1:] == rows[column].shape[1:] for column, values in silent.items())
 
 
 @pytest.mark.parametrize("name", ["policies.musicgen.model", "policies.sampler.draws", "functional.guidance"])

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from diverse_cfg.evaluation.metrics import (
+    METRICS,
     Replicate,
+    among_clean,
+    clean_clips,
     clip_mean,
     codebook_entropy,
     different_prompts,
@@ -16,6 +19,7 @@ from diverse_cfg.evaluation.metrics import (
     within_prompt_distance,
     within_prompt_vendi,
 )
+from diverse_cfg.facets import FACETS
 from diverse_cfg.functional.statistics import frechet_distance, mmd
 from tests import oracles
 
@@ -152,3 +156,62 @@ def test_no_distance_of_silence_to_reference_audio():
     one = replicate(np.full((P, S, G, D), np.nan))
     statistic = to_reference(frechet_distance)(Replicate(one.features, one.codes, reference=np.eye(D)))
     assert math.isnan(statistic(torch.arange(P)))
+
+
+# ---- clean clips ---------------------------------------------------------------------------------
+
+
+def world_with_clean_clips(judge=True):
+    """Per prompt: three of four clips clean under the first seed; one under the second; none at all."""
+    generator = np.random.default_rng(3)
+    shape = (3, 2, 4)
+    valid, dying, right = np.ones(shape), np.zeros(shape), np.full(shape, np.nan)
+    valid[0, 0, 3] = 0
+    dying[0, 1, :3] = 1
+    right[1], right[1, 1, :3] = 1, 0.75  # one of four attributes is missing
+    right[2] = 0.0
+    columns = {facet: generator.random((*shape, 6)) for facet in FACETS}
+    features = {
+        "validity": {"valid": valid, "dying": dying},
+        "facets": columns,
+        "heldout": {"values": generator.normal(size=(*shape, D))},
+    }
+    return Replicate(features | ({"judge": {"mean": right}} if judge else {}), np.zeros((*shape, 1, 1), int))
+
+
+def test_clean_clips_are_valid_alive_and_right():
+    """Fault: a clip that dies or misses its prompt counts, or one of which nothing is asked does not."""
+    clean = clean_clips(world_with_clean_clips())
+    assert clean.sum(dim=2).tolist() == [[3, 1], [4, 1], [0, 0]]
+    assert clean_clips(world_with_clean_clips(judge=False))[1:].all()
+    cells = {
+        name: METRICS[name].cells(world_with_clean_clips()) for name in ("clean", "clean_prompts", "dying")
+    }
+    np.testing.assert_allclose(cells["clean"], [4 / 8, 5 / 8, 0])
+    np.testing.assert_allclose(cells["clean_prompts"], [1, 1, 0])
+    np.testing.assert_allclose(cells["dying"], [3 / 8, 0, 0])
+
+
+def test_clean_diversity_is_the_mean_over_pairs_of_clean_clips():
+    """Fault: the diagonal, an unclean clip, or clips of two seeds in a pair; a number for a prompt without pairs."""
+    world = world_with_clean_clips()
+    values = world.features["heldout"]["values"]
+    cells = METRICS["clean_heldout"].cells(world)
+    for prompt, count in ((0, 3), (1, 4)):
+        pairs = itertools.combinations(values[prompt, 0, :count], 2)
+        assert cells[prompt] == pytest.approx(np.mean([oracles.cosine_distance(a, b) for a, b in pairs]))
+    assert math.isnan(cells[2])
+
+
+def test_every_facet_has_its_metric():
+    """Fault: a metric under the name of another facet."""
+    world = world_with_clean_clips()
+    for facet in FACETS:
+        found = METRICS[f"clean_{facet}"].cells(world)
+        others = [METRICS[f"clean_{other}"].cells(world)[0] for other in FACETS if other != facet]
+        assert np.isfinite(found[:2]).all() and found[0] not in others
+
+
+def test_distances_among_clean_clips_may_be_anything_else():
+    ones = among_clean(lambda replicate: torch.ones(3, 2, 4, 4))(world_with_clean_clips())
+    np.testing.assert_allclose(ones, [1, 1, np.nan])

@@ -15,13 +15,14 @@ from diverse_cfg.evaluation.results import (
     Estimate,
     Results,
     SystemResult,
-    _estimate_of_cells,
     estimate,
+    estimate_of_cells,
     mean_estimate,
 )
 from diverse_cfg.evaluation.systems import System, single
 
 ALL = {"reward", "heldout", "judge", "rules", "divergence", "validity", "codes", "timing", "reference"}
+ALL |= {"facets"}
 ALL |= {"text", "aesthetics_ce", "aesthetics_pq"}
 
 
@@ -418,7 +419,7 @@ def test_intervals_of_shares_stay_between_0_and_1():
     cells[:2, 1], cells[5, 0] = 0.5, 0.0
     plain = mean_estimate(cells)
     assert plain.high > 1
-    share = _estimate_of_cells(METRICS["validity"], cells)
+    share = estimate_of_cells(METRICS["validity"], cells)
     assert (share.estimate, share.low, share.high) == (plain.estimate, plain.low, 1.0)
-    assert _estimate_of_cells(METRICS["silence"], 1 - cells).low == 0
-    assert _estimate_of_cells(METRICS["level"], cells) == plain
+    assert estimate_of_cells(METRICS["silence"], 1 - cells).low == 0
+    assert estimate_of_cells(METRICS["level"], cells) == plain

@@ -20,6 +20,22 @@ def test_grids_become_named_systems_of_one_series(tiny_folder):
     assert [(s.guidance_scale, s.temperature) for s in systems] == [(1, 0.9), (1, 1), (3, 0.9), (3, 1)]
 
 
+def test_schedules_of_guidance_are_systems(tiny_folder):
+    """Guidance in an interval beside constant guidance, each with its γ of every frame."""
+    entry = {
+        "name": "base",
+        "model": tiny_folder,
+        "guidance_scale": 3,
+        "guidance_schedule": ["constant", "interval 0 0.5"],
+    }
+    constant, interval = expand_systems([entry])
+    assert (constant.name, interval.name) == ("base γ(t)=constant", "base γ(t)=interval 0 0.5")
+    assert constant.sampling_of(5).guidance_scale == 3
+    assert interval.sampling_of(5).guidance_scale == (3, 3, 3, 1, 1)
+    with pytest.raises(ValueError, match="system 'base': guidance_schedule='ramp' must be"):
+        expand_systems([entry | {"guidance_schedule": "ramp"}])
+
+
 def test_lerp_gives_the_second_checkpoint_the_weight():
     """Catches λ and 1 − λ swapped: λ is the weight of the second checkpoint, the diverse one."""
     systems = expand_systems(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from diverse_cfg.functional.guidance import guided_logits
+from diverse_cfg.functional.guidance import guidance_schedule, guided_logits
 from tests import oracles
 
 
@@ -53,3 +53,26 @@ def test_bad_input_is_named():
         guided_logits(torch.zeros(2, 5), torch.zeros(2, 5), float("nan"))
     with pytest.raises(ValueError, match=r"\(5,\), which does not broadcast to \(2,\)"):
         guided_logits(torch.zeros(2, 5), torch.zeros(2, 5), torch.ones(5))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "wanted"),
+    [
+        ("constant", [3, 3, 3, 3, 3]),
+        ("linear", [3, 2.5, 2, 1.5, 1]),
+        ("cosine", [3, 2 + 0.5**0.5, 2, 2 - 0.5**0.5, 1]),
+        ("interval 0.25 0.5", [1, 3, 3, 1, 1]),
+        ([1, 2, 3, 4, 5], [1, 2, 3, 4, 5]),
+    ],
+)
+def test_schedules_of_five_frames(schedule, wanted):
+    assert guidance_schedule(schedule, 3.0, 5) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    ["ramp", "interval", "interval 0.5", "interval 0.6 0.2", "interval a b", "interval 0 2", [1.0]],
+)
+def test_what_is_no_schedule_is_refused(schedule):
+    with pytest.raises(ValueError, match="guidance_schedule"):
+        guidance_schedule(schedule, 3.0, 5)

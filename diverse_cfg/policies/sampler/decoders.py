@@ -76,11 +76,12 @@ class _Decoder:
         """
         tensors, shape = self.weights.tensors, self.weights.shape
         h = self._norm(x, tensors["norm"], tensors["norm_bias"])
-        scheduled = isinstance(self.guidance, Tensor)
-        if self.guidance is not None and not scheduled:
-            h = guided_logits(*h.chunk(2), self.guidance)
+        scale = self.guidance[step].view(-1) if isinstance(self.guidance, Tensor) else self.guidance
+        scheduled = isinstance(scale, Tensor)
+        if scale is not None and not scheduled:
+            h = guided_logits(*h.chunk(2), scale)
         logits = product(h, tensors["heads"]).view(-1, shape.num_codebooks, shape.vocab_size)
-        return guided_logits(*logits.chunk(2), self.guidance[step].view(-1)) if scheduled else logits
+        return guided_logits(*logits.chunk(2), scale) if scheduled else logits
 
     def _text(self, condition: TextCondition) -> tuple[Tensor, list[Tensor]]:
         """Bias over the text [B, 1, 1, Lt], and for each layer its keys and values [2, B, H, Lt, D / H]."""
