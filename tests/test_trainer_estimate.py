@@ -10,16 +10,16 @@ from diverse_cfg.policies.policy import as_policy
 from diverse_cfg.policies.sampler import batches
 from diverse_cfg.policies.sampler.loop import DecodeLoop
 from diverse_cfg.trainer import housekeeping
-from diverse_cfg.trainer.estimate import Sampling, all_samplings, memory
+from diverse_cfg.trainer.estimate import Rollout, all_rollouts, memory
 from tests.tiny import PROMPTS, tiny_musicgen
 from tests.training import tiny_args, tiny_trainer
 
 
 def needs(policy=None, **settings):
-    """An estimate; `clips` of a student's rollout unless `samplings` says otherwise."""
+    """An estimate; `clips` of a student's rollout unless `rollouts` says otherwise."""
     defaults = {
         "num_frames": 30,
-        "samplings": [Sampling(False, settings.pop("clips", 8))],
+        "rollouts": [Rollout(False, settings.pop("clips", 8))],
         "trained": 1000,
         "separate_teacher": False,
     }
@@ -117,7 +117,7 @@ def test_caches_grow_with_clips_until_the_cap_and_with_their_length(monkeypatch)
     assert needs(clips=1000, rollout_batch_size=100).caches == pytest.approx(100 * one)
     monkeypatch.setattr(batches, "_CPU_CACHE_BYTES", int(5.5e9 * one))
     assert needs(clips=1000).caches == pytest.approx(5 * one)
-    guided = needs(samplings=[Sampling(True, 1000, guided=True)])
+    guided = needs(rollouts=[Rollout(True, 1000, guided=True)])
     assert guided.caches == pytest.approx(2 * 2 * one)
     monkeypatch.undo()
     lengths = [needs(num_frames=frames) for frames in (5, 10, 40, 100)]
@@ -128,10 +128,10 @@ def test_caches_grow_with_clips_until_the_cap_and_with_their_length(monkeypatch)
 def test_more_generations_per_prompt_need_more(tmp_path):
     """Fault: a count of prompts where clips are meant."""
     by_group = [
-        all_samplings(tiny_args(tmp_path, num_generations=size, per_device_train_batch_size=2 * size), False)
+        all_rollouts(tiny_args(tmp_path, num_generations=size, per_device_train_batch_size=2 * size), False)
         for size in (4, 8, 16)
     ]
-    assert [sampling.clips for (sampling,) in by_group] == [8, 16, 32]
+    assert [rollout.clips for (rollout,) in by_group] == [8, 16, 32]
 
 
 def test_an_update_and_a_rollout_do_not_add_up():

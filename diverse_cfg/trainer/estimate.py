@@ -17,14 +17,14 @@ from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.functional.codebooks import num_decoder_steps
 from diverse_cfg.policies.policy import Policy
 from diverse_cfg.trainer.advantages import CALIBRATION_PROMPTS
-from diverse_cfg.trainer.teacher import rollout_dtype, sampler_share, samplers
+from diverse_cfg.trainer.teacher import rollout_dtype, sampler_share, who_samples
 
 ACTIVATION_BYTES = 40.0
 CHECKPOINTED_BYTES = 3.5
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Rollout:
     """Clips that one process samples in one go.
 
     Args:
@@ -38,29 +38,29 @@ class Sampling:
     guided: bool = False
 
 
-def training_samplings(args: CFGDiversityConfig) -> list[Sampling]:
+def training_rollouts(args: CFGDiversityConfig) -> list[Rollout]:
     """What one training rollout of a process samples from each sampler, at most."""
     group = args.num_generations
     prompts = args.per_device_train_batch_size * (args.steps_per_generation or 1) // group
     # The teacher plays its share of a rollout's prompts, rounded down or up.
     return [
-        Sampling(
+        Rollout(
             is_teacher,
             math.ceil(prompts * sampler_share(args, is_teacher)) * group,
             guided=is_teacher and args.guidance_scale != 1,
         )
-        for is_teacher in samplers(args)
+        for is_teacher in who_samples(args)
     ]
 
 
-def all_samplings(args: CFGDiversityConfig, evaluates: bool) -> list[Sampling]:
+def all_rollouts(args: CFGDiversityConfig, evaluates: bool) -> list[Rollout]:
     """Every kind of rollout that a process makes in a run: training, evaluation, calibration of the guards."""
-    found = training_samplings(args)
+    found = training_rollouts(args)
     if evaluates:
-        found.append(Sampling(False, args.per_device_eval_batch_size))
+        found.append(Rollout(False, args.per_device_eval_batch_size))
     if args.guards.calibrated:
         guided = args.guards.gate is not None and args.guidance_scale != 1
-        found.append(Sampling(True, CALIBRATION_PROMPTS * args.num_generations, guided))
+        found.append(Rollout(True, CALIBRATION_PROMPTS * args.num_generations, guided))
     return found
 
 
@@ -100,7 +100,7 @@ def memory(
     args: CFGDiversityConfig,
     *,
     num_frames: int,
-    samplings: Sequence[Sampling],
+    rollouts: Sequence[Rollout],
     trained: int,
     separate_teacher: bool,
 ) -> Memory:
@@ -110,7 +110,7 @@ def memory(
         policy: the student.
         args: the run's settings.
         num_frames: T.
-        samplings: every kind of rollout that the run makes.
+        rollouts: every kind of rollout that the run makes.
         trained: number of trained parameters.
         separate_teacher: whether a frozen copy of the decoder exists.
     """
@@ -121,12 +121,12 @@ def memory(
     per_unit = CHECKPOINTED_BYTES if args.gradient_checkpointing else ACTIVATION_BYTES
     units = args.per_device_train_batch_size * num_steps * policy.hidden_units
     caches = [0]
-    for sampling in samplings:
-        most = args.rollout_batch_size or policy.automatic_batch(num_frames, sampling.guided, dtype)
-        clip = policy.cache_bytes(num_frames, sampling.guided, dtype)
-        caches.append(min(sampling.clips, most) * clip)
+    for rollout in rollouts:
+        most = args.rollout_batch_size or policy.automatic_batch(num_frames, rollout.guided, dtype)
+        clip = policy.cache_bytes(num_frames, rollout.guided, dtype)
+        caches.append(min(rollout.clips, most) * clip)
     fused = args.rollout_backend == "fast"  # stock `generate` needs no copies
-    copies = len({sampling.is_teacher for sampling in samplings}) if fused else 0
+    copies = len({rollout.is_teacher for rollout in rollouts}) if fused else 0
     return Memory(
         weights=(sum(sizes.values()) + own * separate_teacher) / 1e9,
         optimizer=4 * trained * (3 + (args.ema_decay > 0)) / 1e9,

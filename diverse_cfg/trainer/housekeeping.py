@@ -20,7 +20,7 @@ from diverse_cfg.trainer.checkpoints import (
     instead_of,
     needed_to_resume,
 )
-from diverse_cfg.trainer.estimate import all_samplings, memory, seconds, training_samplings
+from diverse_cfg.trainer.estimate import all_rollouts, memory, seconds, training_rollouts
 from diverse_cfg.trainer.objective import student_terms
 from diverse_cfg.trainer.setup import columns, reward_context
 from diverse_cfg.trainer.teacher import sampler_share
@@ -83,7 +83,7 @@ class Housekeeping(TrainerCallback):
     def begin(self) -> None:
         """First thing of a training run, the model being where it will be trained."""
         trainer = self.trainer
-        trainer._policy.set_sampling(trainer._sampling)
+        trainer._policy.set_sampling(trainer._settings)
         if trainer._checkpoint is not None:  # older versions saved what had diverged
             try:
                 self.check_finite(computes=True, resumable=True)
@@ -140,7 +140,7 @@ class Housekeeping(TrainerCallback):
             trainer._policy,
             args,
             num_frames=trainer._num_frames,
-            samplings=all_samplings(args, trainer.eval_dataset is not None),
+            rollouts=all_rollouts(args, trainer.eval_dataset is not None),
             trained=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
             separate_teacher=not trainer._teacher.shares_weights,
         )
@@ -172,8 +172,8 @@ class Housekeeping(TrainerCallback):
         frames = min(trainer._num_frames, 8)
         steps = (trainer._num_frames + trainer._num_codebooks) / (frames + trainer._num_codebooks)
         per_clip = 0.0
-        for sampling in training_samplings(args):
-            sampled, who = min(args.rollout_batch_size or clips, clips, sampling.clips), sampling.is_teacher
+        for rollout in training_rollouts(args):
+            sampled, who = min(args.rollout_batch_size or clips, clips, rollout.clips), rollout.is_teacher
             texts, ids = self._any_clips(sampled, 1).condition, torch.arange(sampled, device=device)
             sample = functools.partial(trainer._sample, texts, ids, 0, who, num_frames=frames)
             per_clip += seconds(sample, device) * steps / sampled * sampler_share(args, who)

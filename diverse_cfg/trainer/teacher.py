@@ -58,7 +58,7 @@ def has_own_teacher(model: str | os.PathLike | nn.Module, args: CFGDiversityConf
     return isinstance(model, nn.Module) or not same_base(args.teacher_model, os.fspath(model))
 
 
-def samplers(args: CFGDiversityConfig) -> tuple[bool, ...]:
+def who_samples(args: CFGDiversityConfig) -> tuple[bool, ...]:
     """Who plays the training clips, as values of `is_teacher`: those of the run, whatever one rollout's rows."""
     return {"student": (False,), "teacher": (True,), "mix": (False, True)}[args.rollout_source]
 

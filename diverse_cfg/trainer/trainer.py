@@ -57,8 +57,8 @@ from diverse_cfg.trainer.teacher import (
     check_teacher,
     has_own_teacher,
     sampler_share,
-    samplers,
     separate_teacher,
+    who_samples,
 )
 from diverse_cfg.types import Clips
 
@@ -162,8 +162,8 @@ class CFGDiversityTrainer(RLOOTrainer):
         self._frozen.check("peft_config rewrites them; use a plain LoraConfig (init_lora_weights=True)")
         if self._start is not None:
             self._start.attach(self.model)
-        self._sampling = {"temperature": args.temperature, "top_k": 0, "num_frames": self._num_frames}
-        policy.set_sampling(self._sampling)
+        self._settings = {"temperature": args.temperature, "top_k": 0, "num_frames": self._num_frames}
+        policy.set_sampling(self._settings)
         negative = None
         if args.negative_prompt is not None:
             negative = policy.encode_text([args.negative_prompt])
@@ -258,7 +258,7 @@ class CFGDiversityTrainer(RLOOTrainer):
         sample_ids = index + self._first_row(len(prompts))
         from_teacher, who = torch.zeros_like(index, dtype=torch.bool), (False,)
         if self.model.training:
-            from_teacher, who = self._teacher_rows(len(prompts)), samplers(self.args)
+            from_teacher, who = self._teacher_rows(len(prompts)), who_samples(self.args)
         seed = self._noise_seed()
         codes = index.new_empty(len(prompts), self._num_codebooks, self._num_frames)
         for is_teacher in who:
@@ -670,7 +670,7 @@ class CFGDiversityTrainer(RLOOTrainer):
             self._base_model,
             self._start,
             named=public_name if self._pushing else str,
-            sampling=self._sampling,
+            sampling=self._settings,
             steps=self.state.global_step,
             clip_seconds=self._num_frames / self._policy.frame_rate,
         )

@@ -267,6 +267,7 @@ def train(experiment: Experiment, arm: str, seed: int) -> None:
     from diverse_cfg.cli.quiet import quiet_libraries
     from diverse_cfg.cli.train import TrainArguments
     from diverse_cfg.config import CFGDiversityConfig
+    from diverse_cfg.facets import FacetReward
     from diverse_cfg.prompts import load_prompts
     from diverse_cfg.reading import last_checkpoint
     from diverse_cfg.rewards import DiversityReward
@@ -279,9 +280,10 @@ def train(experiment: Experiment, arm: str, seed: int) -> None:
     judged = experiment.arms[arm].judged
     args, config = TrlParser((TrainArguments, CFGDiversityConfig)).parse_dict(settings)
     rewards: list[Any] = [DiversityReward(config.diversity_embedder, config.guards)]
+    rewards += [FacetReward(name.removeprefix("diversity_"), config.guards) for name in args.reward_funcs or ()]
     if judged:
+        config.reward_weights = [1.0] * len(rewards) + [0.0]
         rewards.append(judge_reward())
-        config.reward_weights = [1.0, 0.0]
     prompts = prompt_source(args.dataset_name)
     trainer = CFGDiversityTrainer(
         model_source(args.model_name_or_path),
