@@ -280,7 +280,9 @@ def train(experiment: Experiment, arm: str, seed: int) -> None:
     judged = experiment.arms[arm].judged
     args, config = TrlParser((TrainArguments, CFGDiversityConfig)).parse_dict(settings)
     rewards: list[Any] = [DiversityReward(config.diversity_embedder, config.guards)]
-    rewards += [FacetReward(name.removeprefix("diversity_"), config.guards) for name in args.reward_funcs or ()]
+    rewards += [
+        FacetReward(name.removeprefix("diversity_"), config.guards) for name in args.reward_funcs or ()
+    ]
     if judged:
         config.reward_weights = [1.0] * len(rewards) + [0.0]
         rewards.append(judge_reward())
