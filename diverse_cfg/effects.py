@@ -51,7 +51,7 @@ class Run(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Idle:
+class _Idle:
     """Settings that do nothing, or nothing yet.
 
     Args:
@@ -136,109 +136,109 @@ _OFF: dict[str, tuple[Any, ...]] = {
 }
 
 RULES = (
-    *(Idle(names, why, off=_OFF.get(names, ())) for names, why in _NEVER.items()),
+    *(_Idle(names, why, off=_OFF.get(names, ())) for names, why in _NEVER.items()),
     # ---- only with another setting
-    Idle("fp16", "a CPU has no float16: set bf16, or leave it off", lambda a: a.device.type != "cpu"),
-    Idle("num_train_epochs", "max_steps decides the length: set one of the two", lambda a: a.max_steps <= 0),
-    Idle(
+    _Idle("fp16", "a CPU has no float16: set bf16, or leave it off", lambda a: a.device.type != "cpu"),
+    _Idle("num_train_epochs", "max_steps decides the length: set one of the two", lambda a: a.max_steps <= 0),
+    _Idle(
         "warmup_steps warmup_ratio",
         "this lr_scheduler_type has no warm-up: take constant_with_warmup, linear or cosine",
         lambda a: a.lr_scheduler_type not in ("constant", "reduce_lr_on_plateau", "greedy"),
     ),
-    Idle(
+    _Idle(
         "lr_scheduler_kwargs",
         "a constant learning rate takes none: choose another lr_scheduler_type",
         lambda a: not a.lr_scheduler_type.startswith("constant"),
         off=({},),
     ),
-    Idle(
+    _Idle(
         "adam_beta1 adam_beta2 adam_epsilon",
         "this optim does not read it: take adamw_torch",
         lambda a: bool(re.search("^(?!galore|grok).*(adamw|ademamix|radam|lion)", a.optim)),
     ),
-    Idle(
+    _Idle(
         "optim_args",
         "this optim takes none: adam_beta1, adam_beta2, adam_epsilon and weight_decay are settings themselves",
         lambda a: bool(
             re.search("sgd|adag|rmsp|galore|apollo|grok|torch_[48]|any|demamix|free|stable", a.optim)
         ),
     ),
-    Idle(
+    _Idle(
         "optim_target_modules",
         "it is for optim=galore_… and apollo_…: choose one of them",
         lambda a: bool(re.search("galore|apollo", a.optim)),
     ),
-    Idle(
+    _Idle(
         "gradient_checkpointing_kwargs activation_checkpointing_kwargs",
         "set gradient_checkpointing",
         lambda a: bool(a.gradient_checkpointing),
     ),
-    Idle("logging_steps", "it needs logging_strategy=steps", lambda a: a.logging_strategy == "steps"),
-    Idle("eval_steps", "it needs eval_strategy=steps", lambda a: a.eval_strategy == "steps"),
-    Idle("eval_delay do_eval", "set eval_strategy", lambda a: a.eval_strategy != "no"),
-    Idle("save_steps", "it needs save_strategy=steps", lambda a: a.save_strategy == "steps"),
-    Idle("save_total_limit save_only_model", "set save_strategy", lambda a: a.save_strategy != "no"),
-    Idle("greater_is_better", "set metric_for_best_model", lambda a: a.metric_for_best_model is not None),
-    Idle("hub_strategy hub_always_push", "set push_to_hub", lambda a: a.push_to_hub),
-    Idle("run_name", "set report_to", lambda a: bool(a.report_to)),
-    Idle("project trackio_*", "it needs report_to=trackio", lambda a: "trackio" in a.report_to),
-    Idle(
+    _Idle("logging_steps", "it needs logging_strategy=steps", lambda a: a.logging_strategy == "steps"),
+    _Idle("eval_steps", "it needs eval_strategy=steps", lambda a: a.eval_strategy == "steps"),
+    _Idle("eval_delay do_eval", "set eval_strategy", lambda a: a.eval_strategy != "no"),
+    _Idle("save_steps", "it needs save_strategy=steps", lambda a: a.save_strategy == "steps"),
+    _Idle("save_total_limit save_only_model", "set save_strategy", lambda a: a.save_strategy != "no"),
+    _Idle("greater_is_better", "set metric_for_best_model", lambda a: a.metric_for_best_model is not None),
+    _Idle("hub_strategy hub_always_push", "set push_to_hub", lambda a: a.push_to_hub),
+    _Idle("run_name", "set report_to", lambda a: bool(a.report_to)),
+    _Idle("project trackio_*", "it needs report_to=trackio", lambda a: "trackio" in a.report_to),
+    _Idle(
         "log_completions",
         "it needs the package rich, or report_to=wandb or trackio",
         lambda a: bool(importlib.util.find_spec("rich")) or any(name in a.report_to for name in _TABLES),
     ),
-    Idle("num_completions_to_print", "set log_completions", lambda a: a.log_completions),
-    Idle(
+    _Idle("num_completions_to_print", "set log_completions", lambda a: a.log_completions),
+    _Idle(
         "log_unique_prompts",
         "it needs log_completions, and report_to=wandb or trackio",
         lambda a: a.log_completions and any(name in a.report_to for name in _TABLES),
     ),
-    Idle(
+    _Idle(
         "dataloader_persistent_workers dataloader_multiprocessing_context dataloader_in_order",
         "set dataloader_num_workers",
         lambda a: a.dataloader_num_workers > 0,
     ),
-    Idle(
+    _Idle(
         "epsilon epsilon_high",
         "every clip is trained on once, before the policy changes: raise num_iterations or steps_per_generation",
         lambda a: a.gradient_accumulation_steps % (a.steps_per_generation * a.num_iterations) != 0,
     ),
     # ---- this method's own
-    Idle(
+    _Idle(
         "negative_prompt guidance_schedule",
         "guidance_scale=1 guides away from nothing: raise it",
         lambda a: a.guidance_scale > 1,
     ),
-    Idle("jsd_alpha", "it needs divergence=generalized_jsd", lambda a: a.divergence == "generalized_jsd"),
-    Idle("teacher_fraction", "it needs rollout_source=mix", lambda a: a.rollout_source == "mix"),
-    Idle("sequence_score", "it needs distillation_coef above 0", lambda a: a.distillation_coef > 0),
-    Idle("diversity_codebooks prefix_baseline", "set diversity_coef", lambda a: a.diversity_coef > 0),
-    Idle(
+    _Idle("jsd_alpha", "it needs divergence=generalized_jsd", lambda a: a.divergence == "generalized_jsd"),
+    _Idle("teacher_fraction", "it needs rollout_source=mix", lambda a: a.rollout_source == "mix"),
+    _Idle("sequence_score", "it needs distillation_coef above 0", lambda a: a.distillation_coef > 0),
+    _Idle("diversity_codebooks prefix_baseline", "set diversity_coef", lambda a: a.diversity_coef > 0),
+    _Idle(
         "guards",
         "set diversity_coef, and pass them to a DiversityReward of your own: DiversityReward(embedder, guards)",
         lambda a: a.diversity_coef > 0 or not a.guards.active,
         acts_in=lambda run: run.guarded,
     ),
-    Idle(
+    _Idle(
         "prefix_lambda",
         "it needs prefix_baseline=true and diversity_coef above 0",
         lambda a: a.prefix_baseline and a.diversity_coef > 0,
     ),
-    Idle("gate_quantile", "it needs guards.gate", lambda guards: guards.gate is not None),
+    _Idle("gate_quantile", "it needs guards.gate", lambda guards: guards.gate is not None),
     # ---- of `diverse-cfg train`
-    Idle("lora_*", "set use_peft", lambda a: a.use_peft),
+    _Idle("lora_*", "set use_peft", lambda a: a.use_peft),
     # ---- by what the trainer is given
-    Idle(
+    _Idle(
         "term_norm_steps",
         "no reward counts, so there is one term: set diversity_coef or pass rewards",
         acts_in=lambda run: run.rewarded,
     ),
-    Idle(
+    _Idle(
         "diversity_embedder",
         "there is no diversity reward: set diversity_coef",
         acts_in=lambda run: run.embeds,
     ),
-    Idle(
+    _Idle(
         "monitor_embedder audio_samples alarms",
         "it acts at evaluations: give held-out prompts",
         acts_in=lambda run: run.held_out,
@@ -247,7 +247,7 @@ RULES = (
 )
 
 
-def rule_of(name: str) -> Idle | None:
+def _rule_of(name: str) -> _Idle | None:
     """The rule of a setting; None for one that acts, or that this table does not know.
 
     Raises:
@@ -286,9 +286,9 @@ def _shown(value: Any) -> Any:
     return getattr(value, "value", value)
 
 
-def _changed(settings: Any) -> Iterator[tuple[Idle, str]]:
+def _changed(settings: Any) -> Iterator[tuple[_Idle, str]]:
     for item in fields(settings):
-        rule, value = rule_of(item.name), getattr(settings, item.name)
+        rule, value = _rule_of(item.name), getattr(settings, item.name)
         default = item.default if item.default_factory is MISSING else item.default_factory()
         if rule is not None and value != default and all(value != off for off in rule.off):
             yield rule, f"{item.name}={_shown(value)!r}"

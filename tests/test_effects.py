@@ -9,7 +9,7 @@ import torch
 
 from diverse_cfg.cli.train import TrainArguments
 from diverse_cfg.config import CFGDiversityConfig, GuardConfig
-from diverse_cfg.effects import ACTS, RULES, idle_settings, rule_of
+from diverse_cfg.effects import ACTS, RULES, _rule_of, idle_settings
 from diverse_cfg.rewards import DiversityReward
 from diverse_cfg.settings import field_types
 from diverse_cfg.trainer import CFGDiversityTrainer
@@ -21,7 +21,7 @@ FIELDS = {
     for owner in (CFGDiversityConfig, GuardConfig, TrainArguments)
     for field in dataclasses.fields(owner)
 }
-REFUSED = [name for name in FIELDS if (rule := rule_of(name)) and rule.never]
+REFUSED = [name for name in FIELDS if (rule := _rule_of(name)) and rule.never]
 # Values with another meaning than "not the default", or that only these types take.
 WRONG = {
     "beta": 0.05,  # TRL's default, which would load a second model
@@ -156,7 +156,7 @@ WAITING = {
 
 
 def test_the_table_of_what_waits_is_whole():
-    assert {name for name in FIELDS if (rule := rule_of(name)) and rule.acts} == WAITING.keys()
+    assert {name for name in FIELDS if (rule := _rule_of(name)) and rule.acts} == WAITING.keys()
 
 
 @pytest.mark.parametrize("name", WAITING)

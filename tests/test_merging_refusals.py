@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diverse_cfg.merging import load_slider, merge_checkpoints
-from diverse_cfg.policies.tensors import read_header
+from diverse_cfg.policies.tensors import _read_header
 from tests import checkpoints as made
 from tests.tiny import save_tiny
 
@@ -207,7 +207,7 @@ def test_hostile_headers(tmp_path):
         return path
 
     entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-    assert read_header(file({"a": entry, "b": entry | {"data_offsets": [8, 16]}})).keys() == {"a", "b"}
+    assert _read_header(file({"a": entry, "b": entry | {"data_offsets": [8, 16]}})).keys() == {"a", "b"}
     for wrong in (
         {"a": entry, "b": entry | {"data_offsets": [4, 12]}},
         {"a": entry | {"data_offsets": [8, 16]}, "b": entry | {"data_offsets": [8, 16]}},
@@ -219,7 +219,7 @@ def test_hostile_headers(tmp_path):
         [1, 2],
     ):
         with pytest.raises(ValueError, match=r"x\.safetensors"):
-            read_header(file(wrong))
+            _read_header(file(wrong))
 
 
 def test_missing_pieces(world, tmp_path, refused):

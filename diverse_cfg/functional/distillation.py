@@ -84,7 +84,7 @@ def distillation_loss(
     D is the divergence from the guided teacher q, y the sampled codes. With u = 1/(N·K·T) and
     w = −β·A/(N·K·T), A from `diversity_advantages`, its gradient estimates that of −(Q + β·D(θ))/(K·T): the
     paper's objective, which sums over positions, with both terms divided by the same count, so that β keeps
-    its meaning. With `old_logps` the second sum is PPO's clipped surrogate: see `surrogate`.
+    its meaning. With `old_logps` the second sum is PPO's clipped surrogate: see `_surrogate`.
 
     The weights are known before the pass, so a chunk's gradient with respect to its logits is too: see the
     table of `divergence`. Memory is that of a few chunks and of the gradients of hidden states and heads,
@@ -153,7 +153,7 @@ def distillation_loss(
     return DistillationTerms(loss, *(None if values is None else by_codes(values) for values in per_cell))
 
 
-def surrogate(
+def _surrogate(
     logps: Tensor,
     weights: Tensor,
     old_logps: Tensor | None = None,
@@ -329,7 +329,7 @@ def _policy_terms(cells: _Rows, rows: slice, logps: Tensor) -> tuple[Tensor, Ten
     """Values and slopes of the policy-gradient term of some rows."""
     assert cells.logp_weights is not None
     old_logps = None if cells.old_logps is None else cells.old_logps[rows]
-    return surrogate(logps, cells.logp_weights[rows], old_logps, cells.epsilon, cells.epsilon_high)
+    return _surrogate(logps, cells.logp_weights[rows], old_logps, cells.epsilon, cells.epsilon_high)
 
 
 def _check_loss_shapes(

@@ -28,7 +28,7 @@ from torch import Tensor
 Divergence = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
-def reverse_kl(
+def _reverse_kl(
     student_logps: Tensor, teacher_logps: Tensor, probs: Tensor, alpha: float
 ) -> tuple[Tensor, Tensor]:
     """Reverse KL divergence, the paper's distillation loss per position.
@@ -42,7 +42,7 @@ def reverse_kl(
     return value, log_ratio.sub_(value[..., None]).mul_(probs)
 
 
-def forward_kl(
+def _forward_kl(
     student_logps: Tensor, teacher_logps: Tensor, probs: Tensor, alpha: float
 ) -> tuple[Tensor, Tensor]:
     """Forward KL divergence, the loss of classical distillation.
@@ -56,7 +56,7 @@ def forward_kl(
     return value, torch.sub(probs, teacher_probs, out=teacher_probs)
 
 
-def generalized_jsd(
+def _generalized_jsd(
     student_logps: Tensor, teacher_logps: Tensor, probs: Tensor, alpha: float
 ) -> tuple[Tensor, Tensor]:
     """Generalised Jensen-Shannon divergence, with the student's share alpha in the mixture.
@@ -90,7 +90,7 @@ def generalized_jsd(
 
 
 DIVERGENCES: dict[str, Divergence] = {
-    "reverse_kl": reverse_kl,
-    "forward_kl": forward_kl,
-    "generalized_jsd": generalized_jsd,
+    "reverse_kl": _reverse_kl,
+    "forward_kl": _forward_kl,
+    "generalized_jsd": _generalized_jsd,
 }

@@ -116,11 +116,22 @@ def open_experts(sources: Sequence[str | os.PathLike], *, base: str | os.PathLik
         ValueError, FileNotFoundError: which checkpoint cannot be used, and why.
     """
     common = FullCheckpoint(base, locate(base)) if base is not None else _common_base(sources)
-    checkpoints = [_open(source, common) for source in sources]
+    checkpoints = [
+        # The base is an expert like any other.
+        common
+        if common is not None and locate(source).resolve() == common.folder.resolve()
+        else open_checkpoint(source, base=common)
+        for source in sources
+    ]
     experts = Experts(checkpoints, common)
     for checkpoint in checkpoints:
         if isinstance(checkpoint, AdapterCheckpoint):
-            _require_codec_untouched(checkpoint)
+            for name in (*checkpoint.factors, *checkpoint.replaced):
+                if name.startswith(checkpoint.family.codec_prefix):
+                    raise ValueError(
+                        f"{checkpoint.source} adapts the codec ({name}): codes would mean different sounds, not "
+                        "supported"
+                    )
             _require_same_tokenizer(experts.reference, checkpoint)
         elif checkpoint is not experts.reference:
             _require_same_model(experts.reference, checkpoint)
@@ -141,12 +152,6 @@ def _common_base(sources: Sequence[str | os.PathLike]) -> FullCheckpoint | None:
                 "of different bases cannot be mixed (if both names mean one model, pass base=…)"
             )
     return open_base(named[0][0], named[0][2]) if named else None
-
-
-def _open(source: str | os.PathLike, base: FullCheckpoint | None) -> FullCheckpoint | AdapterCheckpoint:
-    if base is not None and locate(source).resolve() == base.folder.resolve():
-        return base  # the base is an expert like any other
-    return open_checkpoint(source, base=base)
 
 
 def _require_same_model(first: FullCheckpoint, second: FullCheckpoint) -> None:
@@ -174,12 +179,3 @@ def _require_same_tokenizer(first: Checkpoint, second: Checkpoint) -> None:
         raise ValueError(
             f"{first.source} and {second.source} have different tokenizers: they read prompts differently"
         )
-
-
-def _require_codec_untouched(adapter: AdapterCheckpoint) -> None:
-    for name in (*adapter.factors, *adapter.replaced):
-        if name.startswith(adapter.base.family.codec_prefix):
-            raise ValueError(
-                f"{adapter.source} adapts the codec ({name}): codes would mean different sounds, not "
-                "supported"
-            )

@@ -4,6 +4,7 @@ A LoRA adapter that was never trained, saved too early or loaded by a program th
 like its base. So the report measures how far the weights lie from the base's, part by part.
 """
 
+import itertools
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from diverse_cfg.policies.checkpoints import AdapterCheckpoint, open_checkpoint
 from diverse_cfg.policies.families import has_processor_files
 from diverse_cfg.policies.loading import load_processor
-from diverse_cfg.policies.stored import Checkpoint, FullCheckpoint, locate
+from diverse_cfg.policies.stored import FullCheckpoint, locate
 
 
 def inspect_checkpoint(path: str | os.PathLike, *, base: str | os.PathLike | None = None) -> dict[str, Any]:
@@ -35,11 +36,8 @@ def inspect_checkpoint(path: str | os.PathLike, *, base: str | os.PathLike | Non
     """
     given = FullCheckpoint(base, locate(base)) if base is not None else None
     checkpoint = open_checkpoint(path, base=given)
-    config = checkpoint.base.config if isinstance(checkpoint, AdapterCheckpoint) else checkpoint.config
     provenance = checkpoint.provenance
-    owner = checkpoint
-    if isinstance(checkpoint, AdapterCheckpoint) and not has_processor_files(checkpoint.folder):
-        owner = checkpoint.base
+    owner = checkpoint if has_processor_files(checkpoint.folder) else checkpoint.base
     load_processor(owner.folder)
     report: dict[str, Any] = {
         "name": checkpoint.name,
@@ -52,7 +50,7 @@ def inspect_checkpoint(path: str | os.PathLike, *, base: str | os.PathLike | Non
         "parents": (provenance.merge or {}).get("experts", []) if provenance else [],
         "sampling": provenance.sampling if provenance else {},
         "versions": provenance.versions if provenance else {},
-        "architecture": checkpoint.family.describe(config),
+        "architecture": checkpoint.family.describe(checkpoint.base.config),
         **_size(checkpoint),
     }
     return report | _difference(checkpoint, given)
@@ -116,7 +114,7 @@ def _generation_text(report: Mapping[str, Any]) -> str:
     return f"{text}: GUIDED TWICE, pass guidance_scale=1.0"
 
 
-def _kind(checkpoint: Checkpoint) -> str:
+def _kind(checkpoint: FullCheckpoint | AdapterCheckpoint) -> str:
     if checkpoint.provenance is not None:
         return checkpoint.provenance.kind
     if isinstance(checkpoint, AdapterCheckpoint):
@@ -126,35 +124,31 @@ def _kind(checkpoint: Checkpoint) -> str:
     return "base" if guidance is not None and guidance > 1 else "full"
 
 
-def _base_model(checkpoint: Checkpoint) -> str | None:
+def _base_model(checkpoint: FullCheckpoint | AdapterCheckpoint) -> str | None:
     if isinstance(checkpoint, AdapterCheckpoint):
         return checkpoint.lora.base_model_name_or_path or checkpoint.base.name
     return checkpoint.provenance.base_model if checkpoint.provenance else None
 
 
-def _generation_guidance(checkpoint: Checkpoint) -> float | None:
+def _generation_guidance(checkpoint: FullCheckpoint | AdapterCheckpoint) -> float | None:
     # Programs other than ours take an adapter's generation config from its base.
-    own = (checkpoint.base if isinstance(checkpoint, AdapterCheckpoint) else checkpoint).generation
+    own = checkpoint.base.generation
     return own and own.guidance_scale
 
 
 def _size(checkpoint: FullCheckpoint | AdapterCheckpoint) -> dict[str, Any]:
+    lora: dict[str, Any] = {}
     if isinstance(checkpoint, FullCheckpoint):
         with torch.device("meta"):  # the files hold the codec's buffers too
             model = checkpoint.family.build(checkpoint.config)
         infos = [checkpoint.tensors[name] for name, _ in model.named_parameters()]
     else:
-        infos = [info for pair in checkpoint.factors.values() for info in pair] + list(
-            checkpoint.replaced.values()
-        )
-    size: dict[str, Any] = {
+        infos = [*itertools.chain(*checkpoint.factors.values()), *checkpoint.replaced.values()]
+        lora = {"lora_rank": checkpoint.lora.r, "lora_modules": len(checkpoint.factors)}
+    return {
         "num_parameters": sum(info.num_bytes // info.dtype.itemsize for info in infos),
         "dtypes": sorted({str(info.dtype).removeprefix("torch.") for info in infos}),
-    }
-    if isinstance(checkpoint, AdapterCheckpoint):
-        size["lora_rank"] = checkpoint.lora.r
-        size["lora_modules"] = len(checkpoint.factors)
-    return size
+    } | lora
 
 
 def _difference(

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from transformers import GenerationConfig
 
 from diverse_cfg.atomic import new_folder, require_new
 from diverse_cfg.cards import write_card
@@ -135,30 +134,35 @@ def read_recipe(folder: str | os.PathLike) -> dict[str, Any] | None:
 def _resolve_dtype(dtype: str | torch.dtype | None, experts: Experts) -> torch.dtype:
     if dtype is None:
         return experts.default_dtype()
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        return DTYPES[dtype]
-    if dtype not in DTYPES.values():
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
-    return dtype
+    resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if resolved is None or resolved not in DTYPES.values():
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    return resolved
 
 
 def _write(experts: Experts, weights: list[float], output: Path, dtype: torch.dtype, format: Format) -> Path:
     if format not in ("full", "adapter"):
         raise ValueError(f"format must be 'full' or 'adapter', got {format!r}")
-    specs = _tensor_specs(experts, dtype) if format == "full" else []
-    with new_folder(output, sum(spec.num_bytes for spec in specs)) as folder:
+    dtypes = {name: experts.output_dtype(name, dtype) for name in experts.names}
+    specs = [TensorSpec(name, dtypes[name], experts.reference.tensors[name].shape) for name in experts.names]
+    specs.sort(key=lambda spec: -spec.dtype.itemsize)  # stable: keeps every tensor aligned
+    size = sum(spec.num_bytes for spec in specs) if format == "full" else 0
+    with new_folder(output, size) as folder, torch.no_grad():
         _copy_processor(experts, folder)
         if format == "full":
-            _write_model(experts, weights, specs, folder, dtype)
+            write_safetensors(
+                folder / "model.safetensors",
+                specs,
+                lambda name: experts.interpolate(name, weights, dtypes[name]),
+            )
+            experts.family.saved_config(experts.config, dtype).save_pretrained(folder)
         else:
             write_adapter(experts, weights, folder, dtype)
         provenance = _provenance(experts, weights, dtype, format)
-        generation = experts.family.playing_config(
-            experts.config, provenance.sampling, _generation_like(experts)
-        )
-        generation.save_pretrained(folder)
+        # A student knows best how it is sampled; the base's settings are for guided sampling.
+        students = [c for c in experts.checkpoints if c is not experts.reference]
+        like = next((c.generation for c in (*students, experts.reference) if c.generation is not None), None)
+        experts.family.playing_config(experts.config, provenance.sampling, like).save_pretrained(folder)
         write_provenance(folder, provenance)
         recipe = _recipe(experts, weights, output, dtype, format)
         (folder / RECIPE_FILE).write_text(
@@ -169,27 +173,6 @@ def _write(experts: Experts, weights: list[float], output: Path, dtype: torch.dt
         write_card(folder, repo_id=output.resolve().name)
     logger.info("merged %s into %s", ", ".join(c.source for c in experts.checkpoints), output)
     return output
-
-
-def _tensor_specs(experts: Experts, dtype: torch.dtype) -> list[TensorSpec]:
-    specs = [
-        TensorSpec(name, experts.output_dtype(name, dtype), experts.reference.tensors[name].shape)
-        for name in experts.names
-    ]
-    return sorted(specs, key=lambda spec: -spec.dtype.itemsize)  # stable: keeps every tensor aligned
-
-
-def _write_model(
-    experts: Experts, weights: list[float], specs: list[TensorSpec], folder: Path, dtype: torch.dtype
-) -> None:
-    dtypes = {spec.name: spec.dtype for spec in specs}
-    with torch.no_grad():
-        write_safetensors(
-            folder / "model.safetensors",
-            specs,
-            lambda name: experts.interpolate(name, weights, dtypes[name]),
-        )
-    experts.family.saved_config(experts.config, dtype).save_pretrained(folder)
 
 
 def _copy_processor(experts: Experts, folder: Path) -> None:
@@ -207,30 +190,17 @@ def _copy_processor(experts: Experts, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def _generation_like(experts: Experts) -> GenerationConfig | None:
-    # A student knows best how it is sampled; the base's settings are for guided sampling.
-    students = [c for c in experts.checkpoints if c is not experts.reference]
-    for checkpoint in (*students, experts.reference):
-        if checkpoint.generation is not None:
-            return checkpoint.generation
-    return None
+def _method(dtype: torch.dtype, format: Format) -> dict[str, Any]:
+    return {"method": "linear", "format": format, "dtype": str(dtype).removeprefix("torch.")}
 
 
 def _recipe(
     experts: Experts, weights: list[float], output: Path, dtype: torch.dtype, format: Format
 ) -> dict[str, Any]:
-    recipe: dict[str, Any] = {
-        "method": "linear",
-        "format": format,
-        "dtype": str(dtype).removeprefix("torch."),
-        "experts": [
-            {"checkpoint": _reachable(c, output), "weight": w, "kind": c.kind}
-            for c, w in zip(experts.checkpoints, weights, strict=True)
-        ],
-    }
-    if experts.adapters:
-        recipe["base"] = _reachable(experts.reference, output)
-    return recipe
+    pairs = zip(experts.checkpoints, weights, strict=True)
+    parents = [{"checkpoint": _reachable(c, output), "weight": w, "kind": c.kind} for c, w in pairs]
+    base = {"base": _reachable(experts.reference, output)} if experts.adapters else {}
+    return _method(dtype, format) | {"experts": parents} | base
 
 
 def _reachable(checkpoint: Checkpoint, output: Path) -> str:
@@ -266,28 +236,17 @@ def _provenance(experts: Experts, weights: list[float], dtype: torch.dtype, form
             UserWarning,
             stacklevel=4,
         )
+    named = {p.base_model for p in known}
+    base_model = named.pop() if len(named) == 1 else None
+    if base_model is None and experts.adapters:
+        base_model = experts.adapters[0].lora.base_model_name_or_path or experts.reference.name
     return Provenance(
         kind="merge",
-        base_model=_base_model(experts, known),
+        base_model=base_model,
         guidance_scale=scales.pop() if len(scales) == 1 else None,
-        merge={
-            "method": "linear",
-            "format": format,
-            "dtype": str(dtype).removeprefix("torch."),
-            "experts": [_parent(c, w) for c, w in zip(experts.checkpoints, weights, strict=True)],
-        },
+        merge=_method(dtype, format)
+        | {"experts": [_parent(c, w) for c, w in zip(experts.checkpoints, weights, strict=True)]},
         sampling=samplings[0] if samplings else {},
-    )
-
-
-def _base_model(experts: Experts, known: list[Provenance]) -> str | None:
-    names = {p.base_model for p in known}
-    if len(names) == 1:
-        return names.pop()
-    return (
-        experts.adapters[0].lora.base_model_name_or_path or experts.reference.name
-        if experts.adapters
-        else None
     )
 
 

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from huggingface_hub import snapshot_download
@@ -100,6 +100,11 @@ class FullCheckpoint(Checkpoint):
             shapes, found, f"{self.source} does not hold the tensors that its config.json asks for"
         )
         self.tensors = {name: found[name] for name in shapes}
+
+    @property
+    def base(self) -> Self:
+        """Itself, as an adapter has a base."""
+        return self
 
     def _sources(self, name: str) -> list[TensorInfo]:
         return [self.tensors[name]]

@@ -51,7 +51,7 @@ class TensorInfo:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def read_header(file: Path) -> dict[str, TensorInfo]:
+def _read_header(file: Path) -> dict[str, TensorInfo]:
     """Tensors of one safetensors file, after checking that every byte that the header promises is there.
 
     Raises:
@@ -107,7 +107,7 @@ def find_tensors(folder: Path, stem: str) -> dict[str, TensorInfo]:
     """
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if single.is_file():
-        return read_header(single)
+        return _read_header(single)
     if not index.is_file():
         pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
         if pickles:
@@ -128,7 +128,7 @@ def find_tensors(folder: Path, stem: str) -> dict[str, TensorInfo]:
         raise FileNotFoundError(f"{folder} lacks the shard(s) {', '.join(missing)} listed in {index.name}")
     tensors: dict[str, TensorInfo] = {}
     for name in shards:
-        tensors.update(read_header(folder / name))
+        tensors.update(_read_header(folder / name))
     if absent := sorted(set(weight_map) - set(tensors)):
         raise ValueError(f"{index} lists {len(absent)} tensor(s) that no shard holds, e.g. {absent[0]}")
     return tensors
@@ -137,22 +137,18 @@ def find_tensors(folder: Path, stem: str) -> dict[str, TensorInfo]:
 def read_tensor(info: TensorInfo) -> Tensor:
     """One tensor, in memory of its own (no mapping that would keep the file's pages resident)."""
     tensor = torch.empty(info.shape, dtype=info.dtype)
-    if tensor.numel():
-        with info.file.open("rb", buffering=0) as stream:
-            stream.seek(info.start)
-            _read_into(stream, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), info)
+    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
+    with info.file.open("rb", buffering=0) as stream:
+        stream.seek(info.start)
+        done = 0
+        while done < len(view):
+            count = stream.readinto(view[done:])
+            if not count:
+                raise ValueError(
+                    f"{info.file} ended in the middle of a tensor: it changed while it was being read"
+                )
+            done += count
     return tensor
-
-
-def _read_into(stream: Any, view: memoryview, info: TensorInfo) -> None:
-    done = 0
-    while done < len(view):
-        count = stream.readinto(view[done:])
-        if not count:
-            raise ValueError(
-                f"{info.file} ended in the middle of a tensor: it changed while it was being read"
-            )
-        done += count
 
 
 @dataclass(frozen=True)

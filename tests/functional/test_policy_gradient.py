@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from diverse_cfg.functional.distillation import surrogate
+from diverse_cfg.functional.distillation import _surrogate
 from diverse_cfg.functional.diversity import leave_one_out_advantages
 from tests import oracles
 
@@ -34,7 +34,7 @@ def test_leave_one_out_is_unbiased():
 def test_reinforce():
     """Catches the sign, and a slope that is not the weight."""
     logps, weights = torch.randn(2, 4, 3), torch.randn(2, 4, 3)
-    values, slopes = surrogate(logps, weights)
+    values, slopes = _surrogate(logps, weights)
     torch.testing.assert_close(values, weights * logps)
     assert torch.equal(slopes, weights)
 
@@ -43,9 +43,9 @@ def test_clipped_surrogate_matches_the_cases():
     """Catches minimum and maximum traded, clip bounds applied to the wrong sign, a slope of another value."""
     logps, old = torch.randn(2, 3, 4, 5, dtype=torch.float64) * 0.4
     advantages = torch.randn(3, 4, 5, dtype=torch.float64)
-    values, slopes = surrogate(logps, -advantages, old, 0.2, 0.3)
-    ahead, _ = surrogate(logps + 1e-7, -advantages, old, 0.2, 0.3)
-    behind, _ = surrogate(logps - 1e-7, -advantages, old, 0.2, 0.3)
+    values, slopes = _surrogate(logps, -advantages, old, 0.2, 0.3)
+    ahead, _ = _surrogate(logps + 1e-7, -advantages, old, 0.2, 0.3)
+    behind, _ = _surrogate(logps - 1e-7, -advantages, old, 0.2, 0.3)
     for index in np.ndindex(3, 4, 5):
         expected = oracles.clipped_surrogate(
             logps[index].item(), old[index].item(), advantages[index].item(), 0.8, 1.3
@@ -58,7 +58,7 @@ def test_clipped_surrogate_matches_the_cases():
 def test_on_policy_surrogate_has_the_slope_of_reinforce():
     """Catches a surrogate whose first step differs from the on-policy one."""
     logps, weights = torch.randn(2, 4, 3), torch.randn(2, 4, 3)
-    torch.testing.assert_close(surrogate(logps, weights, logps)[1], surrogate(logps, weights)[1])
+    torch.testing.assert_close(_surrogate(logps, weights, logps)[1], _surrogate(logps, weights)[1])
 
 
 def test_bad_input_is_named():
@@ -68,4 +68,4 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"\[P, G\], got \(3,\)"):
         leave_one_out_advantages(torch.zeros(3))
     with pytest.raises(ValueError, match="0 < epsilon < 1"):
-        surrogate(torch.zeros(3), torch.zeros(3), torch.zeros(3), epsilon=0.0)
+        _surrogate(torch.zeros(3), torch.zeros(3), torch.zeros(3), epsilon=0.0)
