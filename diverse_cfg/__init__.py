@@ -20,6 +20,7 @@ _PUBLIC = {
     "FacetReward": "diverse_cfg.facets",
     "RolloutWeights": "diverse_cfg.policies.sampler.weights",
     "export_audiocraft": "diverse_cfg.policies.audiocraft",
+    "extend": "diverse_cfg.policies.sampler.extension",
     "fast_generate": "diverse_cfg.policies.sampler.rollout",
     "from_audiocraft": "diverse_cfg.policies.audiocraft",
     "import_audiocraft": "diverse_cfg.policies.audiocraft",
@@ -43,6 +44,7 @@ __all__ = [
     "RolloutWeights",
     "__version__",
     "export_audiocraft",
+    "extend",
     "fast_generate",
     "from_audiocraft",
     "import_audiocraft",
@@ -72,6 +74,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
         to_audiocraft,
     )
     from diverse_cfg.policies.loading import load_policy, load_processor
+    from diverse_cfg.policies.sampler.extension import extend
     from diverse_cfg.policies.sampler.rollout import fast_generate
     from diverse_cfg.policies.sampler.weights import RolloutWeights
     from diverse_cfg.prompts import load_prompts

@@ -1,8 +1,6 @@
 """Files and folders written whole, by one process at a time: a reader finds the old content or the new one,
 never half of it."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re

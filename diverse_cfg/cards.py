@@ -98,7 +98,6 @@ def write_card(
     folder: str | os.PathLike,
     *,
     repo_id: str | None = None,
-    license: str | None = None,
     datasets: Sequence[str] = (),
     tags: Sequence[str] = (),
 ) -> Path:
@@ -113,9 +112,7 @@ def write_card(
         return path
     if state := _read_json(Path(folder) / "trainer_state.json"):
         plot_training_curves(folder, state.get("log_history", []))
-    return write_text(
-        path, render_card(folder, repo_id=repo_id, license=license, datasets=datasets, tags=tags)
-    )
+    return write_text(path, render_card(folder, repo_id=repo_id, datasets=datasets, tags=tags))
 
 
 def is_generated(card: str) -> bool:

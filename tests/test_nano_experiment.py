@@ -150,6 +150,11 @@ def test_snapshots_become_a_trajectory(tmp_path):
             "arm a: unknown beta",
         ),
         ("output: x\nseeds: [0]\narms: {}\nsweeps: {}\nseeds: [1]", "seeds is set twice: keep one"),
+        (
+            "output: x\nseeds: [0]\narms: {a: {recipe: r, start: nano}, b: {recipe: r, start: a, seeds: [1]}}\n"
+            "sweeps: {}",
+            "arm b: its start a is not trained with seed 1",
+        ),
         ("output: x\nseeds: [0.5]\narms: {}\nsweeps: {}", r"seeds=\[0.5\] must be a list"),
         ("output: x\narms: {}\nsweeps: {}", "seeds is missing"),
     ],
@@ -331,6 +336,15 @@ def test_what_was_done_before_settings_were_noted_counts_as_done(whole, capsys):
     )
 
 
+def test_some_seeds_alone(tmp_path):
+    """Catches an arm of one seed that is left with a start that nobody trains."""
+    experiment = load(tmp_path, "open.yaml")
+    experiment.take_seeds([2, 3])
+    experiment.check_seeds("here")
+    assert experiment.seeds_of("beta-40") == [2, 3] and experiment.seeds_of("unguarded") == [2]
+    assert load(tmp_path, "open.yaml").seeds_of("unguarded") == [1]
+
+
 def test_only_the_shipped_experiment_is_recorded_in_the_repository(tmp_path):
     """Catches a trial with another file or folder that replaces the evidence of the page."""
     from experiment import CONFIG, RECORDED, recorded_folder
@@ -341,7 +355,8 @@ def test_only_the_shipped_experiment_is_recorded_in_the_repository(tmp_path):
     assert recorded_folder(CONFIG, "elsewhere", None, experiment) == own
     assert recorded_folder(tmp_path / "mine.yaml", None, None, experiment) == own
     assert recorded_folder(tmp_path / "mine.yaml", None, tmp_path, experiment) == tmp_path
-    one_seed = load(tmp_path, seeds=[1])
+    one_seed = load(tmp_path)
+    one_seed.take_seeds([1])
     assert recorded_folder(CONFIG, None, None, one_seed) == own, "a part is no evidence"
     shipped = RECIPE / "open.yaml"
     assert recorded_folder(shipped, None, None, load(tmp_path, "open.yaml")) == RECORDED.with_name("open")

@@ -30,6 +30,8 @@ def miniature(name, tmp_path):
     if "snapshots" in values:
         values["snapshots"] = [1]
     for arm in values["arms"].values():
+        if "seeds" in arm:
+            arm["seeds"] = [0]
         settings = arm.setdefault("settings", {})
         settings.pop("max_steps", None)
         if "eval_steps" in settings:

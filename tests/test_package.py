@@ -127,4 +127,5 @@ def test_every_shipped_part_is_installed(clean, tmp_path):
         "within-encoder",
         "eval-encoder",
         "prompts",
+        "open-prompts",
     ]

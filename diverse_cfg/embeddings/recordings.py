@@ -4,8 +4,6 @@ A recording may know its prompt. Clips of one prompt form a group: an embedder t
 what a prompt leaves open, and prompts are kept whole where some recordings are held out.
 """
 
-from __future__ import annotations
-
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -88,7 +86,7 @@ class AudioRecordings(Recordings):
     @classmethod
     def from_folder(
         cls, folder: str | Path, sampling_rate: int | None = None, chunk_seconds: float | None = None
-    ) -> AudioRecordings:
+    ) -> "AudioRecordings":
         """All audio files below a folder; prompts are known where `diverse-cfg generate` wrote it.
 
         Raises:

@@ -1,7 +1,5 @@
 """Training the diversity embedder of arXiv 2410.06084 on recordings, and how well it tells them apart."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -337,9 +337,9 @@ class Results:
         frame = pd.DataFrame(lines, columns=["system", "role", "series", "metric", *numbers, "prompts"])
         return frame.astype(dict.fromkeys(numbers, float))
 
-    def csv(self, metrics: Sequence[str] | None = None) -> str:
+    def csv(self) -> str:
         """`frame` as text."""
-        return frame_csv(self.frame(metrics), float_format="%.6g")
+        return frame_csv(self.frame(), float_format="%.6g")
 
     def table(self, metrics: Sequence[str] | None = None) -> str:
         """A Markdown table; failures and flags are in it."""

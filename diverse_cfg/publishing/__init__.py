@@ -15,9 +15,8 @@ from typing import Literal
 from diverse_cfg.cards import CURVES_FILE, METRICS_FILE, SAMPLES_FILE
 from diverse_cfg.merging import merge_checkpoints
 from diverse_cfg.policies.audiocraft.folders import is_audiocraft, read_audiocraft, write_transformers
+from diverse_cfg.publishing.evidence import add_results, add_samples
 from diverse_cfg.publishing.plan import PlannedFile, UploadPlan, check_loads, plan_upload
-from diverse_cfg.publishing.results import add_results
-from diverse_cfg.publishing.samples import add_samples
 from diverse_cfg.publishing.upload import Published, upload
 
 __all__ = [

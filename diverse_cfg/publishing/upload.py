@@ -144,11 +144,8 @@ def _files_to_send(plan: UploadPlan, remote: _Remote, update: bool, card: str) -
         raise FileExistsError(
             f"{plan.repo_id} has files already: pass update=True (--update) to change it, or take a new name"
         )
-    if (
-        card == "refuse"
-        and CARD_FILE in remote.files
-        and any(file.path_in_repo == CARD_FILE for file in files)
-    ):
+    ours = {file.path_in_repo for file in files}
+    if card == "refuse" and CARD_FILE in ours & remote.files.keys():
         raise FileExistsError(
             f"{plan.repo_id} has another README.md: pass card='keep' or card='overwrite' (--card) to say "
             "what shall happen"
@@ -158,6 +155,7 @@ def _files_to_send(plan: UploadPlan, remote: _Remote, update: bool, card: str) -
 
 def _commit(api: HfApi, plan: UploadPlan, files: list[PlannedFile], remote: _Remote) -> _Remote:
     """One commit on top of the state that was looked at, and the state after it."""
+    refused = False
     try:
         api.create_commit(
             plan.repo_id,
@@ -166,19 +164,18 @@ def _commit(api: HfApi, plan: UploadPlan, files: list[PlannedFile], remote: _Rem
             parent_commit=remote.commit,
         )
     except Exception as error:
-        if _status(error) not in _CONFLICT:
+        refused = _status(error) in _CONFLICT
+        if not refused:
             raise
-        now = _look(api, plan.repo_id)
-        if now is None or not all(now.holds(file) for file in files):
-            raise FileExistsError(
-                f"{plan.repo_id} was changed by somebody else during the upload, and nothing of ours is "
-                "in it: look at it, and run again with update=True (--update)"
-            ) from None
-        return now
-    after = _look(api, plan.repo_id)
-    if after is None:
+    now = _look(api, plan.repo_id)
+    if now is None:
         raise OSError(f"{plan.repo_id} cannot be found after the commit: look at it on the Hub")
-    return after
+    if refused and not all(now.holds(file) for file in files):
+        raise FileExistsError(
+            f"{plan.repo_id} was changed by somebody else during the upload, and nothing of ours is "
+            "in it: look at it, and run again with update=True (--update)"
+        )
+    return now
 
 
 def _look(api: HfApi, repo_id: str) -> _Remote | None:

@@ -94,10 +94,26 @@ class Experiment:
         for name, arm in experiment.arms.items():
             if arm.start != "nano" and arm.start not in experiment.arms:
                 raise ValueError(f"{path}, arm {name}: start={arm.start!r} is neither nano nor an arm")
+        experiment.check_seeds(str(path))
         for arm in experiment.halfway.values():
             if arm not in experiment.arms or "test" not in experiment.sweeps:
                 raise ValueError(f"{path}, halfway: needs a sweep named test, and {arm!r} among the arms")
         return experiment
+
+    def check_seeds(self, where: str) -> None:
+        """Raise a ValueError for a student that would start from one that is not trained."""
+        for name, arm in self.arms.items():
+            if arm.start != "nano" and (lacks := set(self.seeds_of(name)) - set(self.seeds_of(arm.start))):
+                raise ValueError(
+                    f"{where}, arm {name}: its start {arm.start} is not trained with seed {min(lacks)}"
+                )
+
+    def take_seeds(self, seeds: list[int]) -> None:
+        """Train with these seeds alone: of an arm that has its own with those among them, or else with the first."""
+        self.seeds = seeds
+        for arm in self.arms.values():
+            if arm.seeds is not None:
+                arm.seeds = [seed for seed in arm.seeds if seed in seeds] or seeds[:1]
 
     def folder(self, arm: str, seed: int) -> Path:
         return Path(self.output) / arm / f"seed-{seed}"
@@ -251,6 +267,7 @@ def train(experiment: Experiment, arm: str, seed: int) -> None:
     from diverse_cfg.cli.quiet import quiet_libraries
     from diverse_cfg.cli.train import TrainArguments
     from diverse_cfg.config import CFGDiversityConfig
+    from diverse_cfg.facets import FacetReward
     from diverse_cfg.prompts import load_prompts
     from diverse_cfg.reading import last_checkpoint
     from diverse_cfg.rewards import DiversityReward
@@ -263,9 +280,12 @@ def train(experiment: Experiment, arm: str, seed: int) -> None:
     judged = experiment.arms[arm].judged
     args, config = TrlParser((TrainArguments, CFGDiversityConfig)).parse_dict(settings)
     rewards: list[Any] = [DiversityReward(config.diversity_embedder, config.guards)]
+    rewards += [
+        FacetReward(name.removeprefix("diversity_"), config.guards) for name in args.reward_funcs or ()
+    ]
     if judged:
+        config.reward_weights = [1.0] * len(rewards) + [0.0]
         rewards.append(judge_reward())
-        config.reward_weights = [1.0, 0.0]
     prompts = prompt_source(args.dataset_name)
     trainer = CFGDiversityTrainer(
         model_source(args.model_name_or_path),
@@ -593,7 +613,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--only", nargs="+", metavar="TASK", help="these arms, sweeps (as sweep:NAME), and halfway alone"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", help="overrides `seeds` of the file")
+    parser.add_argument("--seeds", type=int, nargs="+", help="train with these alone, instead of the file's")
     parser.add_argument("--output", help="overrides `output` of the file")
     parser.add_argument(
         "--recorded",
@@ -604,7 +624,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     experiment = Experiment.load(arguments.config)
     experiment.output = arguments.output or experiment.output
-    experiment.seeds = arguments.seeds or experiment.seeds
+    if arguments.seeds:
+        experiment.take_seeds(arguments.seeds)
     if arguments.task:
         match arguments.task.replace("/", ":").split(":"):
             case ["halfway"]:

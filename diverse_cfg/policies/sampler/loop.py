@@ -48,6 +48,7 @@ class DecodeLoop:
         num_frames: T.
         settings: of the draws.
         mode: "eager", "static" or "graph"; by default graph on a GPU and eager elsewhere.
+        prefixed: whether the clips begin with given codes.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class DecodeLoop:
         num_frames: int,
         settings: SamplingSettings,
         mode: str | None = None,
+        prefixed: bool = False,
     ) -> None:
         shape, device = weights.shape, weights.device
         self.settings = settings
@@ -85,6 +87,7 @@ class DecodeLoop:
             *cells, sum(group_sizes(shape.vocab_size)), dtype=torch.float32, device=device
         )
         self.codes = torch.zeros(cells, dtype=torch.long, device=device)
+        self.given = torch.full_like(self.codes, -1) if prefixed else None
         self.logps = torch.zeros(cells, dtype=torch.float32, device=device)
         self.totals = torch.zeros(cells, dtype=torch.float32, device=device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -100,12 +103,18 @@ class DecodeLoop:
         self.decoder.reset(condition)
 
     @torch.no_grad()
-    def run(self, noise: Tensor) -> None:
+    def run(self, noise: Tensor, prefix: Tensor | None = None) -> None:
         """Sample all clips.
 
         Args:
             noise: the clips' random numbers [N, K, T, M], of `sampling.keyed_noise`.
+            prefix: the codes that the clips begin with [N, K, Tp]; of a loop that is `prefixed`.
         """
+        if prefix is not None:
+            assert self.given is not None
+            self.given.fill_(-1)
+            for codebook, delay in enumerate(self.delays):
+                self.given[delay : delay + prefix.shape[-1], :, codebook] = prefix[:, codebook].T
         for codebook, delay in enumerate(self.delays):
             self.noise[delay : delay + self.num_frames, :, codebook] = noise[:, codebook].transpose(0, 1)
         if self.mode == "graph" and not self._graphs:
@@ -125,6 +134,8 @@ class DecodeLoop:
         assert isinstance(self.decoder, EagerDecoder)
         logits = sampling_logits(self.decoder.step(self.ids, step), self.settings)
         codes, logps, totals = draw(logits, self.noise[step], self.settings.greedy)
+        if self.given is not None:
+            codes = torch.where(self.given[step] < 0, codes, self.given[step])
         self.codes[step], self.logps[step], self.totals[step] = codes, logps, totals
         self.ids = codes.masked_fill(self.no_code[step], self.pad)
 
@@ -136,6 +147,9 @@ class DecodeLoop:
         logits = sampling_logits(self.decoder.step(self.ids, self.position, length, bias), self.settings)
         noise = self.noise.index_select(0, self.position)[0]
         codes, logps, totals = draw(logits, noise, self.settings.greedy)
+        if self.given is not None:
+            given = self.given.index_select(0, self.position)[0]
+            codes = torch.where(given < 0, codes, given)
         self.codes.index_copy_(0, self.position, codes[None])
         self.logps.index_copy_(0, self.position, logps[None])
         self.totals.index_copy_(0, self.position, totals[None])

@@ -25,7 +25,7 @@ from diverse_cfg.policies.sampler.weights import RolloutWeights
 from diverse_cfg.provenance import warn_if_guided
 from diverse_cfg.types import ROLLOUT_BACKENDS, Clips, TextCondition
 
-_MAX_SECONDS = 30
+MAX_SECONDS = 30
 """What MusicGen was trained on; longer music needs a sliding window, which is out of scope for now."""
 
 _TEXT_BUCKET = 32
@@ -55,6 +55,7 @@ def fast_generate(
     decode: bool = True,
     weights: RolloutWeights | None = None,
     dtype: torch.dtype | None = None,
+    prefix: Tensor | None = None,
 ) -> Clips:
     """Generate clips for prompts.
 
@@ -82,6 +83,8 @@ def fast_generate(
             one, a GPU also keeps its graphs.
         dtype: of a snapshot taken now, the model's by default; bfloat16 is faster where the hardware has it, but
             rounds differently in batches of different size, so that a clip may depend on its batch.
+        prefix: codes that the clips begin with [N, K, Tp], of this or another model with the same codec; what
+            follows is sampled.
 
     Returns:
         N = P·G clips on the model's device, those of one prompt adjacent.
@@ -129,6 +132,7 @@ def fast_generate(
             names=[f"prompt {prompt!r}" for prompt in texts],
             weights=weights,
             dtype=dtype,
+            prefix=prefix,
         )
         waveforms = decode_codes(model, clips.codes) if decode else None
     if seed is None:  # only now: a call that fails leaves the global state as it was
@@ -150,6 +154,7 @@ def sample_codes(
     names: Sequence[str] | None = None,
     weights: RolloutWeights | None = None,
     dtype: torch.dtype | None = None,
+    prefix: Tensor | None = None,
     **sampling: Any,
 ) -> Clips:
     """Sample one clip of codes per row of `condition`.
@@ -170,6 +175,7 @@ def sample_codes(
         names: what an error calls each row [N], such as its prompt.
         weights: a snapshot to sample from; refresh it when the model has changed.
         dtype: of a snapshot taken now.
+        prefix: see `fast_generate`; only for the fast backend, and without `return_logps`.
         sampling: `SamplingSettings` by name.
 
     Returns:
@@ -184,6 +190,8 @@ def sample_codes(
     check_backend(rollout_backend)
     _check_length(model, num_frames)
     _check_schedule(settings, num_frames, rollout_backend)
+    if prefix is not None:
+        _check_prefix(model, prefix, len(condition), num_frames, return_logps, rollout_backend)
     if len(condition) == 0:
         raise ValueError("the condition has no rows: there is nothing to sample")
     if negative_condition is not None:
@@ -216,7 +224,8 @@ def sample_codes(
         noise = keyed_noise(seed, sample_ids[rows], *size).to(policy.device)
         if snapshot is None:
             return generate_codes(model, text, num_frames, settings, noise, avoided, names[rows])
-        return _sample(snapshot, text, num_frames, settings, noise, avoided, names[rows])
+        begun = None if prefix is None else prefix[rows].to(snapshot.device)
+        return _sample(snapshot, text, num_frames, settings, noise, avoided, names[rows], begun)
 
     codes, logps = _batched(model, snapshot, len(condition), num_frames, settings, batch_size, sample)
     if snapshot is not None and weights is None:
@@ -336,14 +345,17 @@ def _sample(
     noise: Tensor,
     negative: TextCondition | None,
     names: Sequence[str],
+    prefix: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """One batch through the loop: codes and log-probabilities [N, K, T]."""
     num_clips = len(condition)
     # The caller's autocast must not reach in: the dtype of the rollout is that of its weights.
     with torch.autocast(weights.device.type, enabled=False):
         try:
-            loop = _loop_for(weights, condition, negative, num_frames, settings)
-            loop.run(noise if loop.num_clips == num_clips else noise[_rows_for(loop, num_clips)])
+            loop = _loop_for(weights, condition, negative, num_frames, settings, prefix is not None)
+            rows = _rows_for(loop, num_clips)
+            prefix = None if prefix is None else prefix[rows]
+            loop.run(noise if loop.num_clips == num_clips else noise[rows], prefix)
         except BaseException:
             weights.loops.clear()  # of no use half-captured, and a smaller batch needs the memory
             raise
@@ -364,6 +376,7 @@ def _loop_for(
     negative: TextCondition | None,
     num_frames: int,
     settings: SamplingSettings,
+    prefixed: bool,
 ) -> DecodeLoop:
     """A loop for this batch; a GPU keeps the last one with its graphs.
 
@@ -372,8 +385,8 @@ def _loop_for(
     """
     num_clips, mode = len(condition), default_mode(weights.device)
     if mode == "eager":
-        return DecodeLoop(weights, condition.cat(negative), num_clips, num_frames, settings, mode)
-    key = (negative is not None, num_frames, settings)
+        return DecodeLoop(weights, condition.cat(negative), num_clips, num_frames, settings, mode, prefixed)
+    key = (negative is not None, num_frames, settings, prefixed)
     loop = weights.loops.get(key)
     num_tokens = max(text.attention_mask.shape[1] for text in (condition, negative) if text is not None)
     if loop is not None and num_clips <= loop.num_clips < 2 * num_clips and num_tokens <= loop.num_tokens:
@@ -384,7 +397,7 @@ def _loop_for(
     del loop
     weights.loops.clear()  # two sets of caches would not fit where one just does
     texts = condition.cat(negative).pad(num_tokens + -num_tokens % _TEXT_BUCKET)
-    weights.loops[key] = DecodeLoop(weights, texts, num_clips, num_frames, settings, mode)
+    weights.loops[key] = DecodeLoop(weights, texts, num_clips, num_frames, settings, mode, prefixed)
     return weights.loops[key]
 
 
@@ -421,15 +434,36 @@ def _check_schedule(settings: SamplingSettings, num_frames: int, rollout_backend
         )
 
 
+def _check_prefix(
+    model: nn.Module,
+    prefix: Tensor,
+    num_clips: int,
+    num_frames: int,
+    return_logps: bool,
+    rollout_backend: str,
+) -> None:
+    config = unwrap(model).decoder.config
+    if prefix.ndim != 3 or prefix.shape[:2] != (num_clips, config.num_codebooks):
+        raise ValueError(
+            f"prefix must be codes [{num_clips}, {config.num_codebooks}, Tp] of the clips, got {tuple(prefix.shape)}"
+        )
+    if not 0 < prefix.shape[-1] < num_frames:
+        raise ValueError(f"prefix has {prefix.shape[-1]} frames, the clips {num_frames}: it must be shorter")
+    if prefix.is_floating_point() or not 0 <= int(prefix.min()) <= int(prefix.max()) < config.vocab_size:
+        raise ValueError(f"prefix must hold codes from 0 to {config.vocab_size - 1}: is it of another codec?")
+    if return_logps or rollout_backend != "fast":
+        raise ValueError("prefix needs rollout_backend='fast', and no return_logps: nobody drew its codes")
+
+
 def _check_length(model: nn.Module, num_frames: int) -> None:
     _check_counts(num_frames=num_frames)
     config = unwrap(model).decoder.config
     num_steps = num_decoder_steps(num_frames, delays(model))
     seconds = num_frames / frame_rate(model)
-    if seconds > _MAX_SECONDS:
+    if seconds > MAX_SECONDS:
         raise ValueError(
-            f"num_frames={num_frames} is {seconds:.1f} s; MusicGen plays at most {_MAX_SECONDS} s at once, "
-            f"longer music is not supported: ask for at most {int(_MAX_SECONDS * frame_rate(model))} frames"
+            f"num_frames={num_frames} is {seconds:.1f} s; MusicGen plays at most {MAX_SECONDS} s at once, "
+            f"longer music is not supported: ask for at most {int(MAX_SECONDS * frame_rate(model))} frames"
         )
     if num_steps > config.max_position_embeddings:
         raise ValueError(

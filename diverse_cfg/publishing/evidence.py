@@ -1,4 +1,4 @@
-"""Numbers for a card, from an evaluation of this very model."""
+"""What a card shows of a model: the numbers of its evaluation, and clips to hear before downloading anything."""
 
 import os
 from collections.abc import Sequence
@@ -6,11 +6,13 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
-from diverse_cfg.cards import CardMetric, write_metrics
+from diverse_cfg import cards
 from diverse_cfg.evaluation.metrics import METRICS
 from diverse_cfg.evaluation.results import Results
 from diverse_cfg.evaluation.systems import Mixture, System
-from diverse_cfg.policies.families import load_generation_config
+from diverse_cfg.policies.families import family_of, load_generation_config
+from diverse_cfg.policies.files import generate_files
+from diverse_cfg.policies.loading import load_policy, load_processor
 from diverse_cfg.provenance import read_provenance
 
 _BETTER = {1: "higher", -1: "lower"}
@@ -21,7 +23,7 @@ def add_results(
     evaluation: str | os.PathLike | Results,
     system: str,
     metrics: Sequence[str] | None = None,
-) -> list[CardMetric]:
+) -> list[cards.CardMetric]:
     """Put one row of an evaluation beside the weights, so that the card shows it.
 
     Args:
@@ -54,13 +56,13 @@ def add_results(
             known = METRICS[name]
             judge = next((judges[need] for need in known.needs if need in judges), None)
             better = _BETTER.get(known.better)
-            shown.append(CardMetric(known.axis, found.estimate, found.low, found.high, judge, better))
+            shown.append(cards.CardMetric(known.axis, found.estimate, found.low, found.high, judge, better))
     if not shown:
         raise ValueError(f"system {system!r} has no numbers for a card")
     prompts = f"{len(results.prompts)} prompts" + "".join(f"; note: {flag}" for flag in row.flags)
     seeds = len(results.settings.get("seeds", [0])) * len(row.system.replicates)
     clips = len(results.prompts) * results.settings.get("num_generations", 1) * seeds
-    write_metrics(folder, shown, prompts=prompts, num_clips=clips)
+    cards.write_metrics(folder, shown, prompts=prompts, num_clips=clips)
     return shown
 
 
@@ -92,3 +94,40 @@ def _require_same_sampling(folder: Path, system: System) -> None:
                 f"system {system.name!r} was evaluated with {name}={getattr(system, name):g}, but {folder} "
                 f"is played with {value:g}: its card would show another model's numbers"
             )
+
+
+def add_samples(folder: str | os.PathLike, prompts: Sequence[str]) -> list[cards.Sample]:
+    """Generate one clip per prompt with the folder's own settings and list them for its card.
+
+    The WAV files go into `samples/` inside the folder. Clips that the same call has made before are kept.
+
+    Args:
+        folder: the model folder.
+        prompts: texts, one clip each.
+
+    Raises:
+        ValueError: there are samples of other prompts already, or the model cannot be loaded.
+    """
+    target = Path(folder) / Path(cards.SAMPLES_FILE).parent
+    model = load_policy(folder)
+    settings = model.generation_config
+    tokens = settings.max_new_tokens or settings.max_length
+    if not tokens:
+        raise ValueError(
+            f"{folder}/generation_config.json names no max_new_tokens: how long shall a sample be?"
+        )
+    usual = {"temperature": 1.0, "top_k": cards.TRANSFORMERS_TOP_K, "top_p": 1.0, "min_p": 0.0}
+    own = {name: value for name in usual if (value := getattr(settings, name)) is not None}
+    clips = generate_files(
+        model,
+        list(prompts),
+        target,
+        processor=load_processor(folder),
+        num_frames=tokens - family_of(model).num_frames_to_tokens(0, model.config),
+        resume=True,
+        model_name=Path(folder).resolve().name,
+        **(usual | own),
+    )
+    samples = [cards.Sample(f"{target.name}/{clip['file']}", clip["prompt"], clip["seed"]) for clip in clips]
+    cards.write_samples(folder, samples)
+    return samples
