@@ -105,7 +105,7 @@ def test_training_goes_on_with_smaller_rollouts_when_memory_runs_out(tmp_path, m
     straight.train()
     run, sizes = DecodeLoop.run, []
 
-    def limited(loop, noise):
+    def limited(loop, noise, *_):
         sizes.append(len(noise))
         if len(noise) > 4 and loop.num_frames == trainer._num_frames:
             raise torch.OutOfMemoryError("CUDA out of memory")

@@ -164,7 +164,9 @@ def test_the_automatic_batch_keeps_the_caches_small(monkeypatch):
     model, sizes = policy_of(), []
     condition = encode_text(model, tiny_processor(), PROMPTS)
     run = DecodeLoop.run
-    monkeypatch.setattr(DecodeLoop, "run", lambda loop, noise: sizes.append(len(noise)) or run(loop, noise))
+    monkeypatch.setattr(
+        DecodeLoop, "run", lambda loop, noise, *_: sizes.append(len(noise)) or run(loop, noise)
+    )
     # 2 layers × keys and values × 16 wide × 21 steps × 4 bytes, twice with guidance
     monkeypatch.setattr(batches, "_CPU_CACHE_BYTES", 3 * 2 * 2 * 16 * 21 * 4)
     for guidance_scale in (1.0, 3.0):

@@ -72,7 +72,7 @@ def limited(monkeypatch):
     """Memory for three clips at once; the list of what was tried."""
     run, sizes = DecodeLoop.run, []
 
-    def running(loop, noise):
+    def running(loop, noise, *_):
         sizes.append(len(noise))
         if len(noise) > 3:
             run(loop, noise)  # the failure comes late, when everything has been written to
@@ -118,7 +118,7 @@ def test_out_of_memory_halves_the_batch(error, limited, caplog, monkeypatch):
 
 
 def test_one_clip_that_does_not_fit_is_an_error_with_a_remedy(monkeypatch):
-    def never(loop, noise):
+    def never(loop, *_):
         raise ERRORS[2]
 
     monkeypatch.setattr(DecodeLoop, "run", never)
@@ -129,7 +129,7 @@ def test_one_clip_that_does_not_fit_is_an_error_with_a_remedy(monkeypatch):
 def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch):
     calls = []
 
-    def broken(loop, noise):
+    def broken(loop, *_):
         calls.append(1)
         raise RuntimeError("shapes do not match")
 
@@ -221,7 +221,7 @@ def test_unknown_attention_is_refused():
 def test_without_a_seed_the_global_state_moves_only_when_there_are_clips(monkeypatch):
     model, state = policy_of(), torch.get_rng_state()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(DecodeLoop, "run", lambda loop, noise: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(DecodeLoop, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         generate(model, seed=None)
     assert torch.equal(torch.get_rng_state(), state)
     first, second = (generate(model, seed=None).codes for _ in range(2))
