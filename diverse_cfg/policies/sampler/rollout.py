@@ -26,7 +26,7 @@ from diverse_cfg.provenance import warn_if_guided
 from diverse_cfg.types import ROLLOUT_BACKENDS, Clips, TextCondition
 
 MAX_SECONDS = 30
-"""What MusicGen was trained on; longer music needs a sliding window, which is out of scope for now."""
+"""What MusicGen was trained on; longer music needs a sliding window, see `extension`."""
 
 _TEXT_BUCKET = 32
 
@@ -187,9 +187,7 @@ def sample_codes(
         torch.OutOfMemoryError: not even one clip fits.
     """
     settings = SamplingSettings(**sampling)
-    check_backend(rollout_backend)
-    _check_length(model, num_frames)
-    _check_schedule(settings, num_frames, rollout_backend)
+    _check_clips(model, num_frames, settings, rollout_backend)
     if prefix is not None:
         _check_prefix(model, prefix, len(condition), num_frames, return_logps, rollout_backend)
     if len(condition) == 0:
@@ -291,10 +289,8 @@ def check_request(
 ) -> None:
     """Raise what `fast_generate` would raise for these arguments, before anything is computed or written."""
     require_prompts(prompts, processor)
-    _check_length(model, num_frames)
-    _check_schedule(settings, num_frames, rollout_backend)
+    _check_clips(model, num_frames, settings, rollout_backend)
     _check_counts(num_generations=num_generations, batch_size=batch_size)
-    check_backend(rollout_backend)
     own = unwrap(model).decoder.dtype
     if rollout_backend == "transformers" and dtype not in (None, own):
         raise ValueError(f"dtype={dtype} needs rollout_backend='fast': stock generate computes in {own}")
@@ -420,20 +416,6 @@ def _check_weights(model: nn.Module, weights: RolloutWeights | None, dtype: torc
         raise ValueError(f"dtype={dtype} has no effect on weights that are {weights.dtype}: leave it out")
 
 
-def _check_schedule(settings: SamplingSettings, num_frames: int, rollout_backend: str) -> None:
-    scales = settings.guidance_scale
-    if not isinstance(scales, tuple):
-        return
-    if len(scales) != num_frames:
-        raise ValueError(
-            f"guidance_scale has {len(scales)} numbers, one per frame, but the clips have {num_frames} frames"
-        )
-    if rollout_backend != "fast":
-        raise ValueError(
-            f"a schedule of guidance_scale needs rollout_backend='fast': rollout_backend={rollout_backend!r} has one γ"
-        )
-
-
 def _check_prefix(
     model: nn.Module,
     prefix: Tensor,
@@ -455,7 +437,9 @@ def _check_prefix(
         raise ValueError("prefix needs rollout_backend='fast', and no return_logps: nobody drew its codes")
 
 
-def _check_length(model: nn.Module, num_frames: int) -> None:
+def _check_clips(model: nn.Module, num_frames: int, settings: SamplingSettings, rollout_backend: str) -> None:
+    """Raise for clips that the model is too short for, and for a schedule of γ that does not fit them."""
+    check_backend(rollout_backend)
     _check_counts(num_frames=num_frames)
     config = unwrap(model).decoder.config
     num_steps = num_decoder_steps(num_frames, delays(model))
@@ -469,4 +453,13 @@ def _check_length(model: nn.Module, num_frames: int) -> None:
         raise ValueError(
             f"num_frames={num_frames} needs {num_steps} positions of {config.max_position_embeddings}: ask "
             f"for at most {num_frames - num_steps + config.max_position_embeddings} frames"
+        )
+    scales = settings.guidance_scale
+    if isinstance(scales, tuple) and len(scales) != num_frames:
+        raise ValueError(
+            f"guidance_scale has {len(scales)} numbers, one per frame, but the clips have {num_frames} frames"
+        )
+    if isinstance(scales, tuple) and rollout_backend != "fast":
+        raise ValueError(
+            f"a schedule of guidance_scale needs rollout_backend='fast': rollout_backend={rollout_backend!r} has one γ"
         )
