@@ -43,7 +43,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-generations", type=number(int, 1), default=1, metavar="G", help="clips per prompt (default: 1)"
     )
     add("--seed", type=number(int, 0, 2**64 - 1), help="same seed, same clips (default: 0)")
-    add("--seconds", type=number(float, 0, above=True), help="length (default: the model's own, at most 10)")
+    add(
+        "--seconds",
+        type=number(float, 0, above=True),
+        help="length (default: own, at most 10); over 30, window by window",
+    )
     add("--guidance-scale", type=float, metavar="γ", help="default: the model's own; 1 is no guidance")
     add(
         "--guidance-schedule",

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from diverse_cfg.atomic import alone, replacing, write_text
 from diverse_cfg.policies.policy import as_policy, plain
 from diverse_cfg.policies.sampler.draws import require_64_bits
+from diverse_cfg.policies.sampler.extension import extend, longest_window
 from diverse_cfg.policies.sampler.rollout import (
     RolloutWeights,
     SamplingSettings,
@@ -34,6 +35,7 @@ from diverse_cfg.untrusted import slug
 logger = logging.getLogger(__name__)
 
 _MANIFEST = "generations.json"
+_LONGEST = 600  # seconds of a clip, whose audio is decoded at once
 
 _SAMPLE_FORMATS = {"int16": "PCM_16", "float32": "FLOAT"}
 """Name of a sample format → libsndfile's name of it."""
@@ -65,7 +67,7 @@ def generate_files(
         prompts: P texts.
         output: folder to write; must be new or empty, unless `resume`.
         processor: the model's processor or tokenizer.
-        num_frames: T.
+        num_frames: T; what a model cannot sample at once is sampled window by window, see `extend`.
         num_generations: G clips per prompt.
         seed: clip g of prompt p is the sample p·G + g of this seed.
         negative_prompt: text in the place of the null prompt.
@@ -87,13 +89,21 @@ def generate_files(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if sample_format not in _SAMPLE_FORMATS:
         raise ValueError(f"sample_format={sample_format!r} must be one of {', '.join(_SAMPLE_FORMATS)}")
-    settings = SamplingSettings(**sampling)
+    settings, policy = SamplingSettings(**sampling), as_policy(model)
     require_64_bits("seed", seed)
+    window, seconds = longest_window(policy), num_frames / policy.frame_rate
+    if seconds > _LONGEST:
+        raise ValueError(f"num_frames={num_frames} is {seconds:g} s: ask for at most {_LONGEST} s")
+    if num_frames > window and (rollout_backend != "fast" or isinstance(settings.guidance_scale, tuple)):
+        raise ValueError(
+            f"num_frames={num_frames} takes several windows of {window}, which need rollout_backend='fast' and one "
+            "guidance_scale for all frames"
+        )
     check_request(
         model,
         processor,
         prompts,
-        num_frames,
+        min(num_frames, window),
         settings,
         num_generations=num_generations,
         batch_size=batch_size,
@@ -101,7 +111,6 @@ def generate_files(
         negative_prompt=negative_prompt,
         dtype=dtype,
     )
-    policy = as_policy(model)
     manifest = {
         "model": model_name,
         "weights": _fingerprint(model),
@@ -109,7 +118,7 @@ def generate_files(
         "sampling_rate": policy.sampling_rate,
         "sample_format": sample_format,
         "settings": asdict(settings) | {"negative_prompt": negative_prompt, "num_frames": num_frames},
-        "clips": _plan(prompts, num_generations, seed, num_frames / policy.frame_rate),
+        "clips": _plan(prompts, num_generations, seed, seconds),
     }
     folder = Path(output)
     _open_folder(folder, manifest, resume)
@@ -120,19 +129,20 @@ def generate_files(
     with alone(folder), bar:
         for start in range(0, len(pending), batch_size):
             batch = pending[start : start + batch_size]
-            clips = fast_generate(
-                model,
-                [clip["prompt"] for clip in batch],
-                processor=processor,
-                num_frames=num_frames,
-                **asdict(settings),
-                seed=seed,
-                batch_size=batch_size,
-                rollout_backend=rollout_backend,
-                negative_prompt=negative_prompt,
-                sample_ids=[clip["sample_id"] for clip in batch],
-                weights=weights,
-            )
+            texts = [clip["prompt"] for clip in batch]
+            how = asdict(settings) | {
+                "processor": processor,
+                "batch_size": batch_size,
+                "rollout_backend": rollout_backend,
+                "negative_prompt": negative_prompt,
+                "sample_ids": [clip["sample_id"] for clip in batch],
+                "weights": weights,
+            }
+            first, long = min(num_frames, window), num_frames > window
+            clips = fast_generate(model, texts, num_frames=first, seed=seed, decode=not long, **how)
+            if long:
+                after = (seed + 1) % 2**64
+                clips = extend(model, clips.codes, texts, num_frames=num_frames, seed=after, **how)
             assert clips.waveforms is not None
             for clip, waveform in zip(batch, clips.waveforms.float().cpu(), strict=True):
                 write_wav(folder / clip["file"], waveform, clips.sampling_rate, sample_format)

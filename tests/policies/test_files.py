@@ -146,7 +146,7 @@ def test_resuming_with_other_settings_is_refused(policy, tmp_path, change, named
         {"prompts": [*PROMPTS, "piano " * 512]},
         {"negative_prompt": "piano " * 512, "guidance_scale": 3.0},
         {"num_frames": 0},
-        {"num_frames": 5000},
+        {"num_frames": 50000},
         {"num_generations": 0},
         {"batch_size": 0},
         {"seed": -1},
@@ -171,3 +171,22 @@ def test_two_cannot_write_into_one_folder(policy, tmp_path):
         generate(policy, tmp_path / "clips", resume=True)
     generate(policy, tmp_path / "clips", resume=True)
     assert not leftover.exists()
+
+
+def test_longer_than_the_model_can_sample_at_once(tmp_path):
+    """The tiny model has positions for 125 frames: the rest is continued, the same again, and only where it can be."""
+    policy, settings = (
+        load_policy(tiny_musicgen()),
+        {"processor": tiny_processor(), "num_frames": 180, "seed": 4},
+    )
+    for name in ("a", "b"):
+        clips = generate_files(policy, PROMPTS[:2], tmp_path / name, progress=False, **settings)
+    audio = [[soundfile.read(tmp_path / name / clip["file"])[0] for clip in clips] for name in ("a", "b")]
+    assert all(len(samples) == 180 * 64 for samples in audio[0])
+    assert all((one == other).all() for one, other in zip(*audio, strict=True))
+    assert clips[0]["seconds"] == pytest.approx(180 / 50)
+    with pytest.raises(
+        ValueError, match=r"num_frames=180 takes several windows of 125, .*rollout_backend='fast'"
+    ):
+        generate_files(policy, PROMPTS[:2], tmp_path / "c", rollout_backend="transformers", **settings)
+    assert not (tmp_path / "c").exists()

@@ -6,10 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diverse_cfg.policies.policy import as_policy
+from diverse_cfg.policies.policy import Policy, as_policy
 from diverse_cfg.policies.sampler.rollout import MAX_SECONDS, decode_codes, fast_generate
 from diverse_cfg.policies.sampler.weights import RolloutWeights
 from diverse_cfg.types import Clips
+
+
+def longest_window(policy: Policy) -> int:
+    """Frames that a model samples at once: what it has positions for, at most 30 s."""
+    return min(policy.max_steps - max(policy.delays), int(MAX_SECONDS * policy.frame_rate))
 
 
 def extend(
@@ -53,8 +58,7 @@ def extend(
             `fast_generate`.
     """
     policy = as_policy(model)
-    longest = min(policy.max_steps - max(policy.delays), int(MAX_SECONDS * policy.frame_rate))
-    window = longest if window is None else window
+    window = longest_window(policy) if window is None else window
     overlap = max(1, 2 * window // 5) if overlap is None else overlap
     if not 0 < overlap < window:
         raise ValueError(f"overlap={overlap} must be at least 1 frame and less than window={window}")
