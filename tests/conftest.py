@@ -1,5 +1,6 @@
 """What every test gets: no network, no telemetry, and the tiny MusicGen of `tests/tiny.py`."""
 
+import functools
 import os
 import socket
 import sys
@@ -97,3 +98,19 @@ def tiny_stereo_folder(tmp_path_factory):
     from tests.tiny import save_tiny
 
     return save_tiny(tmp_path_factory.mktemp("tiny") / "musicgen-stereo", audio_channels=2)
+
+
+@pytest.fixture
+def decoder_rows(monkeypatch):
+    """Rows of every decoder pass: clips, doubled when guidance is on."""
+    from transformers.models.musicgen.modeling_musicgen import MusicgenForCausalLM
+
+    rows, forward = [], MusicgenForCausalLM.forward
+
+    @functools.wraps(forward)  # the composite model inspects the decoder's signature
+    def counting(self, input_ids=None, **kwargs):
+        rows.append(input_ids.shape[0] // self.num_codebooks)
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(MusicgenForCausalLM, "forward", counting)
+    return rows

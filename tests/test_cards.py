@@ -1,6 +1,5 @@
 """Cards claim what the folder holds, their metadata is the Hub's, and their snippets run."""
 
-import functools
 import importlib.util
 import json
 import re
@@ -24,22 +23,6 @@ from tests import checkpoints as made
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return made.make_merges(tmp_path_factory.mktemp("cards"))
-
-
-@pytest.fixture
-def decoder_rows(monkeypatch):
-    """Rows of every decoder pass: clips, doubled when guidance is on."""
-    from transformers.models.musicgen.modeling_musicgen import MusicgenForCausalLM
-
-    rows, forward = [], MusicgenForCausalLM.forward
-
-    @functools.wraps(forward)  # the composite model inspects the decoder's signature
-    def counting(self, input_ids=None, **kwargs):
-        rows.append(input_ids.shape[0] // self.num_codebooks)
-        return forward(self, input_ids=input_ids, **kwargs)
-
-    monkeypatch.setattr(MusicgenForCausalLM, "forward", counting)
-    return rows
 
 
 def snippets(card):

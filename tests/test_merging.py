@@ -1,6 +1,5 @@
 """Merging is exact: against NumPy float64, against PEFT, and to the bit where a parent must come back."""
 
-import functools
 import json
 import warnings
 
@@ -293,22 +292,6 @@ def test_the_merged_folder_plays_without_guidance(world, tmp_path):
     )
     inputs = AutoProcessor.from_pretrained(merged)(text=["sad cello"], return_tensors="pt")
     assert model.generate(**inputs).shape == (1, 1, 17 * 64)
-
-
-@pytest.fixture
-def decoder_rows(monkeypatch):
-    """Rows of every decoder pass: clips, doubled when guidance is on."""
-    from transformers.models.musicgen.modeling_musicgen import MusicgenForCausalLM
-
-    rows, forward = [], MusicgenForCausalLM.forward
-
-    @functools.wraps(forward)  # the composite model inspects the decoder's signature
-    def counting(self, input_ids=None, **kwargs):
-        rows.append(input_ids.shape[0] // self.num_codebooks)
-        return forward(self, input_ids=input_ids, **kwargs)
-
-    monkeypatch.setattr(MusicgenForCausalLM, "forward", counting)
-    return rows
 
 
 def test_pipeline_runs_one_row_per_clip(world, tmp_path, decoder_rows):

@@ -217,6 +217,17 @@ def write_checkpoint(folder: Path, size: Size, seed: int = 0) -> Path:
     return folder
 
 
+def edit(path, *replacements, state=None):
+    """Change the stored configuration as text, and the tensors by a function."""
+    package = torch.load(path, weights_only=True)
+    for old, new in replacements:
+        assert old in package["xp.cfg"], old
+        package["xp.cfg"] = package["xp.cfg"].replace(old, new)
+    if state is not None:
+        state(package["best_state"])
+    torch.save(package, path)
+
+
 def write_text_encoder(folder: Path, width: int) -> None:
     """A T5 of one layer and the tiny tokenizer, in place of t5-base."""
     tokenizer = tiny_tokenizer()

@@ -16,6 +16,7 @@ from diverse_cfg.policies.audiocraft import export_audiocraft, from_audiocraft, 
 from diverse_cfg.policies.audiocraft.importing import INSTALL, import_audiocraft
 from diverse_cfg.policies.loading import load_policy, load_processor
 from tests.faults import without_privileges
+from tests.policies.audiocraft_world import edit
 from tests.tiny import tiny_config, tiny_musicgen, tiny_processor
 
 DATA = Path(__file__).parent / "data" / "audiocraft"
@@ -27,17 +28,6 @@ LM, CODEC = "state_dict.bin", "compression_state_dict.bin"
 def folder(tmp_path):
     """A checkpoint to be spoilt."""
     return Path(shutil.copytree(DATA / "mono", tmp_path / "checkpoint"))
-
-
-def edit(path, *replacements, state=None):
-    """Change the stored configuration as text, and the tensors by a function."""
-    package = torch.load(path, weights_only=True)
-    for old, new in replacements:
-        assert old in package["xp.cfg"], old
-        package["xp.cfg"] = package["xp.cfg"].replace(old, new)
-    if state is not None:
-        state(package["best_state"])
-    torch.save(package, path)
 
 
 T5 = "t5: {name: t5-small, finetune: false, word_dropout: 0.3, normalize_text: false}"
