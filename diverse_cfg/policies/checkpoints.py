@@ -9,6 +9,7 @@ LoRA adapter with the products B·A of the layers that it touches.
 """
 
 import os
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -85,20 +86,14 @@ class AdapterCheckpoint(Checkpoint):
     def _collect(self, found: dict[str, TensorInfo]) -> None:
         for stored_name, info in found.items():
             path = stored_name.removeprefix(_ADAPTER_PREFIX)
-            for half, other in (
-                (".lora_A.weight", ".lora_B.weight"),
-                (".lora_embedding_A", ".lora_embedding_B"),
-            ):
-                if path.endswith(half):
-                    module = path.removesuffix(half)
-                    name = self._base_name(stored_name, f"{module}.weight")
-                    self.factors[name] = (info, found[f"{_ADAPTER_PREFIX}{module}{other}"])
-                    if "embedding" in half:
-                        self._embeddings.add(name)
-                    break
-                if path.endswith(other):
-                    break
-            else:  # a module of `modules_to_save`, or a trained bias
+            if match := re.fullmatch(r"(.+)(\.lora_A\.weight|\.lora_embedding_A)", path):
+                module, half = match.groups()
+                name = self._base_name(stored_name, f"{module}.weight")
+                self.factors[name] = (info, found[f"{_ADAPTER_PREFIX}{module}{half.replace('_A', '_B')}"])
+                if "embedding" in half:
+                    self._embeddings.add(name)
+            elif not path.endswith((".lora_B.weight", ".lora_embedding_B")):
+                # a module of `modules_to_save`, or a trained bias
                 self.replaced[self._base_name(stored_name, path.replace(".base_layer.", "."))] = info
 
     def _base_name(self, stored_name: str, path: str) -> str:
@@ -110,19 +105,17 @@ class AdapterCheckpoint(Checkpoint):
             )
         return name
 
-    def _module(self, name: str) -> str:
-        return name.removesuffix(".weight")
+    def _of_layer(self, name: str, pattern: dict[str, Any] | None, usual: float) -> Any:
+        pattern = pattern or {}
+        return pattern.get(get_pattern_key(list(pattern), name.removesuffix(".weight")), usual)
 
     def rank(self, name: str) -> int:
         """r of one adapted layer."""
-        pattern = self.lora.rank_pattern or {}
-        return pattern.get(get_pattern_key(list(pattern), self._module(name)), self.lora.r)
+        return self._of_layer(name, self.lora.rank_pattern, self.lora.r)
 
     def scaling(self, name: str) -> float:
         """α / r of one adapted layer."""
-        pattern = self.lora.alpha_pattern or {}
-        alpha = pattern.get(get_pattern_key(list(pattern), self._module(name)), self.lora.lora_alpha)
-        return alpha / self.rank(name)
+        return self._of_layer(name, self.lora.alpha_pattern, self.lora.lora_alpha) / self.rank(name)
 
     def lora_factors(self, name: str, dtype: torch.dtype) -> interpolation.LoraFactors:
         """A [r, in], B [out, r] and scaling of one adapted layer (for an embedding, of its transpose)."""
@@ -132,7 +125,7 @@ class AdapterCheckpoint(Checkpoint):
     def factor_key(self, name: str, half: str) -> str:
         """PEFT's name for one half ("A" or "B") of the factors of a layer."""
         kind = f"lora_embedding_{half}" if name in self._embeddings else f"lora_{half}.weight"
-        return f"{_ADAPTER_PREFIX}{self._module(name)}.{kind}"
+        return f"{_ADAPTER_PREFIX}{name.removesuffix('.weight')}.{kind}"
 
     def _sources(self, name: str) -> list[TensorInfo]:
         if name in self.factors:

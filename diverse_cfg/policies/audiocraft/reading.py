@@ -316,7 +316,9 @@ def _read_text_encoder(
             with reading(candidate):
                 tokenizer = AutoTokenizer.from_pretrained(candidate)
                 if own:
-                    return Parts(_encoder_only(AutoConfig.from_pretrained(candidate)), own), tokenizer
+                    with torch.device("meta"):
+                        encoder = T5EncoderModel(AutoConfig.from_pretrained(candidate))
+                    return Parts(encoder.config, own), tokenizer
             encoder = load_complete(T5EncoderModel, candidate, dtype=torch.float32)
             return Parts(encoder.config, dict(encoder.state_dict())), tokenizer
         except (OSError, ValueError) as caught:
@@ -328,11 +330,6 @@ def _read_text_encoder(
         f"`hf download {name}` where there is a network, put its folder at {folder / TEXT_ENCODER_FOLDER}, or "
         "name it (text_encoder=…, convert --text-encoder …)"
     ) from error
-
-
-def _encoder_only(config: Any) -> Any:
-    with torch.device("meta"):
-        return T5EncoderModel(config).config
 
 
 def _require_complete(
