@@ -4,6 +4,7 @@ A LoRA adapter that was never trained, saved too early or loaded by a program th
 like its base. So the report measures how far the weights lie from the base's, part by part.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -89,6 +90,8 @@ def format_report(report: Mapping[str, Any]) -> str:
     else:
         total = report["difference"]
         verdict = "differs from the base" if report["active"] else "IDENTICAL TO THE BASE: it has no effect"
+        if not math.isfinite(total["relative"]):
+            verdict = "BROKEN: it or its base has NaN or infinite values"
         rows.append(
             (
                 "against the base",
@@ -189,7 +192,7 @@ def _difference(
         part["difference"] += squared
         part["base"] += reference.double().square().sum().item()
         part["tensors"] += 1
-        part["changed_tensors"] += squared > 0
+        part["changed_tensors"] += squared != 0  # NaN too
     total = {
         key: sum(part[key] for part in parts.values())
         for key in ("difference", "base", "tensors", "changed_tensors")

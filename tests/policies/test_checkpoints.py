@@ -206,6 +206,13 @@ FULL = {
     "provenance is a folder": (directory("diverse_cfg.json"), "diverse_cfg.json", {"load_processor"}),
     "an index that leads elsewhere": (outside, r"index\.json.*\.\./elsewhere", {"load_processor"}),
     "an index without names": (nonsense_index, "index.json", {"load_processor"}),
+    "quantized weights": (
+        tensors(
+            made.MODEL, lambda weights: {n: t.to(torch.int8) if "fc1" in n else t for n, t in weights.items()}
+        ),
+        r"fc1.*stored as torch\.int8.*dequantize",
+        {"load_processor"},
+    ),
     "no tokenizer": (lose("tokenizer.json"), "tokenizer.json", _TEXT | {"merge"}),
     "a tokenizer of something else": (write("tokenizer.json", "{}"), "broken", _TEXT),
     "no processor": (lose("processor_config.json"), "processor_config.json", _TEXT | {"merge"}),
@@ -228,6 +235,11 @@ LORA = {
         set(),
     ),
     "some of the keys": (tensors(ADAPTER, without("layers.1.fc1.lora")), r"layers\.1\.fc1\.lora", set()),
+    "quantized factors": (
+        tensors(ADAPTER, lambda weights: {n: t.to(torch.uint8) for n, t in weights.items()}),
+        r"stored as torch\.uint8.*dequantize",
+        set(),
+    ),
     "factors of another rank": (settings("adapter_config.json", r=5), "has shape", set()),
     "a rank that is a word": (settings("adapter_config.json", r="two"), "adapter_config.json", set()),
     "half-written settings": (write("adapter_config.json", '{"r": 4, '), "adapter_config.json", set()),
