@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
+from transformers.optimization import get_scheduler
 from transformers.trainer_utils import HubStrategy
 from trl import RLOOConfig
 
@@ -215,6 +216,7 @@ class CFGDiversityConfig(RLOOConfig):
         self._choose_bf16()
         super().__post_init__()
         self.guards = GuardConfig.from_dict(self.guards)
+        self._check_schedule()
         self._check_groups()
         if self.process_index == 0 and (idle := idle_settings(self) + idle_settings(self.guards)):
             warnings.warn("; ".join(idle), UserWarning, stacklevel=3)
@@ -251,6 +253,10 @@ class CFGDiversityConfig(RLOOConfig):
                     raise ValueError(f"{name}={value!r} must be {wanted}")
         if self.diversity_coef == 0 and self.distillation_coef == 0:
             raise ValueError("diversity_coef and distillation_coef are both 0: there is nothing to train")
+        if self.negative_prompt is not None and not self.negative_prompt.strip():
+            raise ValueError(
+                f"negative_prompt={self.negative_prompt!r} has no text: leave it unset for no text"
+            )
         if self.rollout_source == "teacher" and self.diversity_coef > 0:
             raise ValueError(
                 f"diversity_coef={self.diversity_coef} with rollout_source='teacher': no clip is the "
@@ -263,6 +269,28 @@ class CFGDiversityConfig(RLOOConfig):
                 f"sequence_score=True with rollout_source={self.rollout_source!r}: only the student's own "
                 "clips have a gradient through the sampling; use rollout_source='student'"
             )
+
+    def _check_schedule(self) -> None:
+        """Refuse what transformers finds out after loading, some of it with a `TypeError`."""
+        for part in (self.optim_args or "").split(",") if self.optim_args else []:
+            if part.count("=") != 1:
+                raise ValueError(
+                    f"optim_args={self.optim_args!r} must be key=value, with commas between several"
+                )
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        try:
+            get_scheduler(
+                self.lr_scheduler_type,
+                optimizer,
+                0,
+                10**9,
+                scheduler_specific_kwargs=self.lr_scheduler_kwargs,
+            )
+        except (TypeError, ValueError) as error:
+            kind = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
+            raise ValueError(
+                f"lr_scheduler_kwargs={self.lr_scheduler_kwargs!r} does not fit lr_scheduler_type={kind}: {error}"
+            ) from error
 
     def check_evaluation(self, pairs: bool | None = None) -> None:
         """Refuse evaluations that would fail when their turn comes: every process takes whole prompt groups.

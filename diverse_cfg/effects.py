@@ -17,12 +17,12 @@ ACTS = """
     output_dir seed full_determinism use_cpu resume_from_checkpoint ignore_data_skip
     restore_callback_states_from_checkpoint local_rank
     per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps generation_batch_size
-    steps_per_generation num_generations num_generations_eval num_iterations max_steps
+    steps_per_generation num_generations num_iterations max_steps
     learning_rate lr_scheduler_type optim weight_decay max_grad_norm reward_weights temperature
     bf16 tf32 gradient_checkpointing activation_checkpointing torch_empty_cache_steps
     logging_strategy logging_first_step logging_nan_inf_filter log_level log_level_replica log_on_each_node
     disable_tqdm report_to skip_memory_metrics
-    eval_strategy eval_on_start metric_for_best_model load_best_model_at_end
+    eval_strategy eval_on_start
     save_strategy save_on_each_node enable_jit_checkpoint
     push_to_hub hub_token hub_private_repo hub_model_id hub_revision
     dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor
@@ -178,6 +178,12 @@ RULES = (
     _Idle("eval_delay do_eval", "set eval_strategy", lambda a: a.eval_strategy != "no"),
     _Idle("save_steps", "it needs save_strategy=steps", lambda a: a.save_strategy == "steps"),
     _Idle("save_total_limit save_only_model", "set save_strategy", lambda a: a.save_strategy != "no"),
+    _Idle(
+        "load_best_model_at_end metric_for_best_model",
+        "set eval_strategy, and save_strategy to the same",
+        lambda a: a.eval_strategy != "no",
+        off=("loss",),  # what transformers fills in
+    ),
     _Idle("greater_is_better", "set metric_for_best_model", lambda a: a.metric_for_best_model is not None),
     _Idle("hub_strategy hub_always_push", "set push_to_hub", lambda a: a.push_to_hub),
     _Idle("run_name", "set report_to", lambda a: bool(a.report_to)),
@@ -239,7 +245,7 @@ RULES = (
         acts_in=lambda run: run.embeds,
     ),
     _Idle(
-        "monitor_embedder audio_samples alarms",
+        "monitor_embedder audio_samples alarms num_generations_eval",
         "it acts at evaluations: give held-out prompts",
         acts_in=lambda run: run.held_out,
         off=(0,),

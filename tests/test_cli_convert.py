@@ -102,6 +102,21 @@ def test_what_cannot_be_converted_is_one_line(tiny_folder, tmp_path, refused, ar
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("value", "dtype"), [("nan", "float32"), ("1e6", "float16")])
+def test_values_that_are_lost_are_not_written(tiny_folder, tmp_path, capsys, value, dtype):
+    """Fault: a checkpoint of NaN, or of the infinities that float16 makes, which looked finished."""
+    source = shutil.copytree(tiny_folder, tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    weights["decoder.lm_heads.0.weight"][0, 0] = float(value)
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    output = tmp_path / "out"
+    assert (
+        main(["convert", str(source), "--to", "audiocraft", "--dtype", dtype, "--output", str(output)]) == 2
+    )
+    assert "NaN or infinite values in linears.0.weight" in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_nothing_is_overwritten(tmp_path, refused):
     (tmp_path / "out").mkdir()
     assert "exists already" in refused("convert", DATA, "--to", "transformers", "--output", tmp_path / "out")

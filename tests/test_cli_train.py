@@ -61,6 +61,7 @@ def test_a_recipe_sets_and_a_flag_overrides(parsed, tmp_path):
         (RECIPE + "lora_target_modules: q_proj\n", "lora_target_modules='q_proj' must be a list"),
         (RECIPE + "lora_r: 1.5\n", "lora_r=1.5 must be an integer"),
         (RECIPE.replace("-50}", "loud}"), "guards.silence_dbfs='loud' must be a finite number"),
+        (RECIPE + "max-steps: 5\n", "the recipe has max-steps: write max_steps there"),
         (RECIPE + "diversity_coef: 5\n", "diversity_coef is set twice: keep one"),
         (RECIPE.replace("-50}", "-50, silence_dbfs: -40}"), "silence_dbfs is set twice"),
         (RECIPE + "~: 5\n", "the name '~' is not text"),
@@ -195,6 +196,16 @@ def test_reward_functions_by_name(monkeypatch):
     assert command._rewards(args, SimpleNamespace(diversity_coef=5), "m") is None
     named = SimpleNamespace(diversity_coef=0, diversity_embedder="e")  # only logged
     assert command._rewards(args, named, "m") == ["diversity for m"]
+
+
+def test_a_split_of_a_file_is_refused(tmp_path, tiny_folder, capsys):
+    """Fault: all of the file was trained on, whatever split was asked for."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a slow piano\n")
+    arguments = ["--model_name_or_path", str(tiny_folder), "--output_dir", str(tmp_path / "run")]
+    arguments += ["--dataset_name", str(prompts), "--dataset_train_split", "small", "--report_to", "none"]
+    assert main(["train", *arguments]) == 2
+    assert f"dataset_train_split=small: the file {prompts} has no splits" in capsys.readouterr().err
 
 
 def test_an_unknown_reward_is_refused_before_anything_is_loaded(tmp_path):

@@ -70,6 +70,36 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path, settings, mes
         config(tmp_path, **settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"lr_scheduler_kwargs": {"foo": 1}},
+            r"lr_scheduler_kwargs=\{'foo': 1\} does not fit .*linear",
+        ),
+        ({"lr_scheduler_kwargs": "foo"}, "lr_scheduler_kwargs='foo'"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "warmup_stable_decay.*num_decay_steps"),
+        ({"optim": "sgd", "optim_args": "momentum"}, "optim_args='momentum' must be key=value"),
+        ({"negative_prompt": " "}, "negative_prompt=' ' has no text"),
+    ],
+)
+def test_what_would_fail_after_loading_is_refused_by_name(tmp_path, settings, said):
+    """Fault: a `TypeError` of transformers with its traceback, once the model is loaded."""
+    with pytest.raises(ValueError, match=said):
+        config(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("warmup_stable_decay", {"num_decay_steps": 5}),
+        ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
+    ],
+)
+def test_schedules_that_fit_are_taken(tmp_path, kind, settings):
+    config(tmp_path, lr_scheduler_type=kind, lr_scheduler_kwargs=settings)
+
+
 def test_two_generations_are_enough_without_diversity(tmp_path):
     assert config(tmp_path, num_generations=2, diversity_coef=0.0).num_generations == 2
 

@@ -122,6 +122,8 @@ WAITING = {
     "save_steps": (3, {"save_strategy": "no"}, {}),
     "save_total_limit": (3, {"save_strategy": "no"}, {}),
     "save_only_model": (True, {"save_strategy": "no"}, {}),
+    "load_best_model_at_end": (True, {"save_strategy": "no"}, {"eval_strategy": "steps"}),
+    "metric_for_best_model": ("reward", {}, {"eval_strategy": "steps"}),
     "greater_is_better": (True, {}, {"metric_for_best_model": "reward"}),
     "hub_strategy": ("checkpoint", {}, {"push_to_hub": True}),
     "hub_always_push": (True, {}, {"push_to_hub": True}),
@@ -182,6 +184,7 @@ def test_what_the_trainer_alone_knows_is_warned_about(tmp_path):
     assert build() == ""
     assert "monitor_embedder='x' has no effect" in build(monitor_embedder="x", audio_samples=0)
     assert "audio_samples=2 has no effect: it acts at evaluations" in build(audio_samples=2)
+    assert "num_generations_eval=4 has no effect" in build(num_generations_eval=4)
     assert "guards={'max_silence': 0.3} has no effect" in build(guards={"max_silence": 0.3})
     guarded = DiversityReward(WaveEmbedder(), GuardConfig(max_silence=0.5))
     assert build(guards={"max_silence": 0.3}, reward=guarded) == ""

@@ -50,6 +50,17 @@ def test_an_adapter_without_effect_is_exposed(world, tmp_path):
     assert "IDENTICAL" not in format_report(inspect_checkpoint(world["lora1"]))
 
 
+def test_broken_values_are_said(world, tmp_path):
+    """Fault: a part with NaN counted as unchanged, and the model as one that differs like any other."""
+    broken = made.copy(world["full1"], tmp_path / "broken")
+    weights = load_file(broken / made.MODEL)
+    next(t for n, t in weights.items() if n.startswith("audio_encoder.decoder")).view(-1)[0] = float("nan")
+    save_file(weights, broken / made.MODEL)
+    report = inspect_checkpoint(broken, base=world["base"])
+    assert report["difference"]["parts"]["codec"]["changed_tensors"] == 1
+    assert "BROKEN: it or its base has NaN" in format_report(report)
+
+
 def test_a_merge_names_its_parents(world, tmp_path):
     merged = merge_checkpoints([world["lora1"], world["full2"]], 0.3, tmp_path / "m")
     report = inspect_checkpoint(merged, base=world["base"])

@@ -1,6 +1,7 @@
 """Merging is exact: against NumPy float64, against PEFT, and to the bit where a parent must come back."""
 
 import json
+import os
 import warnings
 
 import numpy as np
@@ -388,6 +389,22 @@ def test_sweep(world, tmp_path, monkeypatch):
     assert (folders[0] / made.MODEL).stat().st_mtime_ns == kept
     with pytest.raises(FileExistsError, match="not made by this sweep"):
         merge_sweep(pair[::-1], parse_sweep("0:1:0.5"), tmp_path / "sweep")
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda folder: os.truncate(folder / made.MODEL, 999), "truncated"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer"),
+        (lambda folder: (folder / "diverse_cfg.json").unlink(), "has no diverse_cfg.json"),
+    ],
+)
+def test_a_sweep_does_not_take_a_damaged_point_for_finished(world, tmp_path, edit, said):
+    pair = [world["lora1"], world["lora2"]]
+    first = merge_sweep(pair, [0.0], tmp_path / "sweep")[0]
+    edit(first)
+    with pytest.raises(ValueError, match=f"{said}.*remove {first} and it is merged again"):
+        merge_sweep(pair, [0.0, 0.5], tmp_path / "sweep")
 
 
 def test_parse_sweep():

@@ -36,7 +36,8 @@ def _run(args: argparse.Namespace) -> None:
     quiet_libraries()
     results = evaluate(SweepConfig.from_dict(settings))
     print(results.table())
-    print(f"\nresults, figures and index.html: {settings['output']}")
+    page = "" if args.no_gallery else " and index.html"
+    print(f"\nresults, figures{page}: {settings['output']}")
     failed = [row.system.name for row in results.systems if not row.ok]
     if failed:
         raise ValueError(f"{len(failed)} of {len(results.systems)} systems failed: {', '.join(failed)}")

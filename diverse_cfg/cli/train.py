@@ -93,6 +93,9 @@ def _run(args: argparse.Namespace) -> None:
     words, recipe = _words(args.rest), {}
     if "--config" in words:
         recipe = read_settings(words[words.index("--config") + 1])
+    for name in recipe:
+        if "-" in name:
+            raise ValueError(f"the recipe has {name}: write {name.replace('-', '_')} there")
     typed = [word.partition("=")[0] for word in words if word.startswith("--")]
     _check_names([*typed, *(f"--{name}" for name in recipe if name != "env")], parser)
     annotations = field_types(TrainArguments) | field_types(CFGDiversityConfig)
@@ -183,9 +186,12 @@ def _train(args: TrainArguments, config, callbacks: Sequence[Any]) -> None:
 
     model = model_source(args.model_name_or_path)
     _resolve_nano(config)
-    prompts = load_prompts(
-        prompt_source(args.dataset_name), split=args.dataset_train_split, column=args.dataset_prompt_column
-    )
+    source = prompt_source(args.dataset_name)
+    if args.dataset_train_split != "train" and Path(source).is_file():
+        raise ValueError(
+            f"dataset_train_split={args.dataset_train_split}: the file {source} has no splits; leave it out"
+        )
+    prompts = load_prompts(source, split=args.dataset_train_split, column=args.dataset_prompt_column)
     peft_config = None
     if args.use_peft:
         from peft import LoraConfig

@@ -5,6 +5,7 @@ like its base. So the report measures how far the weights lie from the base's, p
 """
 
 import itertools
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -87,6 +88,8 @@ def format_report(report: Mapping[str, Any]) -> str:
     else:
         total = report["difference"]
         verdict = "differs from the base" if report["active"] else "IDENTICAL TO THE BASE: it has no effect"
+        if not math.isfinite(total["relative"]):
+            verdict = "BROKEN: it or its base has NaN or infinite values"
         rows.append(
             (
                 "against the base",
@@ -183,7 +186,7 @@ def _difference(
         part["difference"] += squared
         part["base"] += reference.double().square().sum().item()
         part["tensors"] += 1
-        part["changed_tensors"] += squared > 0
+        part["changed_tensors"] += squared != 0  # NaN too
     total = {
         key: sum(part[key] for part in parts.values())
         for key in ("difference", "base", "tensors", "changed_tensors")

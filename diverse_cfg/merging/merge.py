@@ -23,12 +23,12 @@ from diverse_cfg.cards import write_card
 from diverse_cfg.merging.adapter import write_adapter
 from diverse_cfg.merging.experts import DTYPES, Experts, open_experts
 from diverse_cfg.merging.weights import resolve_weights
-from diverse_cfg.policies.checkpoints import AdapterCheckpoint
+from diverse_cfg.policies.checkpoints import AdapterCheckpoint, open_checkpoint
 from diverse_cfg.policies.families import PROCESSOR_FILES
 from diverse_cfg.policies.loading import load_processor
 from diverse_cfg.policies.stored import Checkpoint
 from diverse_cfg.policies.tensors import TensorSpec, write_safetensors
-from diverse_cfg.provenance import Provenance, write_provenance
+from diverse_cfg.provenance import PROVENANCE_FILE, Provenance, write_provenance
 
 RECIPE_FILE = "merge.yaml"
 Format = Literal["full", "adapter"]
@@ -120,9 +120,23 @@ def merge_sweep(
             missing.append((folder, weights))
         elif read_recipe(folder) != recipe:
             raise FileExistsError(f"{folder} exists and was not made by this sweep: choose another output")
+        else:
+            _require_complete(folder, experts)
     for folder, weights in missing:
         _write(experts, weights, folder, precision, format)
     return folders
+
+
+def _require_complete(folder: Path, experts: Experts) -> None:
+    """Refuse a merge of an earlier run that was damaged since: it would be taken for finished."""
+    try:
+        missing = experts.family.missing_processor(folder)
+        if open_checkpoint(folder, base=experts.base).provenance is None:
+            missing = PROVENANCE_FILE
+        if missing:
+            raise ValueError(f"{folder} has no {missing}: it is incomplete")
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{error}; remove {folder} and it is merged again") from error
 
 
 def read_recipe(folder: str | os.PathLike) -> dict[str, Any] | None:

@@ -277,7 +277,7 @@ def require_prompts(prompts: Sequence[str], tokenizer: Any, where: str = "") -> 
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(
-                f"prompt {index} is {prompt!r}: every prompt needs text (for clips without a prompt, pass "
+                f"{where}prompt {index} is {prompt!r}: every prompt needs text (for clips without a prompt, pass "
                 "condition.null() to sample_codes)"
             )
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)

@@ -204,6 +204,13 @@ def test_missing_files_are_named(root, tmp_path):
         read_settings(tmp_path / "bad.yaml")
 
 
+def test_a_page_that_is_not_written_is_not_announced(root, tmp_path, capsys):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(settings(root, tmp_path / "sweep", metrics=["validity"])))
+    assert main(["evaluate", "--config", str(path), "--no-gallery"]) == 0
+    assert f"results, figures: {tmp_path / 'sweep'}" in capsys.readouterr().out
+
+
 def test_a_sweep_without_quality_or_diversity_has_no_front(root, tmp_path):
     values = settings(root, tmp_path / "sweep", metrics=["validity"], gallery_prompts=0)
     results = evaluate(values)

@@ -25,6 +25,15 @@ def generate(model, prompts=PROMPTS, **settings):
     return fast_generate(model, prompts, **settings)
 
 
+def test_a_broken_codec_is_no_music():
+    """Fault: NaN became samples at full scale, and the clip was written."""
+    model = policy_of()
+    with torch.no_grad():
+        model.audio_encoder.decoder.layers[0].conv.bias[0] = math.nan
+    with pytest.raises(FloatingPointError, match=r"audio_encoder.*copy, download or save the model again"):
+        generate(model)
+
+
 @pytest.mark.parametrize("backend", ["fast", "transformers"])
 def test_an_exception_leaves_everything_as_it_was(backend, monkeypatch):
     model = policy_of()

@@ -155,6 +155,12 @@ def _is_same(encoder: T5EncoderModel, name: str) -> bool:
 
 
 def _save(state: dict[str, Tensor], config: dict[str, Any], path: Path) -> None:
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{path.name} would hold NaN or infinite values in {name}: the model's training broke, or "
+                f"{str(tensor.dtype).removeprefix('torch.')} is too narrow for it (then take float32)"
+            )
     package = {
         # Clones, since a view is saved with all of what it looks at.
         "best_state": {name: tensor.detach().clone() for name, tensor in state.items()},

@@ -247,6 +247,7 @@ def decode_codes(model: nn.Module, codes: Tensor, *, batch_size: int | None = No
 
     Raises:
         ValueError: codes of another shape, or that the codec does not have.
+        FloatingPointError: audio that is not finite.
     """
     policy = unwrap(model)
     config, codec = policy.decoder.config, policy.audio_encoder
@@ -271,7 +272,13 @@ def decode_codes(model: nn.Module, codes: Tensor, *, batch_size: int | None = No
         return torch.cat(audio, dim=1) if stereo else audio[0][:, 0]
 
     with torch.autocast(codec.device.type, enabled=False):
-        return torch.cat(in_batches(len(codes), batch_size, decode))
+        waveforms = torch.cat(in_batches(len(codes), batch_size, decode))
+    if not torch.isfinite(waveforms).all():
+        raise FloatingPointError(
+            "the codec's audio is not finite: its weights (audio_encoder) are broken; copy, download or save the model "
+            "again"
+        )
+    return waveforms
 
 
 def check_request(
@@ -295,7 +302,7 @@ def check_request(
     if rollout_backend == "transformers" and dtype not in (None, own):
         raise ValueError(f"dtype={dtype} needs rollout_backend='fast': stock generate computes in {own}")
     if negative_prompt is not None:
-        require_prompts([negative_prompt], processor)
+        require_prompts([negative_prompt], processor, "negative_prompt: ")
         if not settings.guided:
             raise ValueError(
                 f"negative_prompt={negative_prompt!r} needs guidance: set guidance_scale above 1"
