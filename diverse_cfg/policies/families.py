@@ -271,6 +271,11 @@ def family_of(source: Any) -> Family:
         return _FAMILIES[kind]
     path = Path(source) / "config.json"
     if not path.is_file():
+        if begun := sorted(Path(source).glob("checkpoint-*/config.json"), key=os.path.getmtime):
+            raise FileNotFoundError(
+                f"{source} has no config.json: its training has not ended; go on with it (resume_from_checkpoint), or "
+                f"take its last checkpoint, {begun[-1].parent}"
+            )
         raise FileNotFoundError(
             f"{source} has no config.json: it is neither a MusicGen checkpoint, nor AudioCraft's (state_dict.bin and "
             "compression_state_dict.bin), nor an adapter"

@@ -152,6 +152,12 @@ def test_what_is_not_there_is_refused(tmp_path):
         load_policy(nn.Linear(1, 1))
 
 
+def test_a_training_that_has_not_ended_names_its_last_checkpoint(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "run" / "checkpoint-5")
+    with pytest.raises(FileNotFoundError, match=r"training has not ended.*run/checkpoint-5"):
+        load_policy(tmp_path / "run")
+
+
 def test_adapter_without_its_base_is_refused(adapter, tiny_folder):
     folder, _ = adapter
     path = folder / "adapter_config.json"
