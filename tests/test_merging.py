@@ -1,7 +1,6 @@
 """Merging is exact: against NumPy float64, against PEFT, and to the bit where a parent must come back."""
 
 import json
-import os
 import warnings
 
 import numpy as np
@@ -391,20 +390,37 @@ def test_sweep(world, tmp_path, monkeypatch):
         merge_sweep(pair[::-1], parse_sweep("0:1:0.5"), tmp_path / "sweep")
 
 
-@pytest.mark.parametrize(
-    ("edit", "said"),
-    [
-        (lambda folder: os.truncate(folder / made.MODEL, 999), "truncated"),
-        (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer"),
-        (lambda folder: (folder / "diverse_cfg.json").unlink(), "has no diverse_cfg.json"),
-    ],
-)
-def test_a_sweep_does_not_take_a_damaged_point_for_finished(world, tmp_path, edit, said):
+@pytest.mark.parametrize("format", ["full", "adapter"])
+@pytest.mark.parametrize("lost", ["weights", "end of the weights", "tokenizer", "provenance"])
+def test_a_damaged_point_of_a_sweep_is_not_taken_as_done(world, tmp_path, format, lost):
     pair = [world["lora1"], world["lora2"]]
-    first = merge_sweep(pair, [0.0], tmp_path / "sweep")[0]
-    edit(first)
-    with pytest.raises(ValueError, match=f"{said}.*remove {first} and it is merged again"):
-        merge_sweep(pair, [0.0, 0.5], tmp_path / "sweep")
+    [folder] = merge_sweep(pair, [0.5], tmp_path / "sweep", format=format)
+    path = folder / (made.MODEL if format == "full" else "adapter_model.safetensors")
+    path = {"tokenizer": folder / "tokenizer.json", "provenance": folder / "diverse_cfg.json"}.get(lost, path)
+    content = path.read_bytes()
+    path.unlink()
+    if lost == "end of the weights":
+        path.write_bytes(content[:-100])
+    with pytest.raises(
+        (ValueError, OSError), match=r"weight-0\.5 cannot be read .*: delete it and run the sweep"
+    ):
+        merge_sweep(pair, [0.5], tmp_path / "sweep", format=format)
+
+
+@pytest.mark.parametrize("name", ["full1", "lora1"])
+def test_a_sweep_does_not_go_on_with_other_weights(world, tmp_path, name):
+    """Fault: an expert was trained again at the same path, and half of the sweep is another."""
+    pair, output = [made.copy(world[name], tmp_path / "first"), world["lora2"]], tmp_path / "sweep"
+    [folder] = merge_sweep(pair, [0.5], output)
+    path = pair[0] / ("adapter_model.safetensors" if name == "lora1" else made.MODEL)
+    weights = load_file(path)
+    last = max(key for key in weights if "decoder.layers" in key and weights[key].ndim == 2)
+    save_file(weights | {last: weights[last] + 1}, path, metadata={"format": "pt"})
+    with pytest.raises(FileExistsError, match="merged from other weights than its checkpoints have now"):
+        merge_sweep(pair, [0.5, 0.75], output)
+    recipe = (folder / "merge.yaml").read_text()
+    (folder / "merge.yaml").write_text(recipe.split("fingerprints:")[0])  # as older versions wrote it
+    assert merge_sweep(pair, [0.5], output) == [folder]
 
 
 def test_parse_sweep():

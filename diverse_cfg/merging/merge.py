@@ -25,10 +25,11 @@ from diverse_cfg.merging.experts import DTYPES, Experts, open_experts
 from diverse_cfg.merging.weights import resolve_weights
 from diverse_cfg.policies.checkpoints import AdapterCheckpoint, open_checkpoint
 from diverse_cfg.policies.families import PROCESSOR_FILES
-from diverse_cfg.policies.loading import load_processor
+from diverse_cfg.policies.loading import load_processor, require_processor
 from diverse_cfg.policies.stored import Checkpoint
 from diverse_cfg.policies.tensors import TensorSpec, write_safetensors
 from diverse_cfg.provenance import PROVENANCE_FILE, Provenance, write_provenance
+from diverse_cfg.reading import reading
 
 RECIPE_FILE = "merge.yaml"
 Format = Literal["full", "adapter"]
@@ -96,7 +97,7 @@ def merge_sweep(
 ) -> list[Path]:
     """Merge two checkpoints at several weights: `output/weight-0.05`, `output/weight-0.1`…
 
-    Merges that are there already with the same recipe are kept, so that an interrupted sweep goes on.
+    Merges that are there already, complete and with the same recipe, are kept, so that an interrupted sweep goes on.
 
     Args:
         checkpoints: two experts.
@@ -106,6 +107,10 @@ def merge_sweep(
 
     Returns:
         One folder per weight, in order.
+
+    Raises:
+        FileExistsError: a folder of another sweep, or of other weights at the same place.
+        ValueError: a merge that is there is damaged, or see `merge_checkpoints`.
     """
     if len(checkpoints) != 2:
         raise ValueError(f"a sweep moves between two checkpoints, got {len(checkpoints)}")
@@ -118,31 +123,39 @@ def merge_sweep(
         recipe = _recipe(experts, weights, folder, precision, format)
         if not folder.exists():
             missing.append((folder, weights))
-        elif read_recipe(folder) != recipe:
-            raise FileExistsError(f"{folder} exists and was not made by this sweep: choose another output")
         else:
-            _require_complete(folder, experts)
+            _require_done(folder, recipe, experts)
     for folder, weights in missing:
         _write(experts, weights, folder, precision, format)
     return folders
 
 
-def _require_complete(folder: Path, experts: Experts) -> None:
-    """Refuse a merge of an earlier run that was damaged since: it would be taken for finished."""
-    try:
-        missing = experts.family.missing_processor(folder)
-        if open_checkpoint(folder, base=experts.base).provenance is None:
-            missing = PROVENANCE_FILE
-        if missing:
-            raise ValueError(f"{folder} has no {missing}: it is incomplete")
-    except (ValueError, FileNotFoundError) as error:
-        raise ValueError(f"{error}; remove {folder} and it is merged again") from error
-
-
 def read_recipe(folder: str | os.PathLike) -> dict[str, Any] | None:
     """`merge.yaml` of a merged folder, None where there is none."""
     path = Path(folder) / RECIPE_FILE
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    with reading(path):
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def _require_done(folder: Path, recipe: dict[str, Any], experts: Experts) -> None:
+    """Refuse a folder that is not the complete merge of this recipe."""
+    with reading(folder, "delete it and run the sweep again"):
+        found = read_recipe(folder) or {}
+        # Older versions did not write them.
+        if {"fingerprints": recipe["fingerprints"]} | found == recipe:
+            merge = open_checkpoint(folder, base=experts.base)
+            require_processor(merge.folder)
+            if merge.provenance is None:
+                raise ValueError(f"{folder} has no {PROVENANCE_FILE}")
+            return
+    if {**found, "fingerprints": None} == {**recipe, "fingerprints": None}:
+        raise FileExistsError(
+            f"{folder} was merged from other weights than its checkpoints have now: choose another output, or "
+            "delete it and run the sweep again"
+        )
+    raise FileExistsError(f"{folder} exists and was not made by this sweep: choose another output")
 
 
 def _resolve_dtype(dtype: str | torch.dtype | None, experts: Experts) -> torch.dtype:
@@ -214,7 +227,9 @@ def _recipe(
     pairs = zip(experts.checkpoints, weights, strict=True)
     parents = [{"checkpoint": _reachable(c, output), "weight": w, "kind": c.kind} for c, w in pairs]
     base = {"base": _reachable(experts.reference, output)} if experts.adapters else {}
-    return _method(dtype, format) | {"experts": parents} | base
+    used = [*experts.checkpoints, *([experts.reference] if experts.adapters else [])]
+    fingerprints = {"fingerprints": [checkpoint.fingerprint() for checkpoint in used]}
+    return _method(dtype, format) | {"experts": parents} | base | fingerprints
 
 
 def _reachable(checkpoint: Checkpoint, output: Path) -> str:

@@ -32,7 +32,7 @@ from diverse_cfg.policies.stored import (
     same_base,
     same_values,
 )
-from diverse_cfg.policies.tensors import TensorInfo, find_tensors
+from diverse_cfg.policies.tensors import TensorInfo, find_tensors, fingerprint
 from diverse_cfg.reading import read_json, reading
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ class AdapterCheckpoint(Checkpoint):
         self.base, self.family = base, base.family
         self.lora: Any = _plain_lora(self.source, folder) if plain else _peft_config(folder)
         found = read_adapter(self.source, folder, base.config, base.source)
+        self._found = found
         self.factors: dict[str, tuple[TensorInfo, TensorInfo]] = {}
         self.replaced: dict[str, TensorInfo] = {}
         self._embeddings: set[str] = set()  # PEFT names and transposes their factors differently
@@ -126,6 +127,9 @@ class AdapterCheckpoint(Checkpoint):
         """PEFT's name for one half ("A" or "B") of the factors of a layer."""
         kind = f"lora_embedding_{half}" if name in self._embeddings else f"lora_{half}.weight"
         return f"{_ADAPTER_PREFIX}{name.removesuffix('.weight')}.{kind}"
+
+    def fingerprint(self) -> str:
+        return fingerprint(self._found)
 
     def _sources(self, name: str) -> list[TensorInfo]:
         if name in self.factors:

@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 from diverse_cfg.policies.audiocraft.folders import find_file, transformers_folder
 from diverse_cfg.policies.families import Family, family_of, load_generation_config
-from diverse_cfg.policies.tensors import TensorInfo, find_tensors, read_tensor
+from diverse_cfg.policies.tensors import TensorInfo, find_tensors, fingerprint, read_tensor
 from diverse_cfg.provenance import Provenance, read_provenance
 from diverse_cfg.reading import reading
 
@@ -61,6 +61,10 @@ class Checkpoint:
     def _read(self, info: TensorInfo) -> Tensor:
         kept = self._kept.get(info)
         return read_tensor(info) if kept is None else kept
+
+    def fingerprint(self) -> str:
+        """Of the weights, by which a model that was trained again at the same place is told apart."""
+        raise NotImplementedError
 
     def _sources(self, name: str) -> list[TensorInfo]:
         raise NotImplementedError
@@ -107,6 +111,9 @@ class FullCheckpoint(Checkpoint):
     def base(self) -> Self:
         """Itself, as an adapter has a base."""
         return self
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.tensors)
 
     def _sources(self, name: str) -> list[TensorInfo]:
         return [self.tensors[name]]

@@ -6,6 +6,7 @@ make the peak grow with the checkpoint. The format is simple enough to stream: e
 of a JSON header (name → dtype, shape, offsets), then the tensors' bytes, without gaps.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -149,6 +150,17 @@ def read_tensor(info: TensorInfo) -> Tensor:
                 )
             done += count
     return tensor
+
+
+def fingerprint(tensors: Mapping[str, TensorInfo]) -> str:
+    """Hash of the first bytes of each tensor, which training changes: files are not read as a whole."""
+    digest = hashlib.sha256()
+    for name, info in sorted(tensors.items()):
+        digest.update(f"{name} {info.dtype} {tuple(info.shape)}".encode())
+        with info.file.open("rb") as stream:
+            stream.seek(info.start)
+            digest.update(stream.read(min(info.num_bytes, 512)))
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
