@@ -5,13 +5,14 @@ A checkpoint holds, beside transformers' own files:
 | file | content |
 |---|---|
 | `averaged_weights.safetensors` | the moving average of the trained weights |
-| `diversity_state.safetensors` | micro-batch counter, prefix regression, running gradient norm |
+| `diversity_state.safetensors` | micro-batch counter, prefix regression, running gradient norm, the run's settings |
 | `rollout_buffer_R.safetensors` | clips of process R that were sampled and are still to be trained on |
 
 With these a killed run continues exactly, also when it was saved between two updates on the same clips.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -19,11 +20,12 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -51,6 +53,14 @@ _RECORDED = (
     *("negative_prompt", "rollout_source", "prefix_baseline", "prefix_lambda", "diversity_codebooks"),
     *("guidance_schedule", "ema_decay", "seed"),
 )
+# What a resumed run may not change: it would be ignored, as it stands in the state of optimiser and schedule, or the
+# student would be that of two methods.
+_KEPT = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations", "guidance_scale"),
+    *("diversity_coef", "jsd_alpha", "teacher_fraction", "sequence_score", "temperature", "reward_weights"),
+    *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", *_RECORDED),
+)
+_PER_PROCESS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 # ---- writing a checkpoint ----------------------------------------------------------------------------------
@@ -143,6 +153,23 @@ def student_provenance(
         sampling=sampling,
         training=training | {name: getattr(args, name) for name in _RECORDED},
     )
+
+
+def kept_settings(args: CFGDiversityConfig, clip_seconds: float, prompts: Any) -> dict[str, Any]:
+    """What a checkpoint holds of a run's settings, as JSON has it: resumed, they must be the same.
+
+    Args:
+        args: the run's settings.
+        clip_seconds: length of the training clips.
+        prompts: the training prompts; of a stream nothing is held.
+    """
+    settings = {name: getattr(args, name) for name in _KEPT}
+    settings |= {"clip_seconds": clip_seconds, "guards": dict(vars(args.guards))}
+    if isinstance(prompts, Dataset):
+        texts = list(prompts["prompt"])
+        digest = hashlib.blake2b(json.dumps(texts).encode(), digest_size=4).hexdigest()
+        settings["train_dataset"] = f"{len(texts)} prompts ({digest})"
+    return json.loads(json.dumps(settings | {"processes": args.world_size}))
 
 
 # ---- continuing from one -----------------------------------------------------------------------------------
@@ -392,12 +419,14 @@ class RunMemory:
         prefix: the regression on the beginnings of clips, if any.
         clip: the running norm of the gradient, if any.
         average: the average of the weights, while a run keeps one.
+        settings: that a resumed run may not change, see `kept_settings`.
     """
 
     frozen: int | None = None
     prefix: PrefixBaseline | None = None
     clip: AdaptiveClipCallback | None = None
     average: WeightAverage | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """The model has the averaged weights, if there are any, while the context lasts."""
@@ -416,7 +445,9 @@ class RunMemory:
             writes: whether this process writes what all share.
         """
         os.makedirs(folder, exist_ok=True)
-        has = {} if self.average is None else {"average": "1"}
+        has = {"settings": json.dumps(self.settings)}
+        if self.average is not None:
+            has["average"] = "1"
         if buffer is not None:
             save_buffer(folder, rank, buffer)
             has["buffer"] = "1"
@@ -431,19 +462,38 @@ class RunMemory:
             state["gradient_norm"] = torch.tensor(self.clip.mean, dtype=torch.float64)
         write_tensors(Path(folder) / STATE_FILE, state, has)
 
-    def load(self, folder: str) -> int:
-        """Continue from a checkpoint folder; the number of micro-batches.
+    def check(self, folder: str) -> None:
+        """Refuse a checkpoint folder of a run with other models or settings; older versions held no settings.
 
         Raises:
             ValueError: it belongs to another run.
         """
-        state, _ = read_tensors(Path(folder) / STATE_FILE)
+        state, has = read_tensors(Path(folder) / STATE_FILE)
         frozen = int(state.get("frozen_weights", -1))
         if self.frozen is not None and frozen not in (-1, self.frozen):
             raise ValueError(
                 f"{folder} was written by a run with another teacher or base: resume with the model and "
                 "teacher_model that the run began with"
             )
+        before = json.loads(has.get("settings", "{}"))
+        # Other processes may share the same batch otherwise.
+        free = (
+            () if before.get("processes") == self.settings.get("processes") else ("processes", *_PER_PROCESS)
+        )
+        other = [
+            f"{name}={self.settings[name]!r} (the run began with {value!r})"
+            for name, value in before.items()
+            if name not in free and self.settings.get(name, value) != value
+        ]
+        if other:
+            raise ValueError(
+                f"{folder} cannot be continued with {', '.join(other)}: resume with what the run began with, or begin "
+                "anew from the student, with model_name_or_path and another output_dir"
+            )
+
+    def load(self, folder: str) -> int:
+        """Continue from a checkpoint folder; the number of micro-batches."""
+        state, _ = read_tensors(Path(folder) / STATE_FILE)
         if self.prefix is not None:
             kept = {name: value for name, value in state.items() if name.startswith("prefix/")}
             self.prefix.load_state({name.removeprefix("prefix/"): value for name, value in kept.items()})

@@ -65,7 +65,7 @@ class Housekeeping(TrainerCallback):
         """The folder to continue from, its files looked at; None to begin.
 
         Raises:
-            ValueError: there is none, or one of its files is missing or damaged.
+            ValueError: there is none, one of its files is missing or damaged, or it belongs to another run.
         """
         trainer = self.trainer
         folder = checkpoint_to_resume(wanted, trainer.args.output_dir)
@@ -78,6 +78,7 @@ class Housekeeping(TrainerCallback):
                 scaled=getattr(trainer.accelerator, "scaler", None) is not None,
             )
             check_checkpoint(folder, needed)
+            trainer._memory.check(folder)
         return folder
 
     def begin(self) -> None:

@@ -176,6 +176,8 @@ class CFGDiversityTrainer(RLOOTrainer):
 
     def _prepare_run(self) -> None:
         args = self.args
+        seconds = self._num_frames / self._policy.frame_rate
+        self._memory.settings = checkpoints.kept_settings(args, seconds, self.train_dataset)
         self._loss_settings = LossSettings.of(args, self._policy.delays)
         if args.prefix_baseline and args.diversity_coef > 0:
             self._memory.prefix = PrefixBaseline(
