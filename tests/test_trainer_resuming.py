@@ -457,11 +457,50 @@ def test_other_settings_are_refused_by_name(tmp_path, two_checkpoints, changed, 
     assert "\n" not in str(raised.value)
 
 
+def without_settings(checkpoint):
+    """As older versions wrote it."""
+    state = checkpoint / "diversity_state.safetensors"
+    save_file(load_file(state), state, metadata={"average": "1"})
+
+
+def test_another_optimizer_is_one_line(tmp_path, two_checkpoints):
+    """Fault: KeyError: 'momentum' at the first step."""
+    checkpoint = shutil.copytree(two_checkpoints / "full" / "checkpoint-2", tmp_path / "checkpoint-2")
+    without_settings(checkpoint)
+    with pytest.raises(ValueError, match=r"checkpoint-2 cannot be continued \(.*of another optim and lacks"):
+        run(tmp_path / "run", str(checkpoint), ema_decay=0.9, optim="sgd")
+
+
+def test_what_is_no_checkpoint_of_this_run_says_what_to_name(tmp_path, two_checkpoints, another):
+    """Fault: "No such file or directory", or a hunt for pytorch_model.bin.index.json."""
+    student = shutil.copytree(two_checkpoints / "full", tmp_path / "run")
+    inside = (
+        r"run is no checkpoint to resume from .*finished student.*resume_from_checkpoint=.*run/checkpoint-2$"
+    )
+    with pytest.raises(ValueError, match=inside):
+        another["full"].train(resume_from_checkpoint=str(student))
+    (student / "checkpoint-2" / "diversity_state.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has no diversity_state.*resume_from_checkpoint=.*checkpoint-1$"):
+        another["full"].train(resume_from_checkpoint=str(student / "checkpoint-2"))
+    for wrong, right, remedy in (("lora", "full", "with use_peft"), ("full", "lora", "without use_peft")):
+        with pytest.raises(ValueError, match=rf"{wrong}/checkpoint-2 holds .*: resume {remedy}"):
+            another[right].train(resume_from_checkpoint=str(two_checkpoints / wrong / "checkpoint-2"))
+
+
+def test_damaged_weights_of_the_base_are_named(tmp_path, two_checkpoints):
+    """Fault: at the end of the run, a callback or a reward function is said to have changed them."""
+    checkpoint = shutil.copytree(two_checkpoints / "full" / "checkpoint-2", tmp_path / "checkpoint-2")
+    weights = bytearray((checkpoint / "model.safetensors").read_bytes())
+    weights[-2000:] = bytes(2000)
+    (checkpoint / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError, match=r"checkpoint-2/model.safetensors is damaged, begin again"):
+        run(tmp_path / "run", str(checkpoint), ema_decay=0.9)
+
+
 def test_a_checkpoint_of_an_older_version_holds_no_settings(tmp_path, two_checkpoints):
     """Fault: what was written before can no longer be continued."""
     checkpoint = shutil.copytree(two_checkpoints / "full" / "checkpoint-2", tmp_path / "checkpoint-2")
-    state = checkpoint / "diversity_state.safetensors"
-    save_file(load_file(state), state, metadata={"average": "1"})
+    without_settings(checkpoint)
     again = run(tmp_path / "run", str(checkpoint), ema_decay=0.9, weight_decay=0.1, **EVERY_STEP)
     assert again.state.global_step == 3
 

@@ -203,8 +203,11 @@ def check_checkpoint(folder: str | os.PathLike, needed: Sequence[str]) -> None:
     """
     folder = Path(folder)
     if not (folder / STATE_FILE).is_file():
+        inside = last_checkpoint(folder)  # of a finished student's folder
+        remedy = f"name a checkpoint of it, resume_from_checkpoint={inside}" if inside else instead_of(folder)
         raise ValueError(
-            f"{folder} has no {STATE_FILE}: it was not written by this trainer, or with save_only_model"
+            f"{folder} is no checkpoint to resume from (it has no {STATE_FILE}: it is a finished student, was written "
+            f"with save_only_model, or by another trainer): {remedy}"
         )
     wrong = [f"{folder / name} is missing" for name in needed if not (folder / name).is_file()]
     wrong += [f"{path} is damaged" for path in sorted(folder.iterdir()) if not is_whole(path)]
@@ -228,6 +231,9 @@ def needed_to_resume(
         adapter: whether an adapter is trained.
         sharded: "deepspeed" or "fsdp" where that writes weights and optimiser in its own way.
         scaled: whether a gradient scaler is in use.
+
+    Raises:
+        ValueError: the checkpoint holds an adapter and the run trains all weights, or the other way round.
     """
     folder, rank = Path(folder), args.process_index
     noise = f"rng_state_{rank}.pth" if args.world_size > 1 else "rng_state.pth"
@@ -235,11 +241,18 @@ def needed_to_resume(
     if sharded is None:
         needed.append(OPTIMIZER_NAME)
         weights = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME)
-        if not any((folder / name).is_file() for name in weights):
+        there = [name == SAFETENSORS_WEIGHTS_NAME for name in weights if (folder / name).is_file()]
+        if not there:
             needed.append(weights[2 if adapter else 0])
+        elif adapter not in there:
+            held, trained = ("all weights", "an adapter") if adapter else ("an adapter", "all weights")
+            raise ValueError(
+                f"{folder} holds {held}, and this run trains {trained}: resume {'without' if adapter else 'with'} "
+                "use_peft (in Python, peft_config)"
+            )
     state = folder / STATE_FILE
     # Nothing of a state that is missing or damaged, which is told later, or of older versions.
-    has = read_tensors(state)[1] if is_whole(state) else {}
+    has = read_tensors(state)[1] if state.is_file() and is_whole(state) else {}
     if args.ema_decay and "average" in has:
         needed.append(AVERAGE_FILE)
     if scaled:
@@ -301,6 +314,13 @@ def check_adapter_weights(model: nn.Module, folder: str | os.PathLike) -> None:
         own = get_peft_model_state_dict(model, save_embedding_layers=False)
         if lacking := own.keys() - read_tensors(path)[0].keys():
             raise ValueError(f"it lacks weights such as {min(lacking)}")
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Refuse the state of another optimiser, which fails at the first step."""
+    for group in optimizer.param_groups:
+        if lacking := optimizer.defaults.keys() - group.keys():
+            raise ValueError(f"the state of its optimizer is of another optim and lacks {min(lacking)}")
 
 
 def check_loaded(model: nn.Module, load_result: Any) -> None:

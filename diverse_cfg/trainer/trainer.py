@@ -626,6 +626,8 @@ class CFGDiversityTrainer(RLOOTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with continuing_from(str(checkpoint)):
             super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None and not self.is_deepspeed_enabled:
+                checkpoints.check_optimizer(self.optimizer)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with continuing_from(str(checkpoint)):
