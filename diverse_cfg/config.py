@@ -5,6 +5,7 @@ transformers' name. The paper's symbols: γ is `guidance_scale`, β is `diversit
 λ belongs to merging and is not a training setting.
 """
 
+import inspect
 import re
 import warnings
 from collections.abc import Callable
@@ -13,16 +14,18 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
-from transformers.optimization import get_scheduler
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 from transformers.trainer_utils import HubStrategy
 from trl import RLOOConfig
 
-from diverse_cfg.effects import idle_settings, refused_settings
+from diverse_cfg.effects import idle_settings, refused_settings, unfinished_warmup
 from diverse_cfg.functional.divergence import DIVERGENCES
 from diverse_cfg.functional.guidance import guidance_schedule
 from diverse_cfg.settings import field_types, parse_settings, require_type
 from diverse_cfg.types import ROLLOUT_BACKENDS
 
+# Of these transformers passes over an argument that it does not know.
+_OPTIMIZERS = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "rmsprop": torch.optim.RMSprop}
 ROLLOUT_SOURCES = ("student", "teacher", "mix")
 
 
@@ -214,11 +217,13 @@ class CFGDiversityConfig(RLOOConfig):
         # TRL reads an integer in a few places; the trainer sets it to the codes of a clip.
         self.max_completion_length = 1
         self._choose_bf16()
+        self._check_optim_args()
         super().__post_init__()
         self.guards = GuardConfig.from_dict(self.guards)
-        self._check_schedule()
         self._check_groups()
-        if self.process_index == 0 and (idle := idle_settings(self) + idle_settings(self.guards)):
+        self._check_schedule()
+        idle = idle_settings(self) + idle_settings(self.guards) + unfinished_warmup(self)
+        if self.process_index == 0 and idle:
             warnings.warn("; ".join(idle), UserWarning, stacklevel=3)
 
     def to_dict(self) -> dict[str, Any]:
@@ -270,26 +275,43 @@ class CFGDiversityConfig(RLOOConfig):
                 "clips have a gradient through the sampling; use rollout_source='student'"
             )
 
+    def _check_optim_args(self) -> None:
+        """Refuse what transformers cannot read of `optim_args`, or passes over without a word."""
+        entries = self.optim_args.replace(" ", "").split(",") if self.optim_args else []
+        if wrong := [entry for entry in entries if not re.fullmatch("[^=]+=[^=]+", entry)]:
+            raise ValueError(f"optim_args={self.optim_args!r}: {wrong[0]!r} must be name=value")
+        optim = getattr(self.optim, "value", self.optim)
+        own = _OPTIMIZERS.get(optim)
+        if own is None and optim not in ("adamw_torch", "adamw_torch_fused"):
+            return  # those have names of their own
+        optimizers = [own] if own else _OPTIMIZERS.values()  # AdamW reads none, of which `effects` warns
+        known = {name for one in optimizers for name in inspect.signature(one).parameters}
+        for name, _, value in [entry.partition("=") for entry in entries]:
+            if name not in known:
+                raise ValueError(f"optim_args={self.optim_args!r}: optim={optim} has no {name}; leave it out")
+            if name in ("nesterov", "centered"):
+                continue
+            try:
+                float(value)
+            except ValueError as error:
+                raise ValueError(f"optim_args={self.optim_args!r}: {name} must be a number") from error
+
     def _check_schedule(self) -> None:
-        """Refuse what transformers finds out after loading, some of it with a `TypeError`."""
-        for part in (self.optim_args or "").split(",") if self.optim_args else []:
-            if part.count("=") != 1:
-                raise ValueError(
-                    f"optim_args={self.optim_args!r} must be key=value, with commas between several"
-                )
-        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        """Refuse a schedule that could not be built after the model was loaded."""
+        name, given, steps = self.lr_scheduler_type, self.lr_scheduler_kwargs, max(self.max_steps, 1)
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.learning_rate)
         try:
-            get_scheduler(
-                self.lr_scheduler_type,
-                optimizer,
-                0,
-                10**9,
-                scheduler_specific_kwargs=self.lr_scheduler_kwargs,
-            )
+            get_scheduler(name, optimizer, self.get_warmup_steps(steps), steps, given)
         except (TypeError, ValueError) as error:
-            kind = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
+            known = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+            takes = [
+                one
+                for one in inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[name]).parameters
+                if one not in known
+            ]
             raise ValueError(
-                f"lr_scheduler_kwargs={self.lr_scheduler_kwargs!r} does not fit lr_scheduler_type={kind}: {error}"
+                f"lr_scheduler_type={getattr(name, 'value', name)} with lr_scheduler_kwargs={given}: {error}; "
+                f"set lr_scheduler_kwargs, which may hold {', '.join(takes) or 'nothing'}"
             ) from error
 
     def check_evaluation(self, pairs: bool | None = None) -> None:

@@ -285,6 +285,22 @@ def idle_settings(settings: Any, run: Run | None = None) -> list[str]:
     return said
 
 
+def unfinished_warmup(settings: Any) -> list[str]:
+    """What to say of a warm-up that takes the whole run: the student stays close to its start."""
+    rule, steps = _rule_of("warmup_steps"), settings.max_steps
+    if (
+        rule is None
+        or rule.acts is None
+        or not rule.acts(settings)
+        or not 1 <= steps <= settings.warmup_steps
+    ):
+        return []
+    return [
+        f"warmup_steps={settings.warmup_steps:g} is not over when max_steps={steps} ends the run: learning_rate is "
+        "never reached, and the first step has 0; lower it, or raise max_steps"
+    ]
+
+
 def _shown(value: Any) -> Any:
     """A value as a person writes it: of a group of settings, those that were changed."""
     if is_dataclass(value):

@@ -1,6 +1,7 @@
 """`diverse-cfg train`: recipe and flags become settings, nothing is written over, a tiny student trains."""
 
 import json
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -45,6 +46,8 @@ def test_a_recipe_sets_and_a_flag_overrides(parsed, tmp_path):
     ("recipe", "message"),
     [
         (RECIPE + "diversty_coef: 5\n", "no setting --diversty_coef; did you mean --diversity_coef?"),
+        (RECIPE + "diversity-coef: 9\n", "no setting diversity-coef; did you mean diversity_coef?"),
+        (RECIPE + "no_alarms: true\n", "no setting no_alarms; did you mean alarms?"),
         (RECIPE + "qqq: 5\n", "no setting --qqq; see diverse-cfg train --help"),
         (RECIPE + "guidance_scale: 0.5\n", "guidance_scale=0.5 must be"),
         (RECIPE.replace("-50}", "-50, cap: 1}"), "guards has no field cap"),
@@ -89,11 +92,26 @@ def test_a_wrong_recipe_is_one_line(parsed, tmp_path, refused, recipe, message):
         ("--max_steps", "0", "max_steps=0 must be at least 1, or -1"),
         ("--torch_compile_backend", "inductor", "torch_compile_backend='inductor' is not supported"),
         ("--label_smoothing_factor", "0.1", "label_smoothing_factor=0.1 is not supported"),
+        ("--lora_r", "99", "lora_r=99 has no effect: set use_peft"),
+        ("--optim_args", "banana=3", "optim_args='banana=3': optim=adamw_torch"),
+        ("--optim_args", "banana", "optim_args='banana': 'banana' must be name=value"),
+        ("--lr_scheduler_type", "warmup_stable_decay", "lr_scheduler_type=warmup_stable_decay with"),
     ],
 )
 def test_a_wrong_number_or_idle_flag_is_one_line(parsed, tmp_path, refused, flag, value, said):
     flags = ("--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", tmp_path / "run")
     assert refused("train", *flags, flag, value).startswith(said) and parsed == []
+
+
+def test_what_has_no_effect_is_said_again_and_in_spite_of_a_filter(parsed, tmp_path, capsys):
+    """Fault: with PYTHONWARNINGS=ignore, or in a second call, a setting is taken without a word."""
+    flags = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", str(tmp_path / "run")]
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert main(["train", *flags, "--teacher_fraction", "0.2"]) == 0
+        said = capsys.readouterr().err.splitlines()
+        assert [line for line in said if "teacher_fraction=0.2 has no effect: it needs" in line], said
 
 
 def test_config_may_be_joined_by_an_equals_sign(parsed, tmp_path, refused):
@@ -154,10 +172,12 @@ def config_for(output, resume=None, process_index=0):
     return SimpleNamespace(output_dir=str(output), resume_from_checkpoint=resume, process_index=process_index)
 
 
-def test_where_training_continues(tmp_path):
+def test_where_training_continues(tmp_path, caplog):
     run = tmp_path / "run"
-    assert command._checkpoint(config_for(run)) is None
-    assert command._checkpoint(config_for(run, "true")) is None  # nothing there yet: begin
+    caplog.set_level("INFO", "diverse_cfg")
+    assert command._checkpoint(config_for(run)) is None and not caplog.messages
+    assert command._checkpoint(config_for(run, "true")) is None  # nothing there yet: begin, and say so
+    assert "run holds no complete checkpoint, so the run begins anew" in caplog.messages[0]
     run.mkdir()
     assert command._checkpoint(config_for(run)) is None
     for step in (5, 10, 15):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 
 import pytest
 from transformers import HfArgumentParser
@@ -63,6 +64,21 @@ def test_out_of_range_names_field_and_value(tmp_path, name, value):
         ({"diversity_coef": 0.0, "distillation_coef": 0.0}, "both 0"),
         ({"rollout_source": "teacher", "diversity_coef": 5.0}, "rollout_source='teacher'"),
         ({"rollout_source": "mix", "sequence_score": True}, "sequence_score"),
+        # Of transformers, after the model was loaded, as a TypeError or not at all.
+        (
+            {"lr_scheduler_type": "warmup_stable_decay"},
+            "num_decay_steps.*; set lr_scheduler_kwargs, which may",
+        ),
+        (
+            {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"banana": 1}},
+            r"lr_scheduler_kwargs=\{'banana': 1\}: .*which may hold num_cycles$",
+        ),
+        ({"optim": "sgd", "optim_args": "momentum=0.9,banana=3"}, "optim=sgd has no banana; leave it out"),
+        (
+            {"optim": "sgd", "optim_args": "momentum=much"},
+            "optim_args='momentum=much': momentum must be a num",
+        ),
+        ({"optim_args": "banana"}, "optim_args='banana': 'banana' must be name=value"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(tmp_path, settings, message):
@@ -73,31 +89,32 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path, settings, mes
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (
-            {"lr_scheduler_kwargs": {"foo": 1}},
-            r"lr_scheduler_kwargs=\{'foo': 1\} does not fit .*linear",
-        ),
-        ({"lr_scheduler_kwargs": "foo"}, "lr_scheduler_kwargs='foo'"),
-        ({"lr_scheduler_type": "warmup_stable_decay"}, "warmup_stable_decay.*num_decay_steps"),
-        ({"optim": "sgd", "optim_args": "momentum"}, "optim_args='momentum' must be key=value"),
+        ({"lr_scheduler_kwargs": "foo"}, "lr_scheduler_kwargs=.*foo"),
         ({"negative_prompt": " "}, "negative_prompt=' ' has no text"),
     ],
 )
 def test_what_would_fail_after_loading_is_refused_by_name(tmp_path, settings, said):
-    """Fault: a `TypeError` of transformers with its traceback, once the model is loaded."""
+    """Fault: a traceback, or a message about a prompt that nobody gave, once the model is loaded."""
     with pytest.raises(ValueError, match=said):
         config(tmp_path, **settings)
 
 
-@pytest.mark.parametrize(
-    ("kind", "settings"),
-    [
-        ("warmup_stable_decay", {"num_decay_steps": 5}),
-        ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
-    ],
-)
-def test_schedules_that_fit_are_taken(tmp_path, kind, settings):
-    config(tmp_path, lr_scheduler_type=kind, lr_scheduler_kwargs=settings)
+def test_schedules_that_can_be_built_are_taken(tmp_path):
+    """Fault: the check before the run refuses what the run itself accepts."""
+    decay = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 4}}
+    for settings in (decay, {"lr_scheduler_type": "constant"}):
+        assert config(tmp_path, max_steps=2, **settings)
+    assert config(tmp_path, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps")
+    assert config(tmp_path, optim="sgd", optim_args="momentum=0.9, nesterov=true")
+
+
+def test_a_warmup_that_takes_the_whole_run_is_warned_about(tmp_path):
+    """Fault: a student equal to its base."""
+    with pytest.warns(UserWarning, match="warmup_steps=100 is not over when max_steps=1 ends the run"):
+        config(tmp_path, warmup_steps=100, max_steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config(tmp_path, warmup_steps=1, max_steps=2)
 
 
 def test_two_generations_are_enough_without_diversity(tmp_path):

@@ -377,6 +377,12 @@ def test_ready_made_peft_model_is_refused(tmp_path):
         ({"use_rslora": True}, "use_rslora"),
         ({"use_dora": True}, "use_dora"),
         ({"target_modules": "all-linear"}, "all-linear"),
+        (
+            {"target_modules": ["q_proj", "conv"]},
+            r"\(lora_target_modules\) names 'conv', which is not a linear",
+        ),
+        ({"target_modules": ["nothing"]}, "names 'nothing', which is not a linear layer of the model: leave"),
+        ({"lora_alpha": 0}, "lora_alpha=0: the adapter would change nothing"),
         ({"lora_dropout": 0.1}, "lora_dropout"),
     ],
 )

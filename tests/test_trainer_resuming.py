@@ -260,7 +260,7 @@ def test_a_run_killed_while_it_rewrites_a_checkpoint_continues_exactly(tmp_path,
 
     with monkeypatch.context() as patch:
         patch.setattr(CFGDiversityTrainer, "_save_rng_state", copy_the_disk)
-        run(tmp_path / "run", str(tmp_path / "run" / "checkpoint-2"), diversity_coef=0.0, **settings)
+        run(tmp_path / "run", str(tmp_path / "run" / "checkpoint-2"), max_grad_norm=1e-6, **settings)
     leftover = killed / ".checkpoint-3.00000003.incomplete"
     assert leftover.is_dir() and last_checkpoint(killed) == str(killed / "checkpoint-3")
     new, old = (weights_of(path / "checkpoint-3") for path in (tmp_path / "run", killed))
@@ -433,6 +433,76 @@ def test_a_foreign_checkpoint_is_one_line(tmp_path, two_checkpoints, another, ki
     with pytest.raises(ValueError, match=message) as raised:
         another[kind].train(resume_from_checkpoint=str(checkpoint))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"learning_rate": 3e-3}, r"learning_rate=0.003 \(the run began with 0.01\): resume with what"),
+        (
+            {"diversity_coef": 6.0, "guidance_scale": 2.0},
+            r"guidance_scale=2.0 .*3.0\), diversity_coef=6.0 .*5.0",
+        ),
+        ({"seed": 1, "clip_seconds": 0.3}, r"seed=1 .*42\), clip_seconds=0.3 \(the run began with 0.2\)"),
+        ({"per_device_train_batch_size": 4}, r"per_device_train_batch_size=4 \(the run began with 8\)"),
+        ({"optim": "sgd"}, r"optim='sgd' \(the run began with 'adamw_torch"),
+        ({"prompts": PROMPTS[::-1]}, r"train_dataset='4 prompts \(\w+\)' \(the run began with '4 prompts"),
+    ],
+)
+def test_other_settings_are_refused_by_name(tmp_path, two_checkpoints, changed, what):
+    """Fault: the schedule's old learning rate wins and the new one is recorded; half a student of each method."""
+    trainer = tiny_trainer(tmp_path, ema_decay=0.9, **changed)
+    with pytest.raises(ValueError, match=f"checkpoint-2 cannot be continued with {what}") as raised:
+        trainer.train(resume_from_checkpoint=str(two_checkpoints / "full" / "checkpoint-2"))
+    assert "\n" not in str(raised.value)
+
+
+def without_settings(checkpoint):
+    """As older versions wrote it."""
+    state = checkpoint / "diversity_state.safetensors"
+    save_file(load_file(state), state, metadata={"average": "1"})
+
+
+def test_another_optimizer_is_one_line(tmp_path, two_checkpoints):
+    """Fault: KeyError: 'momentum' at the first step."""
+    checkpoint = shutil.copytree(two_checkpoints / "full" / "checkpoint-2", tmp_path / "checkpoint-2")
+    without_settings(checkpoint)
+    with pytest.raises(ValueError, match=r"checkpoint-2 cannot be continued \(.*of another optim and lacks"):
+        run(tmp_path / "run", str(checkpoint), ema_decay=0.9, optim="sgd")
+
+
+def test_what_is_no_checkpoint_of_this_run_says_what_to_name(tmp_path, two_checkpoints, another):
+    """Fault: "No such file or directory", or a hunt for pytorch_model.bin.index.json."""
+    student = shutil.copytree(two_checkpoints / "full", tmp_path / "run")
+    inside = (
+        r"run is no checkpoint to resume from .*finished student.*resume_from_checkpoint=.*run/checkpoint-2$"
+    )
+    with pytest.raises(ValueError, match=inside):
+        another["full"].train(resume_from_checkpoint=str(student))
+    (student / "checkpoint-2" / "diversity_state.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has no diversity_state.*resume_from_checkpoint=.*checkpoint-1$"):
+        another["full"].train(resume_from_checkpoint=str(student / "checkpoint-2"))
+    for wrong, right, remedy in (("lora", "full", "with use_peft"), ("full", "lora", "without use_peft")):
+        with pytest.raises(ValueError, match=rf"{wrong}/checkpoint-2 holds .*: resume {remedy}"):
+            another[right].train(resume_from_checkpoint=str(two_checkpoints / wrong / "checkpoint-2"))
+
+
+def test_damaged_weights_of_the_base_are_named(tmp_path, two_checkpoints):
+    """Fault: at the end of the run, a callback or a reward function is said to have changed them."""
+    checkpoint = shutil.copytree(two_checkpoints / "full" / "checkpoint-2", tmp_path / "checkpoint-2")
+    weights = bytearray((checkpoint / "model.safetensors").read_bytes())
+    weights[-2000:] = bytes(2000)
+    (checkpoint / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError, match=r"checkpoint-2/model.safetensors is damaged, begin again"):
+        run(tmp_path / "run", str(checkpoint), ema_decay=0.9)
+
+
+def test_a_checkpoint_of_an_older_version_holds_no_settings(tmp_path, two_checkpoints):
+    """Fault: what was written before can no longer be continued."""
+    checkpoint = shutil.copytree(two_checkpoints / "full" / "checkpoint-2", tmp_path / "checkpoint-2")
+    without_settings(checkpoint)
+    again = run(tmp_path / "run", str(checkpoint), ema_decay=0.9, weight_decay=0.1, **EVERY_STEP)
+    assert again.state.global_step == 3
 
 
 def test_a_checkpoint_of_more_processes_goes_on_and_says_so(tmp_path, two_checkpoints):

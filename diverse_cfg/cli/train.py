@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import difflib
 import importlib.util
+import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from typing import Any
 
 from diverse_cfg.atomic import alone
 from diverse_cfg.cli.command import Command, embedder_source, model_source, prompt_source
+
+logger = logging.getLogger(__name__)
 
 USAGE = (
     "diverse-cfg train [--config recipe.yaml] --model_name_or_path MODEL --dataset_name PROMPTS "
@@ -99,12 +102,17 @@ def _run(args: argparse.Namespace) -> None:
     typed = [word.partition("=")[0] for word in words if word.startswith("--")]
     _check_names([*typed, *(f"--{name}" for name in recipe if name != "env")], parser)
     annotations = field_types(TrainArguments) | field_types(CFGDiversityConfig)
-    for name in [name for name in recipe if name in annotations]:
+    for name in [name for name in recipe if name != "env"]:
+        if name not in annotations:  # another spelling of a command line
+            spelling = parser._option_string_actions[f"--{name}"].dest
+            raise ValueError(f"a recipe has no setting {name}; did you mean {spelling}?")
         require_type(name, recipe[name], annotations[name])
-    train_args, config = parser.parse_args_and_config(words)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)  # of settings without effect, also when asked for again
+        train_args, config = parser.parse_args_and_config(words)
     _check_trackers(config.report_to or [])
-    if config.process_index == 0 and (idle := idle_settings(train_args)):
-        warnings.warn("; ".join(idle), UserWarning, stacklevel=2)
+    if idle := idle_settings(train_args):  # LoRA's, without which all weights would be trained
+        raise ValueError("; ".join(idle))
     train(train_args, config)
     if config.process_index == 0:
         print(config.output_dir)
@@ -275,7 +283,12 @@ def _checkpoint(config) -> str | None:
             )
         return str(wanted)
     if wanted and str(wanted).lower() == "true":
-        return last_checkpoint(output)
+        last = last_checkpoint(output)
+        if last is None and config.process_index == 0:
+            logger.info(
+                "resume_from_checkpoint=true: %s holds no complete checkpoint, so the run begins anew", output
+            )
+        return last
     # Only one process looks: another may already have begun to write.
     if config.process_index == 0 and output.is_dir() and any(output.iterdir()):
         raise FileExistsError(

@@ -5,13 +5,14 @@ A checkpoint holds, beside transformers' own files:
 | file | content |
 |---|---|
 | `averaged_weights.safetensors` | the moving average of the trained weights |
-| `diversity_state.safetensors` | micro-batch counter, prefix regression, running gradient norm |
+| `diversity_state.safetensors` | micro-batch counter, prefix regression, running gradient norm, the run's settings |
 | `rollout_buffer_R.safetensors` | clips of process R that were sampled and are still to be trained on |
 
 With these a killed run continues exactly, also when it was saved between two updates on the same clips.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -19,11 +20,12 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -51,6 +53,14 @@ _RECORDED = (
     *("negative_prompt", "rollout_source", "prefix_baseline", "prefix_lambda", "diversity_codebooks"),
     *("guidance_schedule", "ema_decay", "seed"),
 )
+# What a resumed run may not change: it would be ignored, as it stands in the state of optimiser and schedule, or the
+# student would be that of two methods.
+_KEPT = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations", "guidance_scale"),
+    *("diversity_coef", "jsd_alpha", "teacher_fraction", "sequence_score", "temperature", "reward_weights"),
+    *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", *_RECORDED),
+)
+_PER_PROCESS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 # ---- writing a checkpoint ----------------------------------------------------------------------------------
@@ -145,6 +155,23 @@ def student_provenance(
     )
 
 
+def kept_settings(args: CFGDiversityConfig, clip_seconds: float, prompts: Any) -> dict[str, Any]:
+    """What a checkpoint holds of a run's settings, as JSON has it: resumed, they must be the same.
+
+    Args:
+        args: the run's settings.
+        clip_seconds: length of the training clips.
+        prompts: the training prompts; of a stream nothing is held.
+    """
+    settings = {name: getattr(args, name) for name in _KEPT}
+    settings |= {"clip_seconds": clip_seconds, "guards": dict(vars(args.guards))}
+    if isinstance(prompts, Dataset):
+        texts = list(prompts["prompt"])
+        digest = hashlib.blake2b(json.dumps(texts).encode(), digest_size=4).hexdigest()
+        settings["train_dataset"] = f"{len(texts)} prompts ({digest})"
+    return json.loads(json.dumps(settings | {"processes": args.world_size}))
+
+
 # ---- continuing from one -----------------------------------------------------------------------------------
 
 
@@ -176,8 +203,11 @@ def check_checkpoint(folder: str | os.PathLike, needed: Sequence[str]) -> None:
     """
     folder = Path(folder)
     if not (folder / STATE_FILE).is_file():
+        inside = last_checkpoint(folder)  # of a finished student's folder
+        remedy = f"name a checkpoint of it, resume_from_checkpoint={inside}" if inside else instead_of(folder)
         raise ValueError(
-            f"{folder} has no {STATE_FILE}: it was not written by this trainer, or with save_only_model"
+            f"{folder} is no checkpoint to resume from (it has no {STATE_FILE}: it is a finished student, was written "
+            f"with save_only_model, or by another trainer): {remedy}"
         )
     wrong = [f"{folder / name} is missing" for name in needed if not (folder / name).is_file()]
     wrong += [f"{path} is damaged" for path in sorted(folder.iterdir()) if not is_whole(path)]
@@ -201,6 +231,9 @@ def needed_to_resume(
         adapter: whether an adapter is trained.
         sharded: "deepspeed" or "fsdp" where that writes weights and optimiser in its own way.
         scaled: whether a gradient scaler is in use.
+
+    Raises:
+        ValueError: the checkpoint holds an adapter and the run trains all weights, or the other way round.
     """
     folder, rank = Path(folder), args.process_index
     noise = f"rng_state_{rank}.pth" if args.world_size > 1 else "rng_state.pth"
@@ -208,11 +241,18 @@ def needed_to_resume(
     if sharded is None:
         needed.append(OPTIMIZER_NAME)
         weights = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME)
-        if not any((folder / name).is_file() for name in weights):
+        there = [name == SAFETENSORS_WEIGHTS_NAME for name in weights if (folder / name).is_file()]
+        if not there:
             needed.append(weights[2 if adapter else 0])
+        elif adapter not in there:
+            held, trained = ("all weights", "an adapter") if adapter else ("an adapter", "all weights")
+            raise ValueError(
+                f"{folder} holds {held}, and this run trains {trained}: resume {'without' if adapter else 'with'} "
+                "use_peft (in Python, peft_config)"
+            )
     state = folder / STATE_FILE
     # Nothing of a state that is missing or damaged, which is told later, or of older versions.
-    has = read_tensors(state)[1] if is_whole(state) else {}
+    has = read_tensors(state)[1] if state.is_file() and is_whole(state) else {}
     if args.ema_decay and "average" in has:
         needed.append(AVERAGE_FILE)
     if scaled:
@@ -274,6 +314,13 @@ def check_adapter_weights(model: nn.Module, folder: str | os.PathLike) -> None:
         own = get_peft_model_state_dict(model, save_embedding_layers=False)
         if lacking := own.keys() - read_tensors(path)[0].keys():
             raise ValueError(f"it lacks weights such as {min(lacking)}")
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Refuse the state of another optimiser, which fails at the first step."""
+    for group in optimizer.param_groups:
+        if lacking := optimizer.defaults.keys() - group.keys():
+            raise ValueError(f"the state of its optimizer is of another optim and lacks {min(lacking)}")
 
 
 def check_loaded(model: nn.Module, load_result: Any) -> None:
@@ -392,12 +439,14 @@ class RunMemory:
         prefix: the regression on the beginnings of clips, if any.
         clip: the running norm of the gradient, if any.
         average: the average of the weights, while a run keeps one.
+        settings: that a resumed run may not change, see `kept_settings`.
     """
 
     frozen: int | None = None
     prefix: PrefixBaseline | None = None
     clip: AdaptiveClipCallback | None = None
     average: WeightAverage | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """The model has the averaged weights, if there are any, while the context lasts."""
@@ -416,7 +465,9 @@ class RunMemory:
             writes: whether this process writes what all share.
         """
         os.makedirs(folder, exist_ok=True)
-        has = {} if self.average is None else {"average": "1"}
+        has = {"settings": json.dumps(self.settings)}
+        if self.average is not None:
+            has["average"] = "1"
         if buffer is not None:
             save_buffer(folder, rank, buffer)
             has["buffer"] = "1"
@@ -431,19 +482,38 @@ class RunMemory:
             state["gradient_norm"] = torch.tensor(self.clip.mean, dtype=torch.float64)
         write_tensors(Path(folder) / STATE_FILE, state, has)
 
-    def load(self, folder: str) -> int:
-        """Continue from a checkpoint folder; the number of micro-batches.
+    def check(self, folder: str) -> None:
+        """Refuse a checkpoint folder of a run with other models or settings; older versions held no settings.
 
         Raises:
             ValueError: it belongs to another run.
         """
-        state, _ = read_tensors(Path(folder) / STATE_FILE)
+        state, has = read_tensors(Path(folder) / STATE_FILE)
         frozen = int(state.get("frozen_weights", -1))
         if self.frozen is not None and frozen not in (-1, self.frozen):
             raise ValueError(
                 f"{folder} was written by a run with another teacher or base: resume with the model and "
                 "teacher_model that the run began with"
             )
+        before = json.loads(has.get("settings", "{}"))
+        # Other processes may share the same batch otherwise.
+        free = (
+            () if before.get("processes") == self.settings.get("processes") else ("processes", *_PER_PROCESS)
+        )
+        other = [
+            f"{name}={self.settings[name]!r} (the run began with {value!r})"
+            for name, value in before.items()
+            if name not in free and self.settings.get(name, value) != value
+        ]
+        if other:
+            raise ValueError(
+                f"{folder} cannot be continued with {', '.join(other)}: resume with what the run began with, or begin "
+                "anew from the student, with model_name_or_path and another output_dir"
+            )
+
+    def load(self, folder: str) -> int:
+        """Continue from a checkpoint folder; the number of micro-batches."""
+        state, _ = read_tensors(Path(folder) / STATE_FILE)
         if self.prefix is not None:
             kept = {name: value for name, value in state.items() if name.startswith("prefix/")}
             self.prefix.load_state({name.removeprefix("prefix/"): value for name, value in kept.items()})

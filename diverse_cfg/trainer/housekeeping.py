@@ -3,12 +3,14 @@
 import functools
 import itertools
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from diverse_cfg.rewards import is_pairwise
 from diverse_cfg.trainer.advantages import CALIBRATION_PROMPTS
@@ -65,7 +67,7 @@ class Housekeeping(TrainerCallback):
         """The folder to continue from, its files looked at; None to begin.
 
         Raises:
-            ValueError: there is none, or one of its files is missing or damaged.
+            ValueError: there is none, one of its files is missing or damaged, or it belongs to another run.
         """
         trainer = self.trainer
         folder = checkpoint_to_resume(wanted, trainer.args.output_dir)
@@ -78,6 +80,7 @@ class Housekeeping(TrainerCallback):
                 scaled=getattr(trainer.accelerator, "scaler", None) is not None,
             )
             check_checkpoint(folder, needed)
+            trainer._memory.check(folder)
         return folder
 
     def begin(self) -> None:
@@ -90,6 +93,10 @@ class Housekeeping(TrainerCallback):
             except FloatingPointError as error:
                 remedy = instead_of(trainer._checkpoint)
                 raise ValueError(f"{trainer._checkpoint} ({error}): {remedy}") from error
+            if not self.sharded:
+                weights = Path(trainer._checkpoint) / SAFE_WEIGHTS_NAME
+                weights = weights if weights.is_file() else weights.parent
+                trainer._frozen.check(f"{weights} is damaged, {instead_of(trainer._checkpoint)}")
         if trainer.args.ema_decay > 0:
             trainer._memory.average = WeightAverage(trainer.model, trainer.args.ema_decay)
         if trainer.is_world_process_zero():

@@ -247,6 +247,9 @@ def lora_config(peft_config: PeftConfig | None) -> PeftConfig | None:
             f"{', '.join(refused)}: the base below the adapter would no longer be the teacher, or merging would "
             "be silently wrong; use plain LoRA (init_lora_weights=True)"
         )
+    for name, value in (("r (lora_r)", peft_config.r), ("lora_alpha", peft_config.lora_alpha)):
+        if value <= 0:
+            raise ValueError(f"{name}={value}: the adapter would change nothing; it must be above 0")
     if peft_config.bias != "none":
         raise ValueError(
             f"bias={peft_config.bias!r} trains biases of the base itself, which is the teacher: use bias='none'"
@@ -266,9 +269,23 @@ def lora_config(peft_config: PeftConfig | None) -> PeftConfig | None:
 
 
 def give_targets(peft_config: PeftConfig | None, policy: Policy) -> None:
-    """Give an adapter without targets those of the policy, in place."""
-    if isinstance(peft_config, LoraConfig) and peft_config.target_modules is None:
+    """Give an adapter without targets those of the policy, in place.
+
+    Raises:
+        ValueError: a target that is no layer of the model, which PEFT answers with the whole module.
+    """
+    if not isinstance(peft_config, LoraConfig):
+        return
+    if peft_config.target_modules is None:
         peft_config.target_modules = list(policy.lora_targets)
+    wanted = peft_config.target_modules
+    for target in [] if isinstance(wanted, str) else sorted(wanted):  # text is a pattern
+        found = [m for name, m in policy.model.named_modules() if f".{name}".endswith(f".{target}")]
+        if not found or not all(isinstance(module, nn.Linear | nn.Embedding) for module in found):
+            raise ValueError(
+                f"target_modules (lora_target_modules) names {target!r}, which is not a linear layer of the model: "
+                f"leave it unset, or take some of {', '.join(policy.lora_targets)}"
+            )
 
 
 def check_pushing(args: CFGDiversityConfig, peft_config: PeftConfig | None, base_model: str | None) -> None:

@@ -176,6 +176,8 @@ class CFGDiversityTrainer(RLOOTrainer):
 
     def _prepare_run(self) -> None:
         args = self.args
+        seconds = self._num_frames / self._policy.frame_rate
+        self._memory.settings = checkpoints.kept_settings(args, seconds, self.train_dataset)
         self._loss_settings = LossSettings.of(args, self._policy.delays)
         if args.prefix_baseline and args.diversity_coef > 0:
             self._memory.prefix = PrefixBaseline(
@@ -624,6 +626,8 @@ class CFGDiversityTrainer(RLOOTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with continuing_from(str(checkpoint)):
             super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None and not self.is_deepspeed_enabled:
+                checkpoints.check_optimizer(self.optimizer)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with continuing_from(str(checkpoint)):
