@@ -49,6 +49,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
             raise
         path = Path(path)
         where = Path(os.fsdecode(getattr(error, "filename", None) or path))
+        where = path if _TEMPORARY.fullmatch(where.name) else where
         if where not in (path, *path.parents) and path.parent not in where.parents:
             raise  # what it reads, not what it writes
         if foreign and (told := re.search(r"\(os error (\d+)\)", str(error))):
@@ -67,7 +68,9 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         with writing(path):
+            mode = _usual_mode(temporary)
             yield temporary
+            temporary.chmod(mode)
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -163,6 +166,7 @@ def new_folder(output: str | os.PathLike, num_bytes: int = 0) -> Iterator[Path]:
     try:
         with writing(path), alone(temporary):
             yield temporary
+            _open_weights(temporary)
             require_new(path)  # a rename would replace an empty folder without a word
             temporary.rename(path)
     finally:
@@ -179,10 +183,26 @@ def filling(folder: str | os.PathLike) -> Iterator[Path]:
         with writing(folder):
             temporary.mkdir(parents=True)
             yield temporary
+            _open_weights(temporary)
             for path in sorted(temporary.iterdir()):
                 os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _usual_mode(path: Path) -> int:
+    """Mode of a new file at this place."""
+    path.touch()
+    mode = path.stat().st_mode
+    path.unlink()
+    return mode
+
+
+def _open_weights(folder: Path) -> None:
+    """Give weights the mode that other files have: the safetensors library keeps its files to their owner."""
+    mode = _usual_mode(folder / ".mode")
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(mode)
 
 
 def _remove_leftovers(folder: Path, depth: int) -> None:

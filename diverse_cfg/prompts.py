@@ -19,6 +19,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, ValuesView
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diverse_cfg.reading import reading
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -202,7 +204,8 @@ def _from_file(path: Path, column: str | None) -> Dataset:
 
 
 def _read_text(path: Path) -> str:
-    data = path.read_bytes()
+    with reading(path):
+        data = path.read_bytes()
     if path.suffix == ".gz":
         try:
             data = gzip.decompress(data)

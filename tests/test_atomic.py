@@ -1,12 +1,15 @@
 """Files are written whole or not at all, by one process at a time."""
 
 import errno
+import os
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import soundfile
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from diverse_cfg.atomic import alone, filling, new_folder, replacing, write_text
 from tests.faults import held
@@ -148,3 +151,20 @@ def test_a_disk_without_locks_is_no_reason_to_stop(tmp_path, monkeypatch):
     monkeypatch.setattr("fcntl.flock", flock)
     with pytest.warns(UserWarning, match="cannot be locked .*No locks available"), alone(tmp_path):
         pass
+
+
+def test_weights_have_the_mode_of_other_files(tmp_path):
+    """Fault: the safetensors library keeps what it writes to its owner, so that nobody else can load a model."""
+    weights = {"a": torch.zeros(1)}
+    before = os.umask(0o027)
+    try:
+        with replacing(tmp_path / "x.safetensors") as path:
+            save_file(weights, path)
+        with filling(tmp_path / "run") as folder:
+            save_file(weights, folder / "model.safetensors")
+        with new_folder(tmp_path / "merged") as folder:
+            save_file(weights, folder / "model.safetensors")
+    finally:
+        os.umask(before)
+    files = list(tmp_path.rglob("*.*"))
+    assert len(files) == 3 and {path.stat().st_mode & 0o777 for path in files} == {0o640}

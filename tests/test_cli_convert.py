@@ -59,6 +59,23 @@ def test_there_and_back(tmp_path, capsys):
     )
 
 
+def test_weights_that_are_not_finite_are_not_converted(tmp_path, refused):
+    """Both ways; the message names the checkpoint and the weight, and nothing is written."""
+    there, broken = tmp_path / "there", tmp_path / "broken"
+    assert main(["convert", str(DATA), "--to", "transformers", "--output", str(there)]) == 0
+    shutil.copytree(DATA, broken)
+    package = torch.load(broken / "state_dict.bin", weights_only=True)
+    package["best_state"]["linears.0.weight"][0, 0] = torch.nan
+    torch.save(package, broken / "state_dict.bin")
+    weights = load_file(there / "model.safetensors")
+    weights["decoder.lm_heads.0.weight"][0, 0] = torch.inf
+    save_file(weights, there / "model.safetensors", metadata={"format": "pt"})
+    for folder, to in ((there, "audiocraft"), (broken, "transformers")):
+        said = refused("convert", folder, "--to", to, "--output", tmp_path / "out")
+        assert f"{folder} has NaN or infinite values in decoder.lm_heads.0.weight" in said
+        assert not (tmp_path / "out").exists()
+
+
 def test_what_a_checkpoint_is_survives_both_ways(student, tmp_path):
     """A student that forgot that it is one would be guided a second time; a licence must not get lost."""
     assert is_distilled(student)

@@ -53,6 +53,15 @@ def test_clips_are_written(tiny_folder, tmp_path, capsys, refused):
     assert abs(again - audio[1][0]).max() < 1e-4  # another batch rounds differently
 
 
+@pytest.mark.parametrize("weight", [["2"], ["-0.5"], ["0.7", "0.7"]])
+def test_weights_beyond_the_experts_are_refused_in_terms_of_this_command(tiny_folder, refused, weight):
+    """Fault: a remedy that is an option of another command."""
+    words = ["generate", "--model", tiny_folder, "--adapter", "a", "--adapter", "b", "--prompt", PROMPT]
+    said = refused(*words, "--output", "out", "--merge-weight", *weight)
+    assert f"--merge-weight {' '.join(weight)} " in said and "diverse-cfg merge" in said
+    assert "extrapolate" not in said and "unnormalized" not in said
+
+
 def test_a_base_plays_as_it_is_meant_to(called, tiny_folder):
     """Guidance of its own generation config, AudioCraft's top-k where it names none, and its own length."""
     assert main(["generate", "--model", tiny_folder, "--prompt", PROMPT, "--output", "out"]) == 0

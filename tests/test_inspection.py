@@ -1,9 +1,13 @@
 """`inspect` says what a checkpoint is, and proves whether its training changed anything."""
 
+import json
+
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+from diverse_cfg.cli import main
 from diverse_cfg.merging import format_report, inspect_checkpoint, merge_checkpoints
 from tests import checkpoints as made
 
@@ -103,3 +107,30 @@ def test_buffers_are_no_parameters(tiny_folder, tiny_model):
     """Fault: the codec's running statistics counted as weights."""
     wanted = sum(parameter.numel() for parameter in tiny_model.parameters())
     assert inspect_checkpoint(tiny_folder)["num_parameters"] == wanted
+
+
+def test_a_file_whose_second_half_is_zeros_is_damaged(world, tmp_path):
+    """Fault: a broken copy has every byte that its header promises, and passes. The base's own zeros are none."""
+    for name, weights in (("full1", made.MODEL), ("lora1", ADAPTER)):
+        folder = made.copy(world[name], tmp_path / name)
+        content = (folder / weights).read_bytes()
+        half = (len(content) + len(content) % 8) // 2
+        (folder / weights).write_bytes(content[:half] + bytes(len(content) - half))
+        report = inspect_checkpoint(folder)
+        assert report["all_zero"] and not any("audio_encoder" in name for name in report["all_zero"])
+        assert "nothing but zeros in " in format_report(report)
+        assert inspect_checkpoint(world[name])["all_zero"] == []
+    assert inspect_checkpoint(tmp_path / "full1", base=tmp_path / "full1")["all_zero"] == []
+
+
+def test_weights_that_are_not_finite_are_named(world, tmp_path, capsys):
+    """Fault: JSON with a bare NaN, and a student of NaN that is called identical to its base."""
+    folder = made.copy(world["full1"], tmp_path / "broken")
+    weights, name = load_file(world["base"] / made.MODEL), "decoder.lm_heads.1.weight"
+    save_file(weights | {name: weights[name] * torch.nan}, folder / made.MODEL, metadata={"format": "pt"})
+    report = inspect_checkpoint(folder, base=world["base"])
+    assert report["not_finite"] == [name] and report["active"]
+    assert f"NaN or infinite values in {name}" in format_report(report)
+    assert main(["inspect", str(folder), "--base", str(world["base"]), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found["difference"]["relative"] is None

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from diverse_cfg.prompts import load_prompts
+from tests.faults import without_privileges
 
 PROMPTS = ["a calm piano song", 'flute, "fast", in D', "ein trauriges Lied für Cello"]
 KEYS = ["C", "D", "e"]
@@ -238,6 +240,15 @@ def test_bad_files_are_refused_by_name(tmp_path, name, content, message):
         load_prompts(tmp_path / name)
     assert name in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="privileges are Linux's")
+def test_a_file_that_may_not_be_read_is_named_with_its_remedy(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text("a song")
+    path.chmod(0)
+    with without_privileges(), pytest.raises(PermissionError, match=r"p\.txt may not be read.*permissions"):
+        load_prompts(path)
 
 
 @pytest.mark.parametrize(

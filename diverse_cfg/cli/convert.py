@@ -31,6 +31,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> None:
     from diverse_cfg.atomic import new_folder, require_new
     from diverse_cfg.policies.audiocraft import folders
+    from diverse_cfg.policies.tensors import require_finite
 
     source = model_source(args.model)
     require_new(args.output)
@@ -42,6 +43,7 @@ def _run(args: argparse.Namespace) -> None:
         if args.dtype:
             raise ValueError("--dtype goes with --to audiocraft: tensors are kept as they are stored here")
         stored = folders.read_audiocraft(source, text_encoder=args.text_encoder)
+        require_finite(stored.state, args.model)
         folders.write_transformers(stored, args.output, like=folders.checkpoint_files(source)[0].parent)
     else:
         with new_folder(args.output) as folder:

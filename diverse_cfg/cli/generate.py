@@ -77,6 +77,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    from diverse_cfg.atomic import writing
     from diverse_cfg.prompts import load_prompts
 
     if args.prompt:
@@ -99,7 +100,9 @@ def _run(args: argparse.Namespace) -> None:
     names = ("guidance_scale", "temperature", "top_k", "top_p", "min_p")
     typed = {name: value for name in names if (value := getattr(args, name)) is not None}
     output = Path(args.output)
-    if not args.resume and output.is_dir() and any(output.iterdir()):  # before the model is loaded
+    with writing(output):
+        begun = output.is_dir() and any(output.iterdir())
+    if begun and not args.resume:  # before the model is loaded
         raise ValueError(f"{output} is not empty: choose another --output, or add --resume to go on with it")
 
     import torch
@@ -156,9 +159,15 @@ def _load(source: str, adapters: list[str], merge_weight: list[float] | None):
         raise ValueError(
             f"--merge-weight mixes two or more experts: name each with --adapter, got {len(adapters)}"
         )
-    from diverse_cfg.merging import load_slider
+    from diverse_cfg.merging import load_slider, resolve_weights
 
     weight = merge_weight[0] if len(merge_weight) == 1 else merge_weight
+    resolved = resolve_weights(weight, len(adapters), extrapolate=True, unnormalized=True)
+    if min(resolved) < 0 or abs(sum(resolved) - 1) > 1e-6:
+        raise ValueError(
+            f"--merge-weight {' '.join(f'{number:g}' for number in merge_weight)} gives the experts {resolved}: name "
+            "weights in [0, 1] that sum to 1, or write the model with `diverse-cfg merge`, which takes others too"
+        )
     return load_slider(source, adapters, merge_weight=weight).model
 
 

@@ -17,7 +17,12 @@ def _run(args: argparse.Namespace) -> None:
     from diverse_cfg.merging import format_report, inspect_checkpoint
 
     report = inspect_checkpoint(model_source(args.model), base=args.base and model_source(args.base))
-    print(json.dumps(report, indent=2, ensure_ascii=False) if args.json else format_report(report))
+    if args.json:
+        # JSON has no NaN: a distance that is none becomes null.
+        report = json.loads(json.dumps(report), parse_constant=lambda _: None)
+        print(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False))
+    else:
+        print(format_report(report))
 
 
 COMMAND = Command(

@@ -29,8 +29,9 @@ def inspect_checkpoint(path: str | os.PathLike, *, base: str | os.PathLike | Non
         kind ("base", "student", "merge" or "full", of unknown origin), format ("full" or "adapter"),
         base_model, guidance_scale (γ of the teacher, inside the weights), generation_guidance_scale (what
         it will be generated with), diversity_coef, parents with their merge weights, sampling, versions,
-        architecture, number of parameters, stored types, and `difference`: relative distance from the base
-        per part, or None with `difference_note` where the base cannot be found.
+        architecture, number of parameters, stored types, not_finite and all_zero (names of weights that are NaN or
+        infinite, and of matrices that are nothing but zeros and not the base's), and `difference`: relative
+        distance from the base per part, or None with `difference_note` where the base cannot be found.
 
     Raises:
         ValueError, FileNotFoundError: not a MusicGen checkpoint, or a damaged one.
@@ -54,7 +55,8 @@ def inspect_checkpoint(path: str | os.PathLike, *, base: str | os.PathLike | Non
         "architecture": checkpoint.family.describe(checkpoint.base.config),
         **_size(checkpoint),
     }
-    return report | _difference(checkpoint, given)
+    base = _known_base(checkpoint, given)
+    return report | _difference(checkpoint, base) | _damage(checkpoint, base)
 
 
 def format_report(report: Mapping[str, Any]) -> str:
@@ -83,6 +85,14 @@ def format_report(report: Mapping[str, Any]) -> str:
         ),
         ("stored", f"{report['num_parameters']:,} parameters, {', '.join(report['dtypes'])}"),
     ]
+    if report["not_finite"]:
+        rows.append(
+            ("DAMAGED", f"NaN or infinite values in {_first(report['not_finite'])}: its training broke")
+        )
+    if report["all_zero"]:
+        rows.append(
+            ("DAMAGED", f"nothing but zeros in {_first(report['all_zero'])}: copy or download it again")
+        )
     if report["difference"] is None:
         rows.append(("against the base", report["difference_note"]))
     else:
@@ -103,6 +113,10 @@ def format_report(report: Mapping[str, Any]) -> str:
         ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _first(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if names[1:] else "")
 
 
 def _generation_text(report: Mapping[str, Any]) -> str:
@@ -154,22 +168,45 @@ def _size(checkpoint: FullCheckpoint | AdapterCheckpoint) -> dict[str, Any]:
     } | lora
 
 
-def _difference(
+def _known_base(
     checkpoint: FullCheckpoint | AdapterCheckpoint, given: FullCheckpoint | None
-) -> dict[str, Any]:
-    """How far the weights lie from the base's: ‖θ − θ_base‖ / ‖θ_base‖, in all and per part of the model."""
+) -> FullCheckpoint | str:
+    """The base to compare with, or why there is none."""
     if isinstance(checkpoint, AdapterCheckpoint):
-        base = checkpoint.base
-    elif given is not None:
-        base = given
-    else:
-        named = _base_model(checkpoint)
-        if named is None:
-            return {"difference": None, "difference_note": "it does not name a base: pass one to compare"}
-        try:
-            base = FullCheckpoint(named, locate(named, near=checkpoint.folder))
-        except (ValueError, OSError) as error:
-            return {"difference": None, "difference_note": f"not compared: {error}"}
+        return checkpoint.base
+    if given is not None:
+        return given
+    named = _base_model(checkpoint)
+    if named is None:
+        return "it does not name a base: pass one to compare"
+    try:
+        return FullCheckpoint(named, locate(named, near=checkpoint.folder))
+    except (ValueError, OSError) as error:
+        return f"not compared: {error}"
+
+
+def _damage(
+    checkpoint: FullCheckpoint | AdapterCheckpoint, base: FullCheckpoint | str
+) -> dict[str, list[str]]:
+    """Weights as a broken training or a broken copy leaves them: not finite, or a whole matrix of zeros."""
+    not_finite, all_zero = [], []
+    for name in checkpoint.base.tensors:
+        values = checkpoint.stored_values(name)
+        if not all(torch.isfinite(value).all() for value in values):
+            not_finite.append(name)
+        if name.startswith(checkpoint.family.codec_prefix) or not values:
+            continue
+        # A fresh adapter has one factor of zeros, never both.
+        zero = all(value.ndim > 1 and not value.any() for value in values)
+        if zero and (isinstance(base, str) or base.stored(name).any()):
+            all_zero.append(name)
+    return {"not_finite": not_finite, "all_zero": all_zero}
+
+
+def _difference(checkpoint: FullCheckpoint | AdapterCheckpoint, base: FullCheckpoint | str) -> dict[str, Any]:
+    """How far the weights lie from the base's: ‖θ − θ_base‖ / ‖θ_base‖, in all and per part of the model."""
+    if isinstance(base, str):
+        return {"difference": None, "difference_note": base}
     family = base.family
     if isinstance(checkpoint, FullCheckpoint) and family.architecture(base.config) != family.architecture(
         checkpoint.config

@@ -29,6 +29,7 @@ from diverse_cfg.policies.stored import (
     is_adapter,
     locate,
     require_exactly,
+    require_floats,
     same_base,
     same_values,
 )
@@ -289,6 +290,7 @@ def read_adapter(
         found,
         f"{source} does not fit its base {base_source}, with the settings of its adapter_config.json",
     )
+    require_floats(state, found, os.fspath(source))
     return found
 
 

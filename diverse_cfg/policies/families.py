@@ -281,6 +281,8 @@ def family_of(source: Any) -> Family:
             "compression_state_dict.bin), nor an adapter"
         )
     kind = read_json(path).get("model_type")
+    if not isinstance(kind, str):
+        raise ValueError(f"{path} does not say which model it is of (model_type={kind!r}): {COPY_AGAIN}")
     if kind == "musicgen_melody":
         raise ValueError(
             f"{source} is a MusicGen-Melody model ({kind!r}), which reads its condition as a prefix and not by "

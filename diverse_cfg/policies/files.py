@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from diverse_cfg.atomic import alone, replacing, write_text
+from diverse_cfg.atomic import alone, replacing, write_text, writing
 from diverse_cfg.policies.policy import as_policy, plain
 from diverse_cfg.policies.sampler.draws import require_64_bits
 from diverse_cfg.policies.sampler.extension import extend, longest_window
@@ -122,7 +122,8 @@ def generate_files(
     }
     folder = Path(output)
     _open_folder(folder, manifest, resume)
-    pending = [clip for clip in manifest["clips"] if not (folder / clip["file"]).is_file()]
+    length = round(seconds * policy.sampling_rate)
+    pending = [clip for clip in manifest["clips"] if not _is_whole(folder / clip["file"], length)]
     weights = RolloutWeights.from_model(model, dtype) if pending and rollout_backend == "fast" else None
     loud, total = 0, len(manifest["clips"])
     bar = tqdm(total=total, initial=total - len(pending), unit="clip", disable=not progress)
@@ -170,6 +171,20 @@ def write_wav(
         soundfile.write(temporary, samples.numpy().T, sampling_rate, subtype, format="WAV")
 
 
+def _is_whole(path: Path, length: int) -> bool:
+    """Whether a clip is there and can be played to its end; one that cannot be is made again."""
+    if not path.is_file():
+        return False
+    try:
+        found = len(soundfile.read(path, dtype="int16")[0])
+    except soundfile.LibsndfileError as error:
+        logger.warning("%s is damaged (%s) and is made again", path, error)
+        return False
+    if found != length:
+        logger.warning("%s has %d samples instead of %d and is made again", path, found, length)
+    return found == length
+
+
 def _fingerprint(model: nn.Module) -> str:
     """Of the weights that clips depend on, adapters included; of a few numbers of each, which training changes."""
     digest = hashlib.sha256()
@@ -197,8 +212,10 @@ def _plan(prompts: list[str], num_generations: int, seed: int, seconds: float) -
 def _open_folder(folder: Path, manifest: dict[str, Any], resume: bool) -> None:
     """Make the folder and write the list of clips into it, or check that it is the one to go on with."""
     path = folder / _MANIFEST
-    if not folder.is_dir() or not any(folder.iterdir()):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        empty = not any(folder.iterdir())
+    if empty:
         content = manifest | {"versions": library_versions()}
         write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         return

@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 from diverse_cfg.policies.audiocraft.folders import find_file, transformers_folder
 from diverse_cfg.policies.families import Family, family_of, load_generation_config
-from diverse_cfg.policies.tensors import TensorInfo, find_tensors, fingerprint, read_tensor
+from diverse_cfg.policies.tensors import TensorInfo, find_tensors, fingerprint, read_tensor, require_finite
 from diverse_cfg.provenance import Provenance, read_provenance
 from diverse_cfg.reading import reading
 
@@ -52,10 +52,7 @@ class Checkpoint:
         for name in names:
             for info in self._sources(name):
                 tensor = read_tensor(info)
-                if not torch.isfinite(tensor).all():
-                    raise ValueError(
-                        f"{self.source} has NaN or infinite values in {name}: its training broke"
-                    )
+                require_finite({name: tensor}, self.source)
                 self._kept[info] = tensor.to(device)
 
     def _read(self, info: TensorInfo) -> Tensor:
@@ -80,6 +77,10 @@ class Checkpoint:
     def difference(self, name: str, reference: Tensor) -> Tensor | None:
         """This checkpoint's tensor minus `reference`, in its precision; None where that is nothing."""
         raise NotImplementedError
+
+    def stored_values(self, name: str) -> list[Tensor]:
+        """What the files hold of this tensor: itself, or the factors of its change."""
+        return [self._read(info) for info in self._sources(name)]
 
     def stored_dtype(self, name: str) -> torch.dtype | None:
         """The widest type in which the files hold what belongs to this tensor; None without any."""
@@ -106,6 +107,9 @@ class FullCheckpoint(Checkpoint):
             shapes, found, f"{self.source} does not hold the tensors that its config.json asks for"
         )
         self.tensors = {name: found[name] for name in shapes}
+        if any(not info.dtype.is_floating_point for info in found.values()):
+            with torch.device("meta"):
+                require_floats(self.family.build(self.config).state_dict(), self.tensors, self.source)
 
     @property
     def base(self) -> Self:
@@ -162,6 +166,17 @@ def require_exactly(
             "with save_pretrained"
         )
     raise ValueError(f"{problem}: {'; '.join(what)}: {remedy}")
+
+
+def require_floats(wanted: Mapping[str, Tensor], found: Mapping[str, TensorInfo], source: str) -> None:
+    """Raise where whole numbers are stored in the place of a model's weights."""
+    for name, tensor in wanted.items():
+        if name in found and tensor.is_floating_point() and not found[name].dtype.is_floating_point:
+            kind = str(found[name].dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{source} holds {kind} in {name}: another program quantised it, and its weights cannot be read as "
+                "they are meant; use the checkpoint that it was made of, in float32, float16 or bfloat16"
+            )
 
 
 def same_values(first: Tensor, second: Tensor) -> bool:

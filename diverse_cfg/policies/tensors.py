@@ -152,6 +152,13 @@ def read_tensor(info: TensorInfo) -> Tensor:
     return tensor
 
 
+def require_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise where a weight of a model is NaN or infinite."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{source} has NaN or infinite values in {name}: its training broke")
+
+
 def fingerprint(tensors: Mapping[str, TensorInfo]) -> str:
     """Hash of the first bytes of each tensor, which training changes: files are not read as a whole."""
     digest = hashlib.sha256()

@@ -156,7 +156,7 @@ def check_loads(folder: str | os.PathLike) -> None:
     """Load the model as a user would and let it play a few frames without guidance.
 
     Raises:
-        ValueError: it does not load, its weights are those of its base, or what it plays is not finite.
+        ValueError: it does not load, its weights are damaged or those of its base, or what it plays is not finite.
     """
     try:
         report = inspect_checkpoint(folder)
@@ -164,6 +164,12 @@ def check_loads(folder: str | os.PathLike) -> None:
         processor = load_processor(folder)
     except (ValueError, OSError) as error:
         raise ValueError(f"{folder} does not load, so it is not published: {error}") from error
+    for fault, what in (("not_finite", "NaN or infinite values"), ("all_zero", "nothing but zeros")):
+        if report[fault]:
+            raise ValueError(
+                f"{folder} has {what} in {report[fault][0]}, so it is not published: its training broke, or it was "
+                "damaged on the way; copy or train it again"
+            )
     if report.get("active") is False:
         raise ValueError(
             f"{folder} has exactly the weights of its base: training changed nothing, nothing to publish"

@@ -155,6 +155,10 @@ FULL = {
         r"decoder\.extra",
     ),
     "another shape": (tensors(made.MODEL, cut("layers.0.fc1.weight")), r"fc1\.weight"),
+    "quantised weights": (
+        tensors(made.MODEL, lambda w: {k: v.char() if "fc1" in k else v for k, v in w.items()}),
+        r"holds int8 in decoder\..*fc1\.weight: another program quantised it",
+    ),
     "fewer layers": (settings("config.json", "decoder", num_hidden_layers=3), r"layers\.2"),
     "fewer codebooks": (settings("config.json", "decoder", num_codebooks=5), r"embed_tokens\.4"),
     "no layers": (settings("config.json", "decoder", num_hidden_layers=-1), "num_hidden_layers=-1", set()),
@@ -164,6 +168,11 @@ FULL = {
         set(),
     ),
     "a half-written configuration": (write("config.json", '{"model_type": "mus'), "config.json", set()),
+    "a configuration of no model": (
+        settings("config.json", model_type=None),
+        r"config\.json does not say which model it is of \(model_type=None\): copy",
+        set(),
+    ),
     "a configuration that is a list": (write("config.json", "[]"), "config.json", set()),
     "a configuration of bytes": (write("config.json", b"\xff\xfe\0"), "config.json", set()),
     "the configuration is a folder": (directory("config.json"), "config.json", set()),
@@ -210,6 +219,10 @@ LORA = {
         "prefix of a wrapper",
     ),
     "some of the keys": (tensors(ADAPTER, without("layers.1.fc1.lora")), r"layers\.1\.fc1\.lora"),
+    "quantised factors": (
+        tensors(ADAPTER, lambda w: {k: v.int() for k, v in w.items()}),
+        r"holds int32 in base_model\..*lora",
+    ),
     "factors of another rank": (settings("adapter_config.json", r=5), "has shape"),
     "a rank that is a word": (settings("adapter_config.json", r="two"), "adapter_config.json"),
     "half-written settings": (write("adapter_config.json", '{"r": 4, '), "adapter_config.json"),

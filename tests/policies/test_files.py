@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from diverse_cfg.policies import files
 from diverse_cfg.policies.files import generate_files, write_wav
 from diverse_cfg.policies.loading import load_policy
 from diverse_cfg.policies.sampler.rollout import fast_generate
-from tests.faults import held
+from tests.faults import held, without_privileges
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
 
 
@@ -94,6 +95,21 @@ def test_an_interrupted_run_goes_on_to_the_same_clips(policy, tmp_path, monkeypa
         ).read_bytes()
 
 
+def test_damaged_clips_are_made_again(policy, tmp_path, caplog):
+    """Fault: a clip that was cut off or overwritten passes for one of the run."""
+    clips = generate(policy, tmp_path)
+    paths = [tmp_path / clip["file"] for clip in clips[:3]]
+    whole = [path.read_bytes() for path in paths]
+    paths[0].write_bytes(b"")
+    paths[1].write_bytes(whole[1][:-100])
+    write_wav(paths[2], torch.zeros(99), 3200)
+    kept = (tmp_path / clips[3]["file"]).stat().st_mtime_ns
+    generate(policy, tmp_path, resume=True)
+    assert [path.read_bytes() for path in paths] == whole
+    assert (tmp_path / clips[3]["file"]).stat().st_mtime_ns == kept
+    assert all(f"{path} " in caplog.text for path in paths) and caplog.text.count("is made again") == 3
+
+
 def test_another_model_or_dtype_does_not_go_on_with_a_folder(policy, tmp_path):
     """Fault: half of the clips are another model's, and nothing says so."""
     generate(policy, tmp_path / "out")
@@ -119,6 +135,22 @@ def test_a_folder_of_something_else_is_not_touched(policy, tmp_path):
         with pytest.raises(ValueError, match=message):
             generate(policy, tmp_path, resume=resume)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="privileges are Linux's")
+def test_where_nothing_can_be_written_the_place_is_named_with_a_remedy(policy, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+    (tmp_path / "closed").mkdir(mode=0o500)
+    for name, remedy in (
+        ("file", "a file is where a folder is needed"),
+        ("file/below", "a file is where a folder is needed"),
+        ("dangling", "a file is where a folder is needed"),
+        ("closed/below", "no permission to write"),
+        ("closed", "no permission to write"),
+    ):
+        with without_privileges(), pytest.raises(OSError, match=f"{name}[^ ]* cannot be written: .*{remedy}"):
+            generate(policy, tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ import json
 
 import pytest
 import soundfile
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from diverse_cfg import publishing
 from diverse_cfg.assets import nano_path
@@ -77,6 +79,18 @@ def test_what_lies_elsewhere_is_not_published(world, tmp_path, name, merged):
     (folder / name).symlink_to(tmp_path / "private")
     with pytest.raises(ValueError, match=rf"{name} is a link to .*/private, outside of the folder"):
         publish(folder, "me/m", merged=merged, check=False, **LICENSE)
+
+
+@pytest.mark.parametrize(
+    ("factor", "fault"), [(torch.nan, "NaN or infinite values"), (0, "nothing but zeros")]
+)
+def test_damaged_weights_are_not_published(world, tmp_path, factor, fault):
+    """Fault: a broken copy that passes, or weights of NaN for which generation_config.json is blamed."""
+    folder, name = made.copy(world["merged"], tmp_path / "m"), "decoder.lm_heads.1.weight"
+    weights = load_file(folder / made.MODEL)
+    save_file(weights | {name: weights[name] * factor}, folder / made.MODEL, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"m has {fault} in {name}, so it is not published"):
+        publish(folder, "me/m", **LICENSE)
 
 
 def test_dry_run_is_the_default_and_sends_nothing(world, hub):

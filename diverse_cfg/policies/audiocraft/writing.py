@@ -21,6 +21,7 @@ from transformers.models.encodec.modeling_encodec import EncodecConvTranspose1d
 from diverse_cfg.atomic import replacing
 from diverse_cfg.policies.audiocraft import configuration, names
 from diverse_cfg.policies.audiocraft.reading import CODEC_FILE, LANGUAGE_MODEL_FILE, TEXT_ENCODER_FOLDER
+from diverse_cfg.policies.tensors import require_finite
 
 logger = logging.getLogger(__name__)
 
@@ -63,13 +64,15 @@ def export_audiocraft(
 
     Raises:
         FileExistsError: the folder holds a checkpoint already.
-        ValueError: the model has unmerged adapters, or something that AudioCraft's MusicGen lacks.
+        ValueError: the model has unmerged adapters, weights that are not finite, or something that
+            AudioCraft's MusicGen lacks.
     """
     folder = Path(folder)
     for name in (LANGUAGE_MODEL_FILE, CODEC_FILE, "config.json"):
         if (folder / name).exists():
             raise FileExistsError(f"{folder} holds {name} already: choose another folder")
     _require_merged(model)
+    require_finite(model.state_dict(), model.config._name_or_path or "the model")
     configuration.require_convertible(model.config)
     generation = model.generation_config or GenerationConfig()
     name = text_encoder or known_text_encoder(model.config)
