@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diverse_cfg.atomic import alone, replacing, write_text, writing
-from diverse_cfg.policies.policy import as_policy, plain
+from diverse_cfg.policies.policy import Policy, as_policy, plain
 from diverse_cfg.policies.sampler.draws import require_64_bits
 from diverse_cfg.policies.sampler.extension import extend, longest_window
 from diverse_cfg.policies.sampler.rollout import (
@@ -30,6 +30,7 @@ from diverse_cfg.policies.sampler.rollout import (
     fast_generate,
 )
 from diverse_cfg.provenance import library_versions
+from diverse_cfg.types import Clips
 from diverse_cfg.untrusted import slug
 
 logger = logging.getLogger(__name__)
@@ -91,14 +92,7 @@ def generate_files(
         raise ValueError(f"sample_format={sample_format!r} must be one of {', '.join(_SAMPLE_FORMATS)}")
     settings, policy = SamplingSettings(**sampling), as_policy(model)
     require_64_bits("seed", seed)
-    window, seconds = longest_window(policy), num_frames / policy.frame_rate
-    if seconds > _LONGEST:
-        raise ValueError(f"num_frames={num_frames} is {seconds:g} s: ask for at most {_LONGEST} s")
-    if num_frames > window and (rollout_backend != "fast" or isinstance(settings.guidance_scale, tuple)):
-        raise ValueError(
-            f"num_frames={num_frames} takes several windows of {window}, which need rollout_backend='fast' and one "
-            "guidance_scale for all frames"
-        )
+    window = _window_of(policy, num_frames, settings, rollout_backend)
     check_request(
         model,
         processor,
@@ -118,7 +112,7 @@ def generate_files(
         "sampling_rate": policy.sampling_rate,
         "sample_format": sample_format,
         "settings": asdict(settings) | {"negative_prompt": negative_prompt, "num_frames": num_frames},
-        "clips": _plan(prompts, num_generations, seed, seconds),
+        "clips": _plan(prompts, num_generations, seed, num_frames / policy.frame_rate),
     }
     folder = Path(output)
     _open_folder(folder, manifest, resume)
@@ -130,20 +124,19 @@ def generate_files(
     with alone(folder), bar:
         for start in range(0, len(pending), batch_size):
             batch = pending[start : start + batch_size]
-            texts = [clip["prompt"] for clip in batch]
-            how = asdict(settings) | {
-                "processor": processor,
-                "batch_size": batch_size,
-                "rollout_backend": rollout_backend,
-                "negative_prompt": negative_prompt,
-                "sample_ids": [clip["sample_id"] for clip in batch],
-                "weights": weights,
-            }
-            first, long = min(num_frames, window), num_frames > window
-            clips = fast_generate(model, texts, num_frames=first, seed=seed, decode=not long, **how)
-            if long:
-                after = (seed + 1) % 2**64
-                clips = extend(model, clips.codes, texts, num_frames=num_frames, seed=after, **how)
+            clips = _sample(
+                model,
+                batch,
+                num_frames,
+                window,
+                seed,
+                **asdict(settings),
+                processor=processor,
+                batch_size=batch_size,
+                rollout_backend=rollout_backend,
+                negative_prompt=negative_prompt,
+                weights=weights,
+            )
             assert clips.waveforms is not None
             for clip, waveform in zip(batch, clips.waveforms.float().cpu(), strict=True):
                 write_wav(folder / clip["file"], waveform, clips.sampling_rate, sample_format)
@@ -156,6 +149,32 @@ def generate_files(
             len(pending),
         )
     return manifest["clips"]
+
+
+def _window_of(policy: Policy, num_frames: int, settings: SamplingSettings, rollout_backend: str) -> int:
+    """Frames that the policy samples at once; raises for a clip that windows cannot make."""
+    window, seconds = longest_window(policy), num_frames / policy.frame_rate
+    if seconds > _LONGEST:
+        raise ValueError(f"num_frames={num_frames} is {seconds:g} s: ask for at most {_LONGEST} s")
+    if num_frames > window and (rollout_backend != "fast" or isinstance(settings.guidance_scale, tuple)):
+        raise ValueError(
+            f"num_frames={num_frames} takes several windows of {window}, which need rollout_backend='fast' and one "
+            "guidance_scale for all frames"
+        )
+    return window
+
+
+def _sample(
+    model: nn.Module, batch: list[dict[str, Any]], num_frames: int, window: int, seed: int, **how: Any
+) -> Clips:
+    """The clips of a batch, window after window where one does not hold them."""
+    texts = [clip["prompt"] for clip in batch]
+    how["sample_ids"] = [clip["sample_id"] for clip in batch]
+    first, long = min(num_frames, window), num_frames > window
+    clips = fast_generate(model, texts, num_frames=first, seed=seed, decode=not long, **how)
+    if not long:
+        return clips
+    return extend(model, clips.codes, texts, num_frames=num_frames, seed=(seed + 1) % 2**64, **how)
 
 
 def write_wav(

@@ -454,7 +454,7 @@ def _check_clips(model: nn.Module, num_frames: int, settings: SamplingSettings, 
     if seconds > MAX_SECONDS:
         raise ValueError(
             f"num_frames={num_frames} is {seconds:.1f} s; MusicGen plays at most {MAX_SECONDS} s at once, "
-            f"longer music is not supported: ask for at most {int(MAX_SECONDS * frame_rate(model))} frames"
+            f"longer music takes `extend`: ask for at most {int(MAX_SECONDS * frame_rate(model))} frames"
         )
     if num_steps > config.max_position_embeddings:
         raise ValueError(
