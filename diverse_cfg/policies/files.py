@@ -116,7 +116,7 @@ def generate_files(
     }
     folder = Path(output)
     _open_folder(folder, manifest, resume)
-    length = round(seconds * policy.sampling_rate)
+    length = round(num_frames / policy.frame_rate * policy.sampling_rate)
     pending = [clip for clip in manifest["clips"] if not _is_whole(folder / clip["file"], length)]
     weights = RolloutWeights.from_model(model, dtype) if pending and rollout_backend == "fast" else None
     loud, total = 0, len(manifest["clips"])
