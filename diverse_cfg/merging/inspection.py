@@ -54,8 +54,8 @@ def inspect_checkpoint(path: str | os.PathLike, *, base: str | os.PathLike | Non
         "architecture": checkpoint.family.describe(checkpoint.base.config),
         **_size(checkpoint),
     }
-    base = _known_base(checkpoint, given)
-    return report | _difference(checkpoint, base) | _damage(checkpoint, base)
+    known = _known_base(checkpoint, given)
+    return report | _difference(checkpoint, known) | _damage(checkpoint, known)
 
 
 def format_report(report: Mapping[str, Any]) -> str:
