@@ -21,8 +21,6 @@ from diverse_cfg.policies.tensors import TensorInfo, find_tensors, fingerprint, 
 from diverse_cfg.provenance import Provenance, read_provenance
 from diverse_cfg.reading import reading
 
-# Weights are numbers with a fraction; read as they are, codes of a quantization would be other weights.
-_QUANTIZED = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.bool)
 _FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt"]
 
 
@@ -149,12 +147,6 @@ def require_exactly(
     unknown = [name for name in found if name not in wanted]
     wrong = [name for name in wanted if name in found and found[name].shape != wanted[name]]
     if not missing and not unknown and not wrong:
-        packed = next((name for name in wanted if found[name].dtype in _QUANTIZED), None)
-        if packed is not None:
-            raise ValueError(
-                f"{problem}: {packed} is stored as {found[packed].dtype}: it is quantized, which is not read here; "
-                "dequantize the model and save it again in float32, bfloat16 or float16"
-            )
         return
     what = [f"it lacks {len(missing)} tensor(s), e.g. {missing[0]}"] if missing else []
     what += [f"{len(unknown)} tensor(s) are not part of it, e.g. {unknown[0]}"] if unknown else []

@@ -193,12 +193,6 @@ FULL = {
     "provenance is a folder": (directory("diverse_cfg.json"), "diverse_cfg.json"),
     "an index that leads elsewhere": (outside, r"index\.json.*\.\./elsewhere"),
     "an index without names": (nonsense_index, "index.json"),
-    "quantized weights": (
-        tensors(
-            made.MODEL, lambda weights: {n: t.to(torch.int8) if "fc1" in n else t for n, t in weights.items()}
-        ),
-        r"fc1.*stored as torch\.int8.*dequantize",
-    ),
     "no tokenizer": (lose("tokenizer.json"), "tokenizer.json", _TEXT | {"merge"}),
     "a tokenizer of something else": (write("tokenizer.json", "{}"), "broken", _TEXT),
     "no processor": (lose("processor_config.json"), "processor_config.json", _TEXT | {"merge"}),
@@ -228,10 +222,6 @@ LORA = {
     "half-written settings": (write("adapter_config.json", '{"r": 4, '), "adapter_config.json"),
     "settings that are a list": (write("adapter_config.json", "[1]"), "adapter_config.json"),
     "an unknown kind": (settings("adapter_config.json", peft_type="NEW"), "adapter_config.json"),
-    "quantized factors": (
-        tensors(ADAPTER, lambda weights: {n: t.to(torch.uint8) for n, t in weights.items()}),
-        r"stored as torch\.uint8.*dequantize",
-    ),
     "a base that is a number": (
         settings("adapter_config.json", base_model_name_or_path=3),
         "base_model_name_or_path=3",
