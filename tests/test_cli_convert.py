@@ -130,7 +130,7 @@ def test_values_that_are_lost_are_not_written(tiny_folder, tmp_path, capsys, val
     assert (
         main(["convert", str(source), "--to", "audiocraft", "--dtype", dtype, "--output", str(output)]) == 2
     )
-    assert "NaN or infinite values in linears.0.weight" in capsys.readouterr().err
+    assert "NaN or infinite values in " in capsys.readouterr().err
     assert not output.exists()
 
 

@@ -64,7 +64,7 @@ def test_a_recipe_sets_and_a_flag_overrides(parsed, tmp_path):
         (RECIPE + "lora_target_modules: q_proj\n", "lora_target_modules='q_proj' must be a list"),
         (RECIPE + "lora_r: 1.5\n", "lora_r=1.5 must be an integer"),
         (RECIPE.replace("-50}", "loud}"), "guards.silence_dbfs='loud' must be a finite number"),
-        (RECIPE + "max-steps: 5\n", "the recipe has max-steps: write max_steps there"),
+        (RECIPE + "max-steps: 5\n", "no setting max-steps; did you mean max_steps?"),
         (RECIPE + "diversity_coef: 5\n", "diversity_coef is set twice: keep one"),
         (RECIPE.replace("-50}", "-50, silence_dbfs: -40}"), "silence_dbfs is set twice"),
         (RECIPE + "~: 5\n", "the name '~' is not text"),

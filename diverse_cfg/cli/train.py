@@ -96,9 +96,6 @@ def _run(args: argparse.Namespace) -> None:
     words, recipe = _words(args.rest), {}
     if "--config" in words:
         recipe = read_settings(words[words.index("--config") + 1])
-    for name in recipe:
-        if "-" in name:
-            raise ValueError(f"the recipe has {name}: write {name.replace('-', '_')} there")
     typed = [word.partition("=")[0] for word in words if word.startswith("--")]
     _check_names([*typed, *(f"--{name}" for name in recipe if name != "env")], parser)
     annotations = field_types(TrainArguments) | field_types(CFGDiversityConfig)
