@@ -262,7 +262,7 @@ def _evaluate(output: Path, recipes: Recipes) -> "Results":
     prompts = _spread_prompts(output, settings["prompts"], settings["num_prompts"])
     return evaluate(
         SweepConfig.from_dict({**settings, "prompts": str(prompts)}),
-        title="Guidance inside the weights, variety kept",
+        title="Guidance inside the weights, part of the variety back",
         introduction=(
             f"A small MusicGen, its classifier-free guidance (γ = {recipes['quality']['guidance_scale']:g}) distilled "
             "into a quality student, a diversity student that was also rewarded for clips that differ (β = "
