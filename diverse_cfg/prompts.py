@@ -50,7 +50,14 @@ def load_prompts(source: Any, *, split: str = "train", column: str | None = None
     if not isinstance(source, str | Path):
         where = f"the {type(source).__name__}"
         return _with_prompt_column(_from_object(source, split, where), column, where)
+    if source == "":  # a variable of a shell that is not set, say; as a path it is this folder
+        raise ValueError("the name of the prompts is empty: name a file, a folder or a Hub dataset")
     path = Path(source).expanduser()
+    if "[" in split and path.exists():
+        raise ValueError(
+            f"{str(source)!r}: split={split!r} is a slice, which only a dataset of the Hub can give: put the wanted "
+            "rows into a file of their own"
+        )
     if path.is_dir():
         dataset = _from_folder(path, split, column)
     elif path.is_file():
@@ -179,6 +186,7 @@ def _from_folder(folder: Path, split: str, column: str | None) -> Dataset:
 
 
 def _from_file(path: Path, column: str | None) -> Dataset:
+    import pyarrow.parquet
     from datasets import Dataset
 
     ending = _format(path)
@@ -188,6 +196,8 @@ def _from_file(path: Path, column: str | None) -> Dataset:
         )
     if ending == ".parquet":
         with _named(str(path)):
+            if not pyarrow.parquet.read_metadata(path).num_rows:  # which `datasets` fails at
+                raise ValueError("it has no prompts")
             dataset = Dataset.from_parquet(str(path))
         assert isinstance(dataset, Dataset)
         return dataset
@@ -216,6 +226,8 @@ def _read_text(path: Path) -> str:
         text = data.decode("utf-16" if utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
+    if text.startswith("version https://git-lfs.github.com/"):
+        raise ValueError(f"{path} is a pointer of Git LFS in place of the file: fetch it with git lfs pull")
     if "\0" in text:  # so looks UTF-16 without a byte-order mark
         raise ValueError(f"{path} is not UTF-8 text, it has NUL characters: save it as UTF-8")
     return text

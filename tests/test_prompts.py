@@ -230,6 +230,7 @@ def test_an_audiocraft_manifest_reads_the_captions_beside_the_audio(tmp_path, ab
         ("p.json", b'[{"prompt": ' + b"9" * 5000 + b"}]", "JSON that cannot be read .*digits"),
         ("p.jsonl", b'{"prompt": NaN}', "row 1: a prompt is a string, found float"),
         ("p.jsonl", b'{"path": 3, "duration": 1, "sample_rate": 2}', "path 3; it must name an audio file"),
+        ("p.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "a pointer of Git LFS"),
         ("p.parquet", b"PAR1", "cannot be read: Parquet file size"),
         ("p.wav", b"RIFF", "unknown prompt format; use one of"),
     ],
@@ -270,3 +271,26 @@ def test_an_unreachable_hub_id_says_both_things_it_could_have_been():
 def test_bad_lists(prompts):
     with pytest.raises(ValueError, match="the list"):
         load_prompts(prompts)
+
+
+def test_an_empty_table_has_no_prompts(tmp_path):
+    """Fault: "BatchSize must be greater than 0"."""
+    Dataset.from_dict({"prompt": ["a"]}).select([]).to_parquet(tmp_path / "p.parquet")
+    with pytest.raises(ValueError, match=r"p\.parquet cannot be read: it has no prompts"):
+        load_prompts(tmp_path / "p.parquet")
+
+
+def test_an_empty_name_is_not_this_folder(tmp_path, monkeypatch):
+    """Fault: `--prompts "$PROMPTS"` without the variable takes the only file that lies here."""
+    (tmp_path / "other.txt").write_text("a\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="name of the prompts is empty"):
+        load_prompts("")
+
+
+def test_a_slice_of_a_file_is_refused(tmp_path):
+    """Fault: all of the file, where its first row was asked for."""
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    for source in (tmp_path / "p.txt", tmp_path):
+        with pytest.raises(ValueError, match=r"split='train\[:1\]' is a slice, .* into a file of their own"):
+            load_prompts(source, split="train[:1]")

@@ -264,6 +264,10 @@ def _held_out(args: TrainArguments):
             f"dataset_test_split={args.dataset_test_split}: the file {source} has no splits, so it would be "
             "evaluated on what it trains on; name held-out prompts with eval_dataset_name"
         )
+    if args.dataset_test_split not in (None, "test") and Path(source).is_file():
+        raise ValueError(
+            f"dataset_test_split={args.dataset_test_split}: the file {source} has no splits; leave it out"
+        )
     return load_prompts(source, split=args.dataset_test_split or "test", column=args.dataset_prompt_column)
 
 
