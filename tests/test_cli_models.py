@@ -6,6 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from diverse_cfg.cli import main
+from diverse_cfg.policies.loading import load_policy
 from tests.tiny import save_tiny
 
 
@@ -126,3 +127,11 @@ def test_inspect_reports_the_difference_from_a_base(pair, capsys):
 
 def test_inspect_of_nothing_is_one_line(tmp_path, refused):
     assert "nowhere" in refused("inspect", tmp_path / "nowhere")
+
+
+def test_an_empty_name_is_one_line(capsys):
+    """Fault: a variable of a shell that is not set stands for this folder, or for an odd Hub id."""
+    assert main(["inspect", ""]) == 2
+    assert "error: the name of a model is empty: name a folder" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="the name of a model is empty"):
+        load_policy("")

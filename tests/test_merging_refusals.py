@@ -144,6 +144,11 @@ def test_an_adapter_without_base_name_or_of_another_kind(world, tmp_path, refuse
     nameless = made.copy(world["lora1"], tmp_path / "nameless")
     made.edit_json(nameless / "adapter_config.json", base_model_name_or_path=None)
     refused(ValueError, r"pass it \(base=", nameless)
+    stacked = made.copy(world["lora1"], tmp_path / "stacked")
+    made.edit_json(stacked / "adapter_config.json", base_model_name_or_path=str(world["lora2"]))
+    refused(
+        ValueError, r"stacked names .* as its base model, which is an adapter itself: save that one", stacked
+    )
     merge_checkpoints([nameless, world["lora1"]], 0.5, tmp_path / "m", base=world["base"])
     other = made.copy(world["lora1"], tmp_path / "other")
     (other / "adapter_config.json").write_text(

@@ -37,6 +37,8 @@ def model_source(value: str) -> str:
     Raises:
         ValueError: neither a folder nor a Hub id.
     """
+    if not value:  # a variable of a shell that is not set, say; as a path it is this folder
+        raise ValueError("the name of a model is empty: name a folder, a Hub id (owner/name) or nano")
     if value != "nano" and "/" not in value and not Path(value).exists():
         raise ValueError(f"there is no folder {value} (a Hub id is owner/name, the shipped base is nano)")
     return source(value)

@@ -205,11 +205,17 @@ def locate_base(source: str | os.PathLike, folder: Path) -> Path:
             f"the adapter {source} does not name its base (base_model_name_or_path is empty): {_PASS_BASE}"
         )
     try:
-        return locate(named, near=folder)
+        located = locate(named, near=folder)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{source} names {named} as its base model, which is not here: {_PASS_BASE} ({error})"
         ) from error
+    if is_adapter(located):
+        raise ValueError(
+            f"{source} names {named} as its base model, which is an adapter itself: save that one whole (merge it "
+            f"alone) and {_PASS_BASE}"
+        )
+    return located
 
 
 def base_name(folder: Path) -> str | None:

@@ -213,6 +213,8 @@ def locate(source: str | os.PathLike, near: Path | None = None, cached: bool = F
     Raises:
         FileNotFoundError: neither a folder nor an id that can be fetched.
     """
+    if not os.fspath(source):  # as a path it is this folder
+        raise ValueError("the name of a model is empty: name a folder or a Hub id")
     for candidate in (Path(source), *([near / source, near.parent / source] if near else [])):
         if candidate.is_dir():
             with reading(candidate):
