@@ -6,6 +6,7 @@ transformers' name. The paper's symbols: γ is `guidance_scale`, β is `diversit
 """
 
 import inspect
+import json
 import re
 import warnings
 from collections.abc import Callable
@@ -211,6 +212,12 @@ class CFGDiversityConfig(RLOOConfig):
             raise ValueError("; ".join(refused))
         if isinstance(self.guards, str):  # of a command line; TRL would ask for JSON
             self.guards = parse_settings(self.guards, "guards")
+        for name in self._VALID_DICT_FIELDS:  # of a command line; transformers does not name them
+            if isinstance(value := getattr(self, name), str) and value.startswith("{"):
+                try:
+                    json.loads(value)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{name}={value!r} is not JSON: {error}") from error
         self._check_values()
         if self.eval_strategy != "no" or self.eval_on_start or self.do_eval:
             self.check_evaluation()

@@ -92,6 +92,7 @@ def test_a_wrong_recipe_is_one_line(parsed, tmp_path, refused, recipe, message):
         ("--max_steps", "0", "max_steps=0 must be at least 1, or -1"),
         ("--torch_compile_backend", "inductor", "torch_compile_backend='inductor' is not supported"),
         ("--label_smoothing_factor", "0.1", "label_smoothing_factor=0.1 is not supported"),
+        ("--lr_scheduler_kwargs", "{x: 1}", "lr_scheduler_kwargs='{x: 1}' is not JSON: Expecting"),
         ("--lora_r", "99", "lora_r=99 has no effect: set use_peft"),
         ("--optim_args", "banana=3", "optim_args='banana=3': optim=adamw_torch"),
         ("--optim_args", "banana", "optim_args='banana': 'banana' must be name=value"),
@@ -254,3 +255,17 @@ def test_a_tiny_student_trains_is_saved_and_continues(tiny_folder, tmp_path, cap
     state = json.loads((run / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["global_step"] == 2
     assert [entry["step"] for entry in state["log_history"]][:2] == [1, 2]
+
+
+def test_a_split_of_held_out_prompts_in_a_file_is_refused(tmp_path):
+    """Fault: all of the file is evaluated on, where a part of it was asked for."""
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    args = command.TrainArguments(
+        "m", "d", eval_dataset_name=str(tmp_path / "p.txt"), dataset_test_split="dev"
+    )
+    with pytest.raises(
+        ValueError, match=r"dataset_test_split=dev: the file .*p\.txt has no splits; leave it out"
+    ):
+        command._held_out(args)
+    args.dataset_test_split = None
+    assert command._held_out(args)["prompt"] == ["a", "b"]

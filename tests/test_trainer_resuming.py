@@ -515,3 +515,15 @@ def test_a_checkpoint_of_more_processes_goes_on_and_says_so(tmp_path, two_checkp
     ):
         trainer.train(resume_from_checkpoint=str(checkpoint))
     assert trainer.state.global_step == 3
+
+
+def test_a_metric_that_does_not_exist_is_one_line(tmp_path):
+    """Fault: a KeyError's traceback after the first evaluation."""
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 8, **EVERY_STEP}
+    args = tiny_args(tmp_path, load_best_model_at_end=True, metric_for_best_model="eval_rewrd", **settings)
+    reward, processor = DiversityReward(CodeEmbedder()), tiny_processor()
+    trainer = CFGDiversityTrainer(
+        tiny_musicgen(), reward, args, PROMPTS, PROMPTS[:2], processing_class=processor
+    )
+    with pytest.raises(ValueError, match=r"metric_for_best_model='eval_rewrd' is not measured.*\breward,"):
+        trainer.train()

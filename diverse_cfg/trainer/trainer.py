@@ -597,7 +597,13 @@ class CFGDiversityTrainer(RLOOTrainer):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
         """As `Trainer._determine_best_metric`; what is best is saved, also between the steps that are saved anyway."""
-        best = super()._determine_best_metric(metrics, trial)
+        try:
+            best = super()._determine_best_metric(metrics, trial)
+        except KeyError as error:
+            known = ", ".join(name.removeprefix("eval_") for name in metrics)
+            raise ValueError(
+                f"metric_for_best_model={self.args.metric_for_best_model!r} is not measured here; take one of {known}"
+            ) from error
         self.control.should_save |= best and self.args.load_best_model_at_end
         return best
 
