@@ -255,5 +255,6 @@ def _draw(
 
 
 def first_metric(results: Results, names: tuple[str, ...]) -> str | None:
-    """The first of these metrics that the results have."""
-    return next((name for name in names if name in results.metrics), None)
+    """The first of these metrics that the results have a number of: prompts may ask for nothing that a judge hears."""
+    measured = {n for row in results.usable for n in results.metrics if row.number(n).estimate is not None}
+    return next((name for name in names if name in measured), None)

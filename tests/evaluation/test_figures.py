@@ -15,6 +15,7 @@ from diverse_cfg.evaluation.figures import (
     merge_curve,
     trajectories,
 )
+from diverse_cfg.evaluation.report import _draw, first_metric
 from diverse_cfg.evaluation.results import Estimate, Results, SystemResult, above_line, mean_estimate
 from diverse_cfg.evaluation.systems import System, single
 from diverse_cfg.plotting import Look, draw_curves, training_curves
@@ -296,3 +297,13 @@ def test_metrics_that_cannot_be_drawn(tmp_path):
 def test_series_differ_without_colour():
     looks = [Look.number(index) for index in range(8)]
     assert len({look.marker for look in looks}) == len({str(look.linestyle) for look in looks}) == 8
+
+
+def test_a_metric_without_a_number_is_no_axis(tmp_path):
+    """Fault: prompts that ask for nothing that the judge hears end an evaluation without its page."""
+    found = results(*lerp())
+    assert first_metric(found, ("adherence", "rules")) == "adherence"
+    for one in found.systems:
+        one.metrics["adherence"] = Estimate(None)
+    assert first_metric(found, ("adherence", "rules")) is None
+    assert _draw(found, tmp_path) == []
