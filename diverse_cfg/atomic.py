@@ -166,7 +166,7 @@ def new_folder(output: str | os.PathLike, num_bytes: int = 0) -> Iterator[Path]:
     try:
         with writing(path), alone(temporary):
             yield temporary
-            _open_weights(temporary)
+            open_weights(temporary)
             require_new(path)  # a rename would replace an empty folder without a word
             temporary.rename(path)
     finally:
@@ -183,7 +183,7 @@ def filling(folder: str | os.PathLike) -> Iterator[Path]:
         with writing(folder):
             temporary.mkdir(parents=True)
             yield temporary
-            _open_weights(temporary)
+            open_weights(temporary)
             for path in sorted(temporary.iterdir()):
                 os.replace(path, folder / path.name)
     finally:
@@ -198,7 +198,7 @@ def _usual_mode(path: Path) -> int:
     return mode
 
 
-def _open_weights(folder: Path) -> None:
+def open_weights(folder: Path) -> None:
     """Give weights the mode that other files have: the safetensors library keeps its files to their owner."""
     mode = _usual_mode(folder / ".mode")
     for path in folder.rglob("*.safetensors"):

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoftQConfig, LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import MusicgenForConditionalGeneration, TrainerCallback, pipeline
 
 from diverse_cfg.functional.guidance import guided_logits
 from diverse_cfg.merging import merge_checkpoints
+from diverse_cfg.policies.checkpoints import open_checkpoint
 from diverse_cfg.policies.loading import load_policy, load_processor
 from diverse_cfg.policies.musicgen.model import code_logits, encode_text
 from diverse_cfg.policies.policy import as_policy
@@ -321,6 +323,29 @@ def test_sharded_students_are_not_compared(tmp_path, second):
     trainer.model.to(torch.bfloat16)
     trainer._frozen.check("")
     assert len(trainer._frozen.policies) == (second == "full")
+
+
+@pytest.mark.parametrize("first", ["base", "lora1"])
+def test_an_adapter_knows_that_its_base_was_trained_again(world, tmp_path, first):
+    """Fault: the adapter of a model that no longer exists, on whatever lies in its folder now."""
+    base = made.copy(world["base"], tmp_path / "base")
+    model, settings = base, {}
+    if first == "lora1":
+        model, settings = made.copy(world[first], tmp_path / "first"), {"teacher_model": str(base)}
+        config = json.loads((model / "adapter_config.json").read_text()) | {
+            "base_model_name_or_path": str(base)
+        }
+        (model / "adapter_config.json").write_text(json.dumps(config))
+    student = stage(tmp_path / "student", str(model), LORA, steps=1, **settings)
+    student.train()
+    student.save_model()
+    assert load_policy(tmp_path / "student")
+    weights = load_file(base / made.MODEL)
+    name = "decoder.model.decoder.layers.0.fc1.weight"
+    save_file(weights | {name: weights[name] + 1}, base / made.MODEL, metadata={"format": "pt"})
+    for load in (load_policy, open_checkpoint):
+        with pytest.raises(ValueError, match=r"base .*base', whose weights have changed since: put"):
+            load(tmp_path / "student")
 
 
 def test_the_fingerprint_sees_every_weight_and_no_adapter(tmp_path):

@@ -77,6 +77,7 @@ class AdapterCheckpoint(Checkpoint):
         super().__init__(source, folder)
         self.base, self.family = base, base.family
         self.lora: Any = _plain_lora(self.source, folder) if plain else _peft_config(folder)
+        self._require_unchanged_base()
         found = read_adapter(self.source, folder, base.config, base.source)
         self._found = found
         self.factors: dict[str, tuple[TensorInfo, TensorInfo]] = {}
@@ -84,6 +85,17 @@ class AdapterCheckpoint(Checkpoint):
         self._embeddings: set[str] = set()  # PEFT names and transposes their factors differently
         if plain:
             self._collect(found)
+
+    def _require_unchanged_base(self) -> None:
+        """Refuse a base that was trained again in the folder that the adapter names."""
+        recorded = self.provenance.training.get("base_fingerprint") if self.provenance else None
+        named = self.lora.base_model_name_or_path or ""
+        named_here = recorded and looks_local(named) and same_base(named, self.base.source)
+        if named_here and recorded != self.base.fingerprint():
+            raise ValueError(
+                f"{self.source} was trained on the base {named!r}, whose weights have changed since: put the former "
+                "weights back, or train the adapter again"
+            )
 
     def _collect(self, found: dict[str, TensorInfo]) -> None:
         for stored_name, info in found.items():

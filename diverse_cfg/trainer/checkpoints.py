@@ -36,7 +36,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TR
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from diverse_cfg.atomic import replacing, writing
+from diverse_cfg.atomic import open_weights, replacing, writing
 from diverse_cfg.callbacks import AdaptiveClipCallback
 from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.merging.adapter import AdapterStart
@@ -91,6 +91,7 @@ def beside(
                     state.save_to_json(str(written / TRAINER_STATE_NAME))
             wait()
             if writes:
+                open_weights(written)
                 if place.exists():
                     place.rename(folder / "replaced")
                 written.rename(place)
@@ -126,6 +127,7 @@ def student_provenance(
     sampling: dict[str, Any],
     steps: int,
     clip_seconds: float,
+    base_fingerprint: str | None = None,
 ) -> Provenance:
     """What a student's folder tells of where it comes from.
 
@@ -137,6 +139,7 @@ def student_provenance(
         sampling: settings to play the student with.
         steps: that it was trained.
         clip_seconds: length of the training clips.
+        base_fingerprint: of an adapter's base, as the run began.
     """
     origin = args.teacher_model or base_model
     training = {
@@ -145,6 +148,8 @@ def student_provenance(
         "steps": steps,
         "clip_seconds": clip_seconds,
     }
+    if base_fingerprint is not None:
+        training["base_fingerprint"] = base_fingerprint
     return Provenance(
         kind="student",
         base_model=origin and named(origin),

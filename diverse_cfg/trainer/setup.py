@@ -33,7 +33,7 @@ from diverse_cfg.functional.guidance import guidance_schedule
 from diverse_cfg.policies.checkpoints import inexact_options
 from diverse_cfg.policies.loading import load_policy, load_processor
 from diverse_cfg.policies.policy import Policy, as_policy, plain, require_prompts
-from diverse_cfg.policies.stored import same_base
+from diverse_cfg.policies.stored import FullCheckpoint, locate, same_base
 from diverse_cfg.prompts import check_column, check_prompts, load_prompts
 from diverse_cfg.provenance import read_provenance
 from diverse_cfg.rewards import DiversityReward, is_pairwise, keywords
@@ -58,6 +58,11 @@ def base_model_name(model: str | os.PathLike | nn.Module) -> str | None:
     if isinstance(model, nn.Module):
         return getattr(model.config, "_name_or_path", None) or None
     return os.fspath(model)
+
+
+def base_fingerprint(base: str | None) -> str | None:
+    """Of the folder that an adapter will name as its base; None of a Hub id, whose weights stay."""
+    return FullCheckpoint(base, locate(base)).fingerprint() if base and os.path.isdir(base) else None
 
 
 def prepare_policy(model: str | os.PathLike | nn.Module, args: CFGDiversityConfig, lora: bool) -> Policy:

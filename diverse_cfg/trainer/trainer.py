@@ -128,6 +128,7 @@ class CFGDiversityTrainer(RLOOTrainer):
         base = self._start.base_model if self._start else self._base_model
         setup.check_pushing(args, peft_config, base)
         check_teacher(model, args)
+        self._base_fingerprint = setup.base_fingerprint(base) if lora else None
         policy = self._policy = setup.prepare_policy(model, args, lora)
         setup.give_targets(peft_config, policy)
         self._num_frames, self._num_codebooks = setup.check_clips(policy, args), len(policy.delays)
@@ -683,6 +684,7 @@ class CFGDiversityTrainer(RLOOTrainer):
             sampling=self._settings,
             steps=self.state.global_step,
             clip_seconds=self._num_frames / self._policy.frame_rate,
+            base_fingerprint=self._base_fingerprint,
         )
 
     def push_to_hub(self, *args, blocking: bool = True, **kwargs):
