@@ -34,6 +34,7 @@ _PUBLIC = {
     "merge_checkpoints": "diverse_cfg.merging",
     "nano_path": "diverse_cfg.assets",
     "to_audiocraft": "diverse_cfg.policies.audiocraft",
+    "without_null_rows": "diverse_cfg.policies.audiocraft",
 }
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "merge_checkpoints",
     "nano_path",
     "to_audiocraft",
+    "without_null_rows",
 ]
 
 if TYPE_CHECKING:  # the same names, for type checkers and editors
@@ -72,6 +74,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
         import_audiocraft,
         load_audiocraft,
         to_audiocraft,
+        without_null_rows,
     )
     from diverse_cfg.policies.loading import load_policy, load_processor
     from diverse_cfg.policies.sampler.extension import extend
