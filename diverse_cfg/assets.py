@@ -5,7 +5,9 @@ the path that `nano_path()` returns, without importing this package.
 """
 
 import difflib
+import os
 from pathlib import Path
+from typing import Any
 
 NANO_PARTS = ("base", "judge", "reward-encoder", "within-encoder", "eval-encoder", "prompts", "open-prompts")
 
@@ -62,6 +64,17 @@ def source(name: str, part: str = "base") -> str:
     if part == "prompts" and name == "nano-open":
         part, name = "open-prompts", "nano"
     return str(nano_path(part)) if name == "nano" else name
+
+
+def shipped(name: Any, part: str = "base") -> Any:
+    """What a name means in Python: as `source`, but a file or folder of that name comes first."""
+    return source(name, part) if isinstance(name, str) and not os.path.exists(name) else name
+
+
+def shipped_embedder(name: str) -> str:
+    """An encoder as `load_embedder` takes it; `reward-encoder`, `within-encoder` and `eval-encoder` are nano's."""
+    ours = name.endswith("-encoder") and name in NANO_PARTS and not os.path.exists(name)
+    return str(nano_path(name)) if ours else name
 
 
 def portable(name: str) -> str:

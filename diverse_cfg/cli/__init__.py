@@ -147,16 +147,13 @@ def _terminated_like_interrupted() -> Iterator[None]:
 def _speaking_plainly() -> Iterator[None]:
     """Warnings as one line without our source code, and the package's own log, both on stderr.
 
-    Kept quiet: notices for programmers, and transformers' remark that MusicGen's special token lies outside
-    of the vocabulary. It does so in every MusicGen.
+    Kept quiet: notices for programmers.
     """
     logger = logging.getLogger("diverse_cfg")
     handler, level = logging.StreamHandler(), logger.level
     handler.format = lambda record: plain(record.getMessage())
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    configurations = logging.getLogger("transformers.configuration_utils")
-    configurations.addFilter(_is_news)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         usual = warnings.showwarning
@@ -172,8 +169,3 @@ def _speaking_plainly() -> Iterator[None]:
         finally:
             logger.removeHandler(handler)
             logger.setLevel(level)
-            configurations.removeFilter(_is_news)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return "must be `None` or an integer within the vocabulary" not in record.getMessage()

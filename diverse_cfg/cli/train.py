@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diverse_cfg.assets import recipe_path
+from diverse_cfg.assets import recipe_path, shipped_embedder
 from diverse_cfg.atomic import alone
 from diverse_cfg.cli import launch
-from diverse_cfg.cli.command import Command, embedder_source, model_source, prompt_source
+from diverse_cfg.cli.command import Command, model_source, prompt_source
 
 logger = logging.getLogger(__name__)
 
@@ -249,7 +249,7 @@ def _resolve_nano(config) -> None:
         config.teacher_model = model_source(config.teacher_model)
     for name in ("diversity_embedder", "monitor_embedder"):
         if (value := getattr(config, name)) is not None:
-            setattr(config, name, embedder_source(value))
+            setattr(config, name, shipped_embedder(value))
 
 
 def _rewards(args: TrainArguments, config, model: str):
