@@ -70,7 +70,7 @@ def prepare_policy(model: str | os.PathLike | nn.Module, args: CFGDiversityConfi
     model.
 
     Raises:
-        ValueError: a `PeftModel`, the command line's `nano`, or whatever `load_policy` refuses.
+        ValueError: a `PeftModel`, or whatever `load_policy` refuses.
     """
     _check_output(model, args)
     if isinstance(model, PeftModel):
@@ -89,8 +89,6 @@ def prepare_policy(model: str | os.PathLike | nn.Module, args: CFGDiversityConfi
         inner.name_or_path = inner.config._name_or_path or ""  # by which an adapter names its base
         if lora:
             _check_named_base(as_policy(inner))
-    elif os.fspath(model) == "nano" and not os.path.isdir(model):
-        raise ValueError("there is no folder nano; in Python use diverse_cfg.nano_path()")
     # Half precision is widened, since steps of the usual size vanish in it.
     own = as_policy(model).dtype if isinstance(model, nn.Module) else torch.float32
     policy = as_policy(load_policy(model, torch_dtype=torch.promote_types(own, torch.float32)))

@@ -27,6 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import RLOOTrainer
 from trl.trainer.utils import RepeatSampler
 
+from diverse_cfg.assets import shipped
 from diverse_cfg.atomic import alone, filling, require_space
 from diverse_cfg.callbacks import (
     AdaptiveClipCallback,
@@ -72,9 +73,9 @@ class CFGDiversityTrainer(RLOOTrainer):
     """Diversity-rewarded CFG distillation of MusicGen (arXiv 2410.06084), with TRL's interface.
 
     Args:
-        model: Hub id, folder, or `MusicgenForConditionalGeneration`; AudioCraft's checkpoints and live models
-            too, as a `MusicGen` or a pair (LMModel, compression_model). It is the student's start and, unless
-            `args.teacher_model` says otherwise, the teacher θ0.
+        model: Hub id, folder, `nano` (the shipped base), or `MusicgenForConditionalGeneration`; AudioCraft's
+            checkpoints and live models too, as a `MusicGen` or a pair (LMModel, compression_model). It is the
+            student's start and, unless `args.teacher_model` says otherwise, the teacher θ0.
         reward_funcs: callables with TRL's reward interface (see `diverse_cfg.rewards`), sync or async. None
             takes `DiversityReward` with the shipped encoder (nano base) or CLAP.
         args: a `CFGDiversityConfig`.
@@ -110,6 +111,7 @@ class CFGDiversityTrainer(RLOOTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: PeftConfig | None = None,
     ):
+        model = shipped(model)
         if is_live_audiocraft(model):
             model, processor = from_audiocraft(model)
             processing_class = processor if processing_class is None else processing_class
@@ -121,6 +123,7 @@ class CFGDiversityTrainer(RLOOTrainer):
             args = CFGDiversityConfig(output_dir=f"{Path(self._base_model or 'musicgen').name}-diverse-cfg")
         if not isinstance(args, CFGDiversityConfig):
             raise ValueError(f"args is a {type(args).__name__}; pass a CFGDiversityConfig")
+        args.teacher_model = shipped(args.teacher_model)
         lora = peft_config is not None
         peft_config = setup.lora_config(peft_config)
         adapted = not isinstance(model, nn.Module) and is_adapter(model)

@@ -6,6 +6,7 @@ on its prompt, the settings, the seed and its sample id only: not on the batch i
 processes. Stock `generate` is the reference backend (`reference`), driven by the same random numbers.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from numbers import Integral
@@ -35,10 +36,10 @@ _CPU_FRAMES = 300
 
 
 def fast_generate(
-    model: nn.Module,
+    model: nn.Module | str | os.PathLike,
     prompts: str | Sequence[str],
     *,
-    processor: Any,
+    processor: Any = None,
     num_frames: int,
     guidance_scale: float | Sequence[float] = 1.0,
     temperature: float = 1.0,
@@ -60,9 +61,10 @@ def fast_generate(
     """Generate clips for prompts.
 
     Args:
-        model: a MusicGen, e.g. of `load_policy`; also inside a `PeftModel`. It is only read.
+        model: a MusicGen, e.g. of `load_policy`; also inside a `PeftModel`. It is only read. A folder, an id or
+            `nano` is loaded for this call, its processor too.
         prompts: P texts.
-        processor: its processor or tokenizer.
+        processor: the model's processor or tokenizer.
         num_frames: T; MusicGen has 50 a second.
         guidance_scale: γ; 1 for a distilled model, 3 is usual for a base model, at twice the cost. T numbers are
             a schedule, γ of every frame; see `guidance_schedule`.
@@ -94,6 +96,15 @@ def fast_generate(
         FloatingPointError: logits that are not finite; names prompt and step.
         torch.OutOfMemoryError: not even one clip fits.
     """
+    if isinstance(model, str | os.PathLike):
+        from diverse_cfg.policies.loading import load_policy, load_processor
+
+        processor = load_processor(model) if processor is None else processor
+        model = load_policy(model)
+    elif processor is None:
+        raise ValueError(
+            "fast_generate needs processor=: what load_processor(folder) returns, or a tokenizer"
+        )
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     settings = SamplingSettings(guidance_scale, temperature, top_k, top_p, min_p)
     check_request(
