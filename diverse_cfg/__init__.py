@@ -20,6 +20,7 @@ _PUBLIC = {
     "FacetReward": "diverse_cfg.facets",
     "RolloutWeights": "diverse_cfg.policies.sampler.weights",
     "export_audiocraft": "diverse_cfg.policies.audiocraft",
+    "diverse_subset": "diverse_cfg.subset",
     "extend": "diverse_cfg.policies.sampler.extension",
     "fast_generate": "diverse_cfg.policies.sampler.rollout",
     "from_audiocraft": "diverse_cfg.policies.audiocraft",
@@ -31,6 +32,7 @@ _PUBLIC = {
     "load_processor": "diverse_cfg.policies.loading",
     "load_prompts": "diverse_cfg.prompts",
     "load_slider": "diverse_cfg.merging",
+    "load_take": "diverse_cfg.policies.takes",
     "merge_checkpoints": "diverse_cfg.merging",
     "nano_path": "diverse_cfg.assets",
     "to_audiocraft": "diverse_cfg.policies.audiocraft",
@@ -43,6 +45,7 @@ __all__ = [
     "FacetReward",
     "RolloutWeights",
     "__version__",
+    "diverse_subset",
     "export_audiocraft",
     "extend",
     "fast_generate",
@@ -55,6 +58,7 @@ __all__ = [
     "load_processor",
     "load_prompts",
     "load_slider",
+    "load_take",
     "merge_checkpoints",
     "nano_path",
     "to_audiocraft",
@@ -77,8 +81,10 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from diverse_cfg.policies.sampler.extension import extend
     from diverse_cfg.policies.sampler.rollout import fast_generate
     from diverse_cfg.policies.sampler.weights import RolloutWeights
+    from diverse_cfg.policies.takes import load_take
     from diverse_cfg.prompts import load_prompts
     from diverse_cfg.rewards import DiversityReward
+    from diverse_cfg.subset import diverse_subset
     from diverse_cfg.trainer import CFGDiversityTrainer
 
 

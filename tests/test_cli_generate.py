@@ -10,6 +10,7 @@ import diverse_cfg.policies.files as files
 from diverse_cfg.cli import generate as command
 from diverse_cfg.cli import main
 from diverse_cfg.provenance import Provenance, write_provenance
+from tests.evaluation.worlds import WaveEncoder
 from tests.tiny import save_tiny
 
 PROMPT = "a calm piano song"
@@ -51,6 +52,47 @@ def test_clips_are_written(tiny_folder, tmp_path, capsys, refused):
     assert main([*arguments, "--output", str(tmp_path / "a"), "--resume"]) == 0
     again, _ = soundfile.read(tmp_path / "a" / clips[1]["file"])
     assert abs(again - audio[1][0]).max() < 1e-4  # another batch rounds differently
+
+
+def test_takes_are_chosen_and_continued(tiny_folder, tmp_path, capsys, refused, monkeypatch):
+    """The way of a user: some takes of many samples, one of them made longer, its prompt taken from the take."""
+    monkeypatch.setattr("diverse_cfg.embeddings.load_embedder", lambda *_, **__: WaveEncoder())
+    words = ["generate", "--model", tiny_folder]
+    many = [*words, "--prompt", PROMPT, "--seconds", "0.2", "--takes", "2", "--of", "4"]
+    assert main([*many, "--output", str(tmp_path / "a")]) == 0
+    said = capsys.readouterr().out  # 10 frames, 3 of delay, null rows, four samples for two takes
+    assert (
+        said
+        == f"2 takes in {tmp_path / 'a'}, 52 decoder rows each; listen: {tmp_path / 'a' / 'index.html'}\n"
+    )
+    take = tmp_path / "a" / "take-01.wav"
+    longer = [*words, "--extend", str(take), "--seconds", "0.6"]
+    assert main([*longer, "--output", str(tmp_path / "b")]) == 0
+    (clip,) = json.loads((tmp_path / "b" / "generations.json").read_text())["clips"]
+    assert clip["prompt"] == PROMPT and len(soundfile.read(tmp_path / "b" / clip["file"])[0]) == 30 * 64
+
+    take.with_suffix(".safetensors").unlink()
+    other = ["--output", str(tmp_path / "c")]
+    for flags, message in (
+        ([*longer, *other], "take-01.safetensors that name a prompt: name one with --prompt"),
+        ([*words, "--extend", str(take), *other], "--extend needs --seconds"),
+        (
+            [*words, "--extend", "nothere.wav", "--seconds", "1", *other],
+            "--extend nothere.wav: there is no such",
+        ),
+        ([*words, *other], "one of the arguments --prompt --prompts is required"),
+        ([*many[:-1], "2", *other], "--of 2 needs --takes, a smaller number"),
+        ([*many[:5], "--of", "2", *other], "--of 2 needs --takes, a smaller number"),
+        ([*many[:-2], "--encoder", "x", *other], "--encoder x has no effect without --of"),
+        (
+            [*many[:-2], "--temperature", "0", *other],
+            "--takes 2 at temperature 0 is the same clip every time",
+        ),
+    ):
+        assert message in refused(*flags)
+    assert (
+        main([*longer, "--prompt", "sad cello", "--output", str(tmp_path / "c")]) == 0
+    )  # the audio is encoded
 
 
 @pytest.mark.parametrize("weight", [["2"], ["-0.5"], ["0.7", "0.7"]])

@@ -67,7 +67,7 @@ def extend(
             f"num_frames={num_frames}: the clips have {codes.shape[-1]} frames already; ask for more"
         )
     weights = weights or RolloutWeights.from_model(model)
-    number = 0
+    rows, number = torch.zeros(len(codes), dtype=torch.long), 0
     while codes.shape[-1] < num_frames:
         begun = codes[..., -overlap:]
         sampled = min(window, begun.shape[-1] + num_frames - codes.shape[-1])
@@ -83,6 +83,6 @@ def extend(
             **options,
         )
         codes = torch.cat([codes.to(clips.codes.device), clips.codes[..., begun.shape[-1] :]], dim=-1)
-        number += 1
+        rows, number = rows + clips.decoder_rows, number + 1
     waveforms = decode_codes(model, codes) if decode else None
-    return Clips(codes, policy.sampling_rate, prompts=list(prompts), waveforms=waveforms)
+    return Clips(codes, policy.sampling_rate, prompts=list(prompts), waveforms=waveforms, decoder_rows=rows)

@@ -229,7 +229,14 @@ def sample_codes(
     if snapshot is not None and weights is None:
         snapshot.loops.clear()  # nobody will use its graphs again
     rate = policy.config.audio_encoder.sampling_rate
-    return Clips(codes, rate, logps if return_logps else None, condition=condition)
+    cost = num_decoder_steps(num_frames, delays(model)) * (1 + settings.guided)
+    return Clips(
+        codes,
+        rate,
+        logps if return_logps else None,
+        condition=condition,
+        decoder_rows=torch.full((len(codes),), cost),
+    )
 
 
 @torch.no_grad()
