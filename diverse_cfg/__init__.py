@@ -24,6 +24,7 @@ _PUBLIC = {
     "extend": "diverse_cfg.policies.sampler.extension",
     "fast_generate": "diverse_cfg.policies.sampler.rollout",
     "from_audiocraft": "diverse_cfg.policies.audiocraft",
+    "hybrid_generate": "diverse_cfg.policies.sampler.extension",
     "import_audiocraft": "diverse_cfg.policies.audiocraft",
     "inspect_checkpoint": "diverse_cfg.merging",
     "load_audiocraft": "diverse_cfg.policies.audiocraft",
@@ -50,6 +51,7 @@ __all__ = [
     "extend",
     "fast_generate",
     "from_audiocraft",
+    "hybrid_generate",
     "import_audiocraft",
     "inspect_checkpoint",
     "load_audiocraft",
@@ -78,7 +80,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
         to_audiocraft,
     )
     from diverse_cfg.policies.loading import load_policy, load_processor
-    from diverse_cfg.policies.sampler.extension import extend
+    from diverse_cfg.policies.sampler.extension import extend, hybrid_generate
     from diverse_cfg.policies.sampler.rollout import fast_generate
     from diverse_cfg.policies.sampler.weights import RolloutWeights
     from diverse_cfg.policies.takes import load_take

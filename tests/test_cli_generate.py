@@ -131,6 +131,24 @@ def test_guidance_that_changes_over_the_clip(called, tiny_folder, capsys):
     assert "guidance_schedule='ramp' must be constant, linear" in capsys.readouterr().err
 
 
+def test_another_model_begins(called, tiny_folder, student, refused):
+    """It is guided as its own settings say, the model that goes on as its own; each can be told otherwise."""
+    words = ["generate", "--model", student, "--prompt", PROMPT, "--output", "out", "--first", tiny_folder]
+    assert main([*words, "--first-frames", "5"]) == 0
+    settings = called[0][-1]
+    assert (settings["first_guidance_scale"], settings["guidance_scale"]) == (3.0, 1.0)
+    assert settings["first_frames"] == 5 and settings["model_name"] == f"{tiny_folder}, then {student}"
+    assert main([*words, "--first-frames", "5", "--first-guidance-scale", "1"]) == 0
+    assert called[1][-1]["first_guidance_scale"] == 1.0
+    for flags, message in (
+        (words, "--first needs --first-frames"),
+        ([*words[:-2], "--first-frames", "5"], "--first-frames 5 has no effect without --first"),
+        ([*words, "--first-frames", "5", "--first-guidance-scale", "0"], "guidance_scale=0.0 must be"),
+        ([*words, "--first-frames", "5", "--extend", "x.wav"], "has no effect with --extend"),
+    ):
+        assert message in refused(*flags)
+
+
 def test_a_student_plays_without_guidance_and_as_it_was_trained(called, student, capsys):
     """Catches guidance applied twice, and a filter that the student never saw."""
     assert main(["generate", "--model", student, "--prompt", PROMPT, "--output", "out"]) == 0

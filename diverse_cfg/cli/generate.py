@@ -53,6 +53,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--encoder", help="in whose eyes --of compares (default: nano's for nano and its students, else CLAP)"
     )
+    add("--first", metavar="MODEL", help="a model that begins, before --model goes on: the base, say")
+    add("--first-frames", type=number(int, 1), metavar="N", help="how much --first plays, in frames")
+    add("--first-guidance-scale", type=float, metavar="γ", help="of --first (default: its own)")
     add("--extend", metavar="FILE", help="go on from this take or audio file, up to --seconds in all")
     add("--seed", type=number(int, 0, 2**64 - 1), help="same seed, same clips (default: 0)")
     add(
@@ -134,6 +137,8 @@ def _run(args: argparse.Namespace) -> None:
     if args.guidance_schedule is not None:
         guidance_schedule(args.guidance_schedule, 2.0, 2)  # it is one
     SamplingSettings(**typed)  # in range
+    if args.first_guidance_scale is not None:
+        SamplingSettings(args.first_guidance_scale)
     source = model_source(args.model)
     how: dict[str, Any] = {"of": args.of, "choose": _chooser(args, source)} if args.of else {}
     model: Any = _load(source, args.adapter, args.merge_weight)
@@ -153,6 +158,14 @@ def _run(args: argparse.Namespace) -> None:
         how["beginning"], prompts = take.codes, prompts or take.prompts
         if prompts is None:
             raise ValueError(f"the codes beside {args.extend} name no prompt: name one with --prompt")
+    if args.first:
+        how["first"] = begins = _load(model_source(args.first), [], None).to(device)
+        own = begins.generation_config.guidance_scale
+        how["first_guidance_scale"] = (
+            (own or 1.0) if args.first_guidance_scale is None else args.first_guidance_scale
+        )
+        how["first_frames"] = args.first_frames
+        name = f"{args.first}, then {name}"
     names = ("num_generations", "negative_prompt", "sample_format", "resume", "batch_size", "rollout_backend")
     clips = generate_files(
         model.to(device),
@@ -181,10 +194,15 @@ def _check_takes(args: argparse.Namespace) -> None:
         refuse_idle(args, "encoder", "without --of")
     elif args.takes is None or args.takes >= args.of:
         raise ValueError(f"--of {args.of} needs --takes, a smaller number of clips to keep")
+    if args.first is None:
+        refuse_idle(args, "first_frames first_guidance_scale", "without --first")
+    elif args.first_frames is None:
+        raise ValueError("--first needs --first-frames, how much it plays")
     if args.extend is None:
         if not args.prompt and not args.prompts:
             raise ValueError("one of the arguments --prompt --prompts is required")
         return
+    refuse_idle(args, "first", "with --extend, where the take is what begins")
     if args.seconds is None:
         raise ValueError("--extend needs --seconds, the length of the whole clip")
     if not Path(args.extend).is_file():

@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from diverse_cfg.atomic import alone, replacing, write_text, writing
 from diverse_cfg.policies.musicgen.model import own_frames
 from diverse_cfg.policies.policy import Policy, as_policy, plain
 from diverse_cfg.policies.sampler.draws import require_64_bits
-from diverse_cfg.policies.sampler.extension import extend, longest_window
+from diverse_cfg.policies.sampler.extension import check_hybrid, extend, hybrid_generate, longest_window
 from diverse_cfg.policies.sampler.rollout import (
     RolloutWeights,
     SamplingSettings,
@@ -66,6 +67,9 @@ def generate_files(
     of: int | None = None,
     choose: Callable[[Clips], list[int]] | None = None,
     beginning: Tensor | None = None,
+    first: nn.Module | None = None,
+    first_frames: int = 0,
+    first_guidance_scale: float = 1.0,
     **sampling: Any,
 ) -> list[dict[str, Any]]:
     """Generate clips for prompts and write them into a folder.
@@ -91,6 +95,9 @@ def generate_files(
         choose: gives the rows of those G, of a prompt's M clips; see `subset.diverse_subset`.
         beginning: codes [1, K, T0] that every clip begins with; they are continued in windows of the model's own
             length.
+        first: a model that begins; see `hybrid_generate`, also for the next two.
+        first_frames: how much it plays.
+        first_guidance_scale: its γ.
         sampling: `SamplingSettings` by name.
 
     Returns:
@@ -128,6 +135,13 @@ def generate_files(
         "settings": asdict(settings) | {"negative_prompt": negative_prompt, "num_frames": num_frames},
         "clips": _plan(prompts, num_generations, seed, num_frames / policy.frame_rate, takes, of),
     }
+    play: Callable[..., Clips] = fast_generate
+    if first is not None:
+        check_hybrid(first, model, first_frames, min(num_frames, window), rollout_backend)
+        how = {"first_frames": first_frames, "first_guidance_scale": first_guidance_scale}
+        SamplingSettings(first_guidance_scale)  # in range
+        manifest["settings"] |= how | {"first": _fingerprint(first)}
+        play = partial(hybrid_generate, first, **how)
     if of is not None:
         manifest["settings"]["of"] = of
     if beginning is not None:
@@ -137,11 +151,14 @@ def generate_files(
     length = round(num_frames / policy.frame_rate * policy.sampling_rate)
     pending = [clip for clip in manifest["clips"] if not _is_whole(folder / clip["file"], length, takes)]
     weights = RolloutWeights.from_model(model, dtype) if pending and rollout_backend == "fast" else None
+    if pending and first is not None:
+        play = partial(play, first_weights=RolloutWeights.from_model(first, dtype))
     loud, total = 0, len(manifest["clips"])
     bar = tqdm(total=total, initial=total - len(pending), unit="clip", disable=not progress)
     with alone(folder), bar:
         for batch, ids in _batches(manifest["clips"], pending, num_generations, batch_size, of):
             clips = _sample(
+                play,
                 model,
                 [batch[0]["prompt"]] * of if of else [clip["prompt"] for clip in batch],
                 num_frames,
@@ -225,6 +242,7 @@ def _batches(
 
 
 def _sample(
+    play: Callable[..., Clips],
     model: nn.Module,
     texts: list[str],
     num_frames: int,
@@ -237,7 +255,7 @@ def _sample(
     following, rows = (seed + 1) % 2**64, 0
     if beginning is None:
         first, long = min(num_frames, window), num_frames > window
-        clips = fast_generate(model, texts, num_frames=first, seed=seed, decode=not long, **how)
+        clips = play(model, texts, num_frames=first, seed=seed, decode=not long, **how)
         if not long:
             return clips
         beginning, rows = clips.codes, clips.decoder_rows

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from diverse_cfg.assets import nano_path
 from diverse_cfg.policies.files import generate_files
 from diverse_cfg.policies.loading import load_policy, load_processor
-from diverse_cfg.policies.sampler.extension import extend
+from diverse_cfg.policies.sampler.extension import extend, hybrid_generate
 from diverse_cfg.policies.sampler.rollout import decode_codes, fast_generate
 from diverse_cfg.policies.takes import load_take
 from diverse_cfg.subset import diverse_subset
@@ -129,6 +129,30 @@ def test_a_take_is_continued_in_windows_of_the_models_own_length(policy, tmp_pat
         write_takes(policy, tmp_path / "c", beginning=take.codes)
     with pytest.raises(ValueError, match="begun with another settings"):
         write_takes(policy, tmp_path / "b", beginning=take.codes.flip(-1), resume=True, **settings)
+    assert not (tmp_path / "c").exists()
+
+
+def test_takes_of_two_models_one_after_the_other(policy, tmp_path):
+    """Faults: γ of the first model for both; a folder that goes on with another first model; a first model that
+    plays in every window."""
+    student = load_policy(tiny_musicgen())
+    student.decoder.load_state_dict(tiny_musicgen(seed=1).decoder.state_dict())
+    settings = {"first_frames": 5, "first_guidance_scale": 3.0}
+    texts, how = PROMPTS[:1] * 3, {"processor": tiny_processor(), "seed": 4} | settings
+    for frames, name in ((12, "a"), (140, "b")):
+        clips = write_takes(student, tmp_path / name, first=policy, num_frames=frames, **settings)
+        begun = hybrid_generate(policy, student, texts, num_frames=min(frames, 125), **how)
+        codes, cost = begun.codes, 2 * 8 + min(frames, 125) + 3
+        if frames > 125:  # positions of the tiny model
+            codes = extend(student, codes, texts, processor=how["processor"], num_frames=140, seed=5).codes
+            cost += 50 + 15 + 3
+        for row, clip in enumerate(clips):
+            assert torch.equal(load_take(policy, tmp_path / name / clip["file"]).codes[0], codes[row])
+            assert clip["decoder_rows"] == cost
+    with pytest.raises(ValueError, match="begun with another settings"):
+        write_takes(student, tmp_path / "a", first=student, resume=True, **settings)
+    with pytest.raises(ValueError, match="first_frames=12 must be"):
+        write_takes(student, tmp_path / "c", first=policy, first_frames=12)
     assert not (tmp_path / "c").exists()
 
 
