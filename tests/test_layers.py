@@ -21,7 +21,7 @@ LAYERS = [
     ["config"],
     ["policies", "embeddings", "prompts"],
     ["rewards", "cards", "nano"],
-    ["facets"],
+    ["facets", "subset"],
     ["merging"],
     ["callbacks"],
     ["trainer"],

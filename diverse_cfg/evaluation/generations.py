@@ -21,7 +21,6 @@ from torch import Tensor
 
 from diverse_cfg.evaluation.cache import Cache, mixture_digest
 from diverse_cfg.evaluation.systems import Mixture, System
-from diverse_cfg.functional.codebooks import num_decoder_steps
 from diverse_cfg.merging import merge_checkpoints
 from diverse_cfg.policies.loading import load_policy, load_processor
 from diverse_cfg.policies.policy import Policy, as_policy
@@ -175,7 +174,7 @@ def generations(
     per_batch = max(1, _BATCH // clips.num_generations)
     # Made here, lest the first batch's time contain it.
     weights = player.weights if clips.rollout_backend == "fast" else None
-    codes, seconds, batches = [], [], []
+    codes, seconds, batches, rows = [], [], [], []
     for start in range(0, len(clips.prompts), per_batch):
         prompts = list(clips.prompts[start : start + per_batch])
         first = start * clips.num_generations
@@ -201,15 +200,14 @@ def generations(
         codes.append(rollout.codes.to("cpu", torch.int32))
         seconds += [spent / count] * count
         batches += [start // per_batch] * count
+        rows.append(rollout.decoder_rows.to(torch.int32))
         if progress:
             progress(count)
-    # The decoder's steps, twice with guidance.
-    decoder_rows = num_decoder_steps(clips.num_frames, player.policy.delays) * (1 + sampling.guided)
     arrays = {
         "codes": torch.cat(codes).numpy(),
         "seconds": np.array(seconds),
         "batch": np.array(batches, dtype=np.int32),
-        "decoder_rows": np.full(len(seconds), decoder_rows, dtype=np.int32),
+        "decoder_rows": torch.cat(rows).numpy(),
     }
     cache.save("generations", description, arrays, {"machine": _machine(player.device)})
     return arrays

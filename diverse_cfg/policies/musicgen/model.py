@@ -93,12 +93,16 @@ def frame_rate(model: nn.Module) -> float:
     return codec.sampling_rate / codec.hop_length
 
 
-def usual_seconds(model: nn.Module) -> float:
-    """Length of a clip where nobody names one: what the model's own generation settings ask for, at most 10 s."""
+def own_frames(model: nn.Module) -> int:
+    """Length of the clips that the model's own generation settings ask for, in frames; not above 0 if they do not."""
     own = unwrap(model).generation_config
     # Read from a generation config, both count the steps after the start column.
-    steps = own.max_new_tokens or own.max_length or 0
-    seconds = (steps - max(delays(model))) / frame_rate(model)
+    return (own.max_new_tokens or own.max_length or 0) - max(delays(model))
+
+
+def usual_seconds(model: nn.Module) -> float:
+    """Length of a clip where nobody names one: what the model's own generation settings ask for, at most 10 s."""
+    seconds = own_frames(model) / frame_rate(model)
     return min(seconds, _LONGEST_USUAL) if seconds > 0 else _LONGEST_USUAL
 
 

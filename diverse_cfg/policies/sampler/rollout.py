@@ -86,7 +86,7 @@ def fast_generate(
         dtype: of a snapshot taken now, the model's by default; bfloat16 is faster where the hardware has it, but
             rounds differently in batches of different size, so that a clip may depend on its batch.
         prefix: codes that the clips begin with [N, K, Tp], of this or another model with the same codec; what
-            follows is sampled.
+            follows is sampled, and what is −1.
 
     Returns:
         N = P·G clips on the model's device, those of one prompt adjacent.
@@ -240,7 +240,14 @@ def sample_codes(
     if snapshot is not None and weights is None:
         snapshot.loops.clear()  # nobody will use its graphs again
     rate = policy.config.audio_encoder.sampling_rate
-    return Clips(codes, rate, logps if return_logps else None, condition=condition)
+    cost = num_decoder_steps(num_frames, delays(model)) * (1 + settings.guided)
+    return Clips(
+        codes,
+        rate,
+        logps if return_logps else None,
+        condition=condition,
+        decoder_rows=torch.full((len(codes),), cost),
+    )
 
 
 @torch.no_grad()
@@ -449,7 +456,7 @@ def _check_prefix(
         )
     if not 0 < prefix.shape[-1] < num_frames:
         raise ValueError(f"prefix has {prefix.shape[-1]} frames, the clips {num_frames}: it must be shorter")
-    if prefix.is_floating_point() or not 0 <= int(prefix.min()) <= int(prefix.max()) < config.vocab_size:
+    if prefix.is_floating_point() or not -1 <= int(prefix.min()) <= int(prefix.max()) < config.vocab_size:
         raise ValueError(f"prefix must hold codes from 0 to {config.vocab_size - 1}: is it of another codec?")
     if return_logps or rollout_backend != "fast":
         raise ValueError("prefix needs rollout_backend='fast', and no return_logps: nobody drew its codes")
