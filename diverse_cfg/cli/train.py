@@ -93,6 +93,9 @@ def _run(args: argparse.Namespace) -> None:
         kinds, prog="diverse-cfg train", usage=USAGE, allow_abbrev=False, formatter_class=_Help
     )
     _own_settings_first(parser, CFGDiversityConfig)
+    parser._option_string_actions[
+        "--guidance_scale"
+    ].type = str  # a number, or a range that the settings read
     words, recipe = _words(args.rest), {}
     if "--config" in words:
         recipe = read_settings(words[words.index("--config") + 1])

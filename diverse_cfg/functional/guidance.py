@@ -127,8 +127,8 @@ class GuidanceRange:
 
     @property
     def reference(self) -> float:
-        """γ of a player that tells none: the paper's 3, or the nearest to it that was trained."""
-        return min(self.knots, key=lambda knot: abs(knot - 3))
+        """γ of a player that tells none: the paper's 3, or the nearest to it above 1 that is trained."""
+        return min((knot for knot in self.knots if knot > 1), key=lambda knot: abs(knot - 3))
 
     def draw(self, number: float) -> float:
         """γ of a uniform random number in [0, 1)."""

@@ -105,7 +105,7 @@ class GuidanceShift(nn.Module):
 def interpolate(rows: Tensor, knots: tuple[float, ...], guidance: Tensor) -> Tensor:
     """Linear interpolation of rows [M, D] at rising knots [M], at γ [B]; [B, D]."""
     ends = torch.tensor(knots, dtype=guidance.dtype, device=guidance.device)
-    left = torch.bucketize(guidance, ends[1:-1], right=True)
+    left = torch.bucketize(guidance.contiguous(), ends[1:-1], right=True)
     share = (guidance - ends[left]) / (ends[left + 1] - ends[left])
     return rows[left].lerp(rows[left + 1], share[:, None].to(rows.dtype))
 

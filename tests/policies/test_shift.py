@@ -37,6 +37,7 @@ def told_musicgen(guidance=RANGE, audio_channels=1):
         ({"low": 1, "high": 5}, (1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5), 3),
         ({"low": 1, "high": 2}, (1, 1.125, 1.25, 1.375, 1.5, 1.625, 1.75, 1.875, 2), 2),
         ([4, 1, 2.5], (1, 2.5, 4), 2.5),
+        ([1, 6], (1, 6), 6),
     ],
 )
 def test_range(value, knots, reference):
