@@ -246,8 +246,9 @@ class CFGDiversityConfig(RLOOConfig):
     @property
     def reference_guidance(self) -> float:
         """γ; of a range, that of a player who tells none."""
-        guidance: Any = self.guidance_range
-        return self.guidance_scale if guidance is None else guidance.reference
+        if isinstance(self.guidance_scale, int | float):
+            return self.guidance_scale
+        return GuidanceRange.of(self.guidance_scale).reference
 
     def to_dict(self) -> dict[str, Any]:
         """As `TrainingArguments.to_dict`, with the guards as plain values."""

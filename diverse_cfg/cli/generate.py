@@ -50,6 +50,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--guidance-scale", type=float, metavar="γ", help="default: the model's own; 1 is no guidance")
     add(
+        "--student-guidance",
+        type=float,
+        metavar="γ",
+        help="γ that a student of a range plays, at no cost (default: as its card says, mostly 3)",
+    )
+    add(
         "--guidance-schedule",
         metavar="NAME",
         help="γ over the clip: linear or cosine (down to 1), or 'interval A B' of places in [0, 1]",
@@ -118,7 +124,7 @@ def _run(args: argparse.Namespace) -> None:
         guidance_schedule(args.guidance_schedule, 2.0, 2)  # it is one
     SamplingSettings(**typed)  # in range
     source = model_source(args.model)
-    model: Any = _load(source, args.adapter, args.merge_weight)
+    model: Any = _load(source, args.adapter, args.merge_weight, args.student_guidance)
     policy = as_policy(model)
     sampling = {"guidance_scale": 1.0, "temperature": 1.0, "top_k": USUAL_TOP_K}
     own = {name: getattr(model.generation_config, name) for name in sampling}
@@ -126,6 +132,8 @@ def _run(args: argparse.Namespace) -> None:
     name = " + ".join([args.model, *args.adapter])
     if args.merge_weight:
         name += f" at {' '.join(f'{weight:g}' for weight in args.merge_weight)}"
+    if args.student_guidance is not None:
+        name += f", student γ {args.student_guidance:g}"
     num_frames = max(1, round((args.seconds or policy.usual_seconds) * policy.frame_rate))
     if args.guidance_schedule is not None:
         scale = sampling["guidance_scale"]
@@ -146,15 +154,19 @@ def _run(args: argparse.Namespace) -> None:
     print(f"{len(clips)} clips in {args.output}")
 
 
-def _load(source: str, adapters: list[str], merge_weight: list[float] | None):
+def _load(source: str, adapters: list[str], merge_weight: list[float] | None, student_guidance: float | None):
     if merge_weight is None:
         if len(adapters) > 1:
             raise ValueError(
                 f"{len(adapters)} times --adapter needs --merge-weight, which says how to mix them"
             )
         from diverse_cfg.policies.loading import load_policy
+        from diverse_cfg.policies.policy import as_policy
 
-        return load_policy(source, adapter=adapters[0] if adapters else None)
+        model = load_policy(source, adapter=adapters[0] if adapters else None)
+        if student_guidance is not None:
+            as_policy(model).fold_guidance(student_guidance)
+        return model
     if len(adapters) < 2:
         raise ValueError(
             f"--merge-weight mixes two or more experts: name each with --adapter, got {len(adapters)}"
@@ -168,7 +180,7 @@ def _load(source: str, adapters: list[str], merge_weight: list[float] | None):
             f"--merge-weight {' '.join(f'{number:g}' for number in merge_weight)} gives the experts {resolved}: name "
             "weights in [0, 1] that sum to 1, or write the model with `diverse-cfg merge`, which takes others too"
         )
-    return load_slider(source, adapters, merge_weight=weight).model
+    return load_slider(source, adapters, merge_weight=weight, student_guidance=student_guidance).model
 
 
 COMMAND = Command(

@@ -13,7 +13,7 @@ programs save and load is a plain model.
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import safe_open
@@ -46,6 +46,14 @@ class GuidanceShift(nn.Module):
         super().__init__()
         self.guidance = guidance
         self.table = nn.Parameter(torch.zeros(len(guidance.knots), width))
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, guidance: GuidanceRange, table: Tensor) -> Self:
+        """With a table [M, D] of shifts at the knots, up to a constant."""
+        shift = cls(guidance, table.shape[1]).to(table.dtype)
+        shift.table.copy_(table / _GAIN)
+        return shift
 
     def rows(self) -> Tensor:
         """The shift at every knot [M, D]; gradients flow."""
@@ -132,9 +140,7 @@ def read_shift(folder: str | os.PathLike) -> GuidanceShift | None:
         guidance = GuidanceRange(GuidanceRange.of(knots.tolist()).knots, listed)
         if table.ndim != 2 or len(table) != len(guidance.knots) or not table.isfinite().all():
             raise ValueError(f"it holds no finite table with a row for each of {len(guidance.knots)} knots")
-    shift = GuidanceShift(guidance, table.shape[1]).to(table.dtype)
-    shift.table.data.copy_(table / _GAIN)
-    return shift
+    return GuidanceShift.of(guidance, table)
 
 
 def _listed(guidance: GuidanceRange) -> str:

@@ -325,7 +325,7 @@ class Sampler:
         for scale in condition.guidance.unique():
             rows = (condition.guidance == scale).nonzero()[:, 0]
             part = condition.select(rows)
-            scales = self.teacher.scales(part)[0].flatten().tolist()
+            scales = torch.as_tensor(self.teacher.scales(part))[0].flatten().tolist()
             codes[rows] = self(
                 part.told(None),
                 ids[rows],
