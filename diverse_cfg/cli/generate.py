@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from diverse_cfg.cli.command import Command, embedder_source, model_source, number, prompt_source, refuse_idle
+from diverse_cfg.cli.command import Command, model_source, number, prompt_source, refuse_idle
 
 # AudioCraft's own setting; the released generation configs leave it out, and transformers would take 50.
 USUAL_TOP_K = 250
@@ -64,6 +64,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="length (default: own, at most 10); over 30, window by window",
     )
     add("--guidance-scale", type=float, metavar="γ", help="default: the model's own; 1 is no guidance")
+    add(
+        "--student-guidance",
+        type=float,
+        metavar="γ",
+        help="γ that a student of a range plays, at no cost (default: as its card says, mostly 3)",
+    )
     add(
         "--guidance-schedule",
         metavar="NAME",
@@ -141,7 +147,7 @@ def _run(args: argparse.Namespace) -> None:
         SamplingSettings(args.first_guidance_scale)
     source = model_source(args.model)
     how: dict[str, Any] = {"of": args.of, "choose": _chooser(args, source)} if args.of else {}
-    model: Any = _load(source, args.adapter, args.merge_weight)
+    model: Any = _load(source, args.adapter, args.merge_weight, args.student_guidance)
     policy = as_policy(model)
     sampling = {"guidance_scale": 1.0, "temperature": 1.0, "top_k": USUAL_TOP_K}
     own = {name: getattr(model.generation_config, name) for name in sampling}
@@ -149,6 +155,8 @@ def _run(args: argparse.Namespace) -> None:
     name = " + ".join([args.model, *args.adapter])
     if args.merge_weight:
         name += f" at {' '.join(f'{weight:g}' for weight in args.merge_weight)}"
+    if args.student_guidance is not None:
+        name += f", student γ {args.student_guidance:g}"
     num_frames = max(1, round((args.seconds or policy.usual_seconds) * policy.frame_rate))
     if args.guidance_schedule is not None:
         scale = sampling["guidance_scale"]
@@ -220,20 +228,24 @@ def _chooser(args: argparse.Namespace, source: str) -> Any:
     from diverse_cfg.subset import diverse_subset
     from diverse_cfg.trainer.setup import default_embedder
 
-    encoder = embedder_source(args.encoder) if args.encoder else default_embedder(source)
+    encoder = args.encoder or default_embedder(source)
     embedder = load_embedder(encoder, device=args.device)
     return partial(diverse_subset, count=args.takes, embedder=embedder)
 
 
-def _load(source: str, adapters: list[str], merge_weight: list[float] | None):
+def _load(source: str, adapters: list[str], merge_weight: list[float] | None, student_guidance: float | None):
     if merge_weight is None:
         if len(adapters) > 1:
             raise ValueError(
                 f"{len(adapters)} times --adapter needs --merge-weight, which says how to mix them"
             )
         from diverse_cfg.policies.loading import load_policy
+        from diverse_cfg.policies.policy import as_policy
 
-        return load_policy(source, adapter=adapters[0] if adapters else None)
+        model = load_policy(source, adapter=adapters[0] if adapters else None)
+        if student_guidance is not None:
+            as_policy(model).fold_guidance(student_guidance)
+        return model
     if len(adapters) < 2:
         raise ValueError(
             f"--merge-weight mixes two or more experts: name each with --adapter, got {len(adapters)}"
@@ -247,7 +259,7 @@ def _load(source: str, adapters: list[str], merge_weight: list[float] | None):
             f"--merge-weight {' '.join(f'{number:g}' for number in merge_weight)} gives the experts {resolved}: name "
             "weights in [0, 1] that sum to 1, or write the model with `diverse-cfg merge`, which takes others too"
         )
-    return load_slider(source, adapters, merge_weight=weight).model
+    return load_slider(source, adapters, merge_weight=weight, student_guidance=student_guidance).model
 
 
 COMMAND = Command(

@@ -108,6 +108,9 @@ def _run(args: argparse.Namespace) -> None:
         formatter_class=_Help,
     )
     _own_settings_first(parser, CFGDiversityConfig)
+    parser._option_string_actions[
+        "--guidance_scale"
+    ].type = str  # a number, or a range that the settings read
     recipe = {}
     if "--config" in words:
         recipe = read_settings(words[words.index("--config") + 1])

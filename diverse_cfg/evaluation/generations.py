@@ -67,22 +67,29 @@ class Player:
     Args:
         mixture: the model, or the merge that is made in a temporary folder.
         device: torch device.
+        student_guidance: γ to fold into it, of a student of a range.
     """
 
-    def __init__(self, mixture: Mixture, device: str = "cpu"):
+    def __init__(self, mixture: Mixture, device: str = "cpu", student_guidance: float | None = None):
         self.mixture = mixture
         self.device = device
+        self.student_guidance = student_guidance
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
         if len(self.mixture) == 1:
             source = self.mixture[0][0]
-            return load_policy(source).to(self.device), load_processor(source)
+            model = load_policy(source).to(self.device)
+            if self.student_guidance is not None:
+                as_policy(model).fold_guidance(self.student_guidance)
+            return model, load_processor(source)
         with TemporaryDirectory(prefix="diverse-cfg-merge-") as folder, warnings.catch_warnings():
             # How the merge would play by default does not matter: a system says how it is sampled.
             warnings.simplefilter("ignore", UserWarning)
             checkpoints, weights = zip(*self.mixture, strict=True)
-            merged = merge_checkpoints(checkpoints, weights, Path(folder) / "merged")
+            merged = merge_checkpoints(
+                checkpoints, weights, Path(folder) / "merged", bake_guidance=self.student_guidance
+            )
             return load_policy(merged).to(self.device), load_processor(merged)
 
     @property
@@ -124,6 +131,8 @@ def describe(system: System, mixture: Mixture, clips: ClipSet, seed: int) -> dic
     backend = {} if clips.rollout_backend == "fast" else {"rollout_backend": clips.rollout_backend}
     schedule = system.guidance_schedule
     backend |= {} if schedule == "constant" else {"guidance_schedule": schedule}
+    told = system.student_guidance
+    backend |= {} if told is None else {"student_guidance": float(told)}
     return backend | {
         "version": _VERSION,
         "model": mixture_digest(mixture),

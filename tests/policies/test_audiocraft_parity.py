@@ -135,7 +135,9 @@ def test_a_student_takes_one_row_per_clip(world, two_step):
         hook.remove()
         return codes, sum(rows) / len(PROMPTS) / (steps + 3)
 
-    plain, twice = play(theirs, 1.0, two_step=False)  # in two steps AudioCraft takes the model's own coefficient
+    plain, twice = play(
+        theirs, 1.0, two_step=False
+    )  # in two steps AudioCraft takes the model's own coefficient
     alone, once = play(ours, 1.0)
     assert torch.equal(alone, plain) and 1.9 < twice < 2.1 and 0.9 < once < 1.1
     guided, guided_rows = play(ours, GUIDANCE_SCALE)

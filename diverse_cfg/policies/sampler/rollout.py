@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diverse_cfg.functional.codebooks import num_decoder_steps, revert_delay_pattern
 from diverse_cfg.policies.musicgen.model import delays, encode_text, frame_rate, unwrap
-from diverse_cfg.policies.policy import require_prompts
+from diverse_cfg.policies.policy import as_policy, require_prompts
 from diverse_cfg.policies.sampler.batches import automatic_batch, in_batches, may_be_kept
 from diverse_cfg.policies.sampler.draws import SamplingSettings, keyed_noise, not_finite, require_64_bits
 from diverse_cfg.policies.sampler.loop import DecodeLoop, default_mode
@@ -57,6 +57,7 @@ def fast_generate(
     weights: RolloutWeights | None = None,
     dtype: torch.dtype | None = None,
     prefix: Tensor | None = None,
+    student_guidance: float | None = None,
 ) -> Clips:
     """Generate clips for prompts.
 
@@ -87,6 +88,8 @@ def fast_generate(
             rounds differently in batches of different size, so that a clip may depend on its batch.
         prefix: codes that the clips begin with [N, K, Tp], of this or another model with the same codec; what
             follows is sampled, and what is −1.
+        student_guidance: γ that the model is told, of a student that was trained for a range of them; by default
+            it plays its reference γ. One row per clip, whatever it is.
 
     Returns:
         N = P·G clips on the model's device, those of one prompt adjacent.
@@ -120,6 +123,8 @@ def fast_generate(
         dtype=dtype,
     )
     _check_weights(model, weights, dtype)
+    if student_guidance is not None:
+        as_policy(model).require_guidance(student_guidance)
     if getattr(unwrap(model), "is_distilled", False):
         warn_if_guided(settings.strongest, stacklevel=3)
     texts = [prompt for prompt in prompts for _ in range(num_generations)]
@@ -128,7 +133,7 @@ def fast_generate(
     # The caller's autocast must not reach in: dtypes are those of the model and of the rollout's weights.
     with torch.autocast(unwrap(model).device.type, enabled=False):
         avoided = [] if negative_prompt is None else [negative_prompt]
-        encoded = encode_text(model, processor, prompts + avoided)
+        encoded = encode_text(model, processor, prompts + avoided).told(student_guidance)
         clips = sample_codes(
             model,
             encoded.select(slice(0, len(prompts))).repeat_interleave(num_generations),
@@ -210,6 +215,9 @@ def sample_codes(
             raise ValueError("negative_condition needs guidance: set guidance_scale above 1")
     _check_counts(batch_size=batch_size)
     _check_weights(model, weights, dtype)
+    if condition.guidance is not None:
+        for scale in condition.guidance.aminmax():
+            as_policy(model).require_guidance(scale.item())
     sample_ids = range(len(condition)) if sample_ids is None else sample_ids
     names = names or [f"row {row} of the condition" for row in range(len(condition))]
     for kind, given in (("sample_ids", sample_ids), ("names", names)):
