@@ -167,7 +167,7 @@ def _run(args: argparse.Namespace) -> None:
         if prompts is None:
             raise ValueError(f"the codes beside {args.extend} name no prompt: name one with --prompt")
     if args.first:
-        how["first"] = begins = _load(model_source(args.first), [], None).to(device)
+        how["first"] = begins = _load(model_source(args.first), [], None, None).to(device)
         own = begins.generation_config.guidance_scale
         how["first_guidance_scale"] = (
             (own or 1.0) if args.first_guidance_scale is None else args.first_guidance_scale
