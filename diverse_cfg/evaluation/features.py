@@ -27,6 +27,7 @@ from diverse_cfg.functional.guidance import guided_logits
 from diverse_cfg.nano import attributes, rules
 from diverse_cfg.policies.policy import Policy
 from diverse_cfg.policies.sampler.draws import SamplingSettings, sampling_logits
+from diverse_cfg.policies.sampler.extension import drawn_first
 from diverse_cfg.rewards import AestheticsReward, TextAdherenceReward
 from diverse_cfg.threads import EVALUATION
 from diverse_cfg.types import TextCondition
@@ -280,13 +281,20 @@ class DivergenceFeature:
         student, teacher = batch.player.policy, self.teacher.policy
         self._check(student, teacher)
         device = student.device
-        sampling = batch.system.sampling_of(batch.codes.shape[-1])
+        num_frames = batch.codes.shape[-1]
+        sampling = batch.system.sampling_of(num_frames)
+        first = None if batch.player.first is None else batch.player.first.policy
+        by_first = drawn_first(num_frames, batch.system.first_frames, student.delays)[..., None].to(device)
         of_student, of_teacher = (policy.encode_text(batch.prompts) for policy in (student, teacher))
         at_once = max(1, _LOGIT_BYTES // (8 * 4 * student.vocab_size * batch.codes[0].numel()))
         kl, entropy = [], []
         for rows in torch.arange(len(batch.codes)).split(at_once):
             codes, select = batch.codes[rows].to(device), rows.to(device)
             p = _distribution(student, codes, of_student.select(select), sampling)
+            if first is not None:
+                text = first.encode_text([batch.prompts[row] for row in rows])
+                begun = _distribution(first, codes, text, batch.system.first_sampling)
+                p = torch.where(by_first, begun, p)
             q = _distribution(teacher, codes, of_teacher.select(select), self.sampling)
             weight = p.exp()
             # 0·log 0 = 0: a filter's −inf belongs to a probability of 0.
