@@ -207,6 +207,7 @@ def generations(
             guidance_scale=sampling.guidance_scale,
             temperature=sampling.temperature,
             top_k=sampling.top_k,
+            adaptive_guidance=sampling.adaptive_guidance,
             seed=seed,
             num_generations=clips.num_generations,
             batch_size=count,

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from diverse_cfg.assets import portable, source
-from diverse_cfg.functional.guidance import guidance_schedule
+from diverse_cfg.functional.guidance import adaptive_guidance, guidance_schedule
 from diverse_cfg.merging.weights import parse_sweep, resolve_weights
 from diverse_cfg.policies.loading import is_distilled
 from diverse_cfg.policies.sampler.draws import SamplingSettings
@@ -57,7 +57,7 @@ class System:
         replicates: one model per training seed; clips are generated for each of them. Folders named `seed-N`
             tell which seed, so that comparisons can be made seed by seed.
         guidance_scale: γ at inference; 1 is no guidance.
-        guidance_schedule: γ over the frames; see `functional.guidance.guidance_schedule`.
+        guidance_schedule: γ over the frames; see `guidance_schedule` and `adaptive_guidance` in `functional.guidance`.
         temperature: 0 is greedy.
         top_k: 0 keeps all codes.
         first: a model that begins, before that of the replicate goes on; empty for none. See `hybrid_generate`.
@@ -101,7 +101,7 @@ class System:
             )
         try:
             _ = self.sampling, self.first_sampling
-            guidance_schedule(self.guidance_schedule, self.guidance_scale, 2)
+            _ = self.sampling_of(2)
         except ValueError as error:
             raise ValueError(f"system {self.name!r}: {error}") from None
 
@@ -119,6 +119,8 @@ class System:
         """The same for clips of T frames, each with its γ."""
         if self.guidance_schedule == "constant":
             return self.sampling
+        if adaptive := adaptive_guidance(self.guidance_schedule):
+            return replace(self.sampling, adaptive_guidance=adaptive if self.sampling.guided else None)
         schedule = guidance_schedule(self.guidance_schedule, self.guidance_scale, num_frames)
         return replace(self.sampling, guidance_scale=schedule)
 

@@ -126,6 +126,33 @@ def test_every_code_of_a_hybrid_belongs_to_the_model_that_drew_it(tmp_path):
     np.testing.assert_allclose(found["kl"], wanted, rtol=1e-4)
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_adaptive_guidance_ends_where_the_sampler_ended_it(tmp_path, steps):
+    """Fault: a KL under γ of codes that were drawn without; steps of the decoder taken for frames."""
+    student, teacher = tiny_musicgen(seed=1), tiny_musicgen(seed=0)
+    schedule = f"adaptive 0.3 {steps}"
+    system = System("x", single("memory"), guidance_scale=3.0, guidance_schedule=schedule)
+    one = batch(system, student)
+    found = DivergenceFeature(Memory(teacher), save_tiny(tmp_path / "base"), 3.0).compute(one)
+    ours, theirs = both_logits(student, one), both_logits(teacher, one)
+    wanted, ends = np.zeros(len(one.codes)), []
+    for n in range(len(one.codes)):
+        run = 0
+        for step in range(5 + 3):
+            cells = [(n, k, step - k) for k in range(4) if 0 <= step - k < 5]
+            pairs = [(ours[0][cell], ours[1][cell]) for cell in cells]
+            guided = run < steps
+            apart = np.mean([0.5 * np.abs(oracles.softmax(c) - oracles.softmax(u)).sum() for c, u in pairs])
+            for (cond, null), cell in zip(pairs, cells, strict=True):
+                p = oracles.softmax(oracles.guided_logits(cond, null, 3.0 if guided else 1.0))
+                q = oracles.softmax(oracles.guided_logits(theirs[0][cell], theirs[1][cell], 3.0))
+                wanted[n] += oracles.kl(p, q)
+            run = (run + 1 if apart < 0.3 else 0) if guided else run
+            ends.append(guided)
+    assert 0 < sum(ends) < len(ends)
+    np.testing.assert_allclose(found["kl"], wanted, rtol=1e-4)
+
+
 def test_the_guided_base_is_its_own_teacher(tmp_path):
     base = tiny_musicgen()
     one = batch(System("guided", single("memory"), guidance_scale=3.0), base)

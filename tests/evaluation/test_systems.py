@@ -35,6 +35,11 @@ def test_schedules_of_guidance_are_systems(tiny_folder):
     assert (constant.name, interval.name) == ("base γ(t)=constant", "base γ(t)=interval 0 0.5")
     assert constant.sampling_of(5).guidance_scale == 3
     assert interval.sampling_of(5).guidance_scale == (3, 3, 3, 1, 1)
+    (adaptive,) = expand_systems([entry | {"guidance_schedule": "adaptive 0.1 5"}])
+    assert adaptive.sampling_of(5).guidance_scale == 3
+    assert adaptive.sampling_of(5).adaptive_guidance == (0.1, 5)
+    with pytest.raises(ValueError, match="system 'base': guidance_schedule='adaptive 3 5' must name"):
+        expand_systems([entry | {"guidance_schedule": "adaptive 3 5"}])
     with pytest.raises(ValueError, match="system 'base': guidance_schedule='ramp' must be"):
         expand_systems([entry | {"guidance_schedule": "ramp"}])
 
