@@ -93,7 +93,7 @@ class _Decoder:
         """
         tensors, shape = self.weights.tensors, self.weights.shape
         h = self._norm(x, tensors["norm"], tensors["norm_bias"])
-        scale = self.guidance[step].view(-1) if isinstance(self.guidance, Tensor) else self.guidance
+        scale = _row(self.guidance, step) if isinstance(self.guidance, Tensor) else self.guidance
         scheduled = isinstance(scale, Tensor)
         if self.adaptive is not None and scale is not None:
             return self._adaptive_logits(h, step, scale)
@@ -111,7 +111,7 @@ class _Decoder:
         )
         cond, null = logits[: self.num_clips], logits[self.num_clips :]
         paired, agreed = cond.index_select(0, self.paired), self.agreed.index_select(0, self.paired)
-        open_cells = cells[step].view(-1)
+        open_cells = _row(cells, step)
         variation = (total_variation(paired, null) * open_cells).sum(-1) / open_cells.sum()
         done = agreed >= steps
         guided = torch.where(done[:, None, None], paired, guided_logits(paired, null, scale))
@@ -303,3 +303,8 @@ class StaticDecoder(_Decoder):
 
         h = self._norm(x, layer.final_norm, layer.final_norm_bias)
         return self._add(x, activated_product(h, layer.fc1, self.activation), layer.fc2)
+
+
+def _row(table: Tensor, step: int | Tensor) -> Tensor:
+    """What a table [S, K] says of a step [K]."""
+    return table[step] if isinstance(step, int) else table.index_select(0, step)[0]
