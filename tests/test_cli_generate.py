@@ -127,6 +127,8 @@ def test_guidance_that_changes_over_the_clip(called, tiny_folder, capsys):
     ]
     assert main([*arguments, "--guidance-schedule", "interval 0 0.5"]) == 0
     assert called[0][-1]["guidance_scale"] == (3.0, 3.0, 3.0, 1.0, 1.0)
+    assert main([*arguments, "--guidance-schedule", "adaptive 0.1 5"]) == 0
+    assert called[1][-1]["guidance_scale"] == 3.0 and called[1][-1]["adaptive_guidance"] == (0.1, 5)
     assert main([*arguments, "--guidance-schedule", "ramp"]) == 2
     assert "guidance_schedule='ramp' must be constant, linear" in capsys.readouterr().err
 

@@ -73,7 +73,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--guidance-schedule",
         metavar="NAME",
-        help="γ over the clip: linear or cosine (down to 1), or 'interval A B' of places in [0, 1]",
+        help="γ over the clip: linear or cosine (down to 1), 'interval A B' of places in [0, 1], or 'adaptive E N': no "
+        "null rows once they have differed by less than E, a total variation, for N steps",
     )
     add("--negative-prompt", help="text to be guided away from, instead of no text")
     add("--temperature", type=float, help="default: the model's own, or 1; 0 is greedy")
@@ -132,7 +133,7 @@ def _run(args: argparse.Namespace) -> None:
 
     import torch
 
-    from diverse_cfg.functional.guidance import guidance_schedule
+    from diverse_cfg.functional.guidance import adaptive_guidance, guidance_schedule
     from diverse_cfg.policies.files import generate_files
     from diverse_cfg.policies.loading import load_processor, torch_device
     from diverse_cfg.policies.policy import as_policy
@@ -141,7 +142,7 @@ def _run(args: argparse.Namespace) -> None:
 
     device = torch_device(args.device)
     if args.guidance_schedule is not None:
-        guidance_schedule(args.guidance_schedule, 2.0, 2)  # it is one
+        _ = adaptive_guidance(args.guidance_schedule) or guidance_schedule(args.guidance_schedule, 2.0, 2)
     SamplingSettings(**typed)  # in range
     if args.first_guidance_scale is not None:
         SamplingSettings(args.first_guidance_scale)
@@ -158,7 +159,9 @@ def _run(args: argparse.Namespace) -> None:
     if args.student_guidance is not None:
         name += f", student γ {args.student_guidance:g}"
     num_frames = max(1, round((args.seconds or policy.usual_seconds) * policy.frame_rate))
-    if args.guidance_schedule is not None:
+    if adaptive := adaptive_guidance(args.guidance_schedule or ""):
+        sampling["adaptive_guidance"] = adaptive
+    elif args.guidance_schedule is not None:
         scale = sampling["guidance_scale"]
         sampling["guidance_scale"] = guidance_schedule(args.guidance_schedule, scale, num_frames)
     if args.extend:

@@ -126,22 +126,23 @@ def generate_files(
         negative_prompt=negative_prompt,
         dtype=dtype,
     )
+    how = {name: value for name, value in asdict(settings).items() if name != "adaptive_guidance" or value}
     manifest = {
         "model": model_name,
         "weights": _fingerprint(model),
         "dtype": str(dtype or policy.dtype).removeprefix("torch."),
         "sampling_rate": policy.sampling_rate,
         "sample_format": sample_format,
-        "settings": asdict(settings) | {"negative_prompt": negative_prompt, "num_frames": num_frames},
+        "settings": how | {"negative_prompt": negative_prompt, "num_frames": num_frames},
         "clips": _plan(prompts, num_generations, seed, num_frames / policy.frame_rate, takes, of),
     }
     play: Callable[..., Clips] = fast_generate
     if first is not None:
         check_hybrid(first, model, first_frames, min(num_frames, window), rollout_backend)
-        how = {"first_frames": first_frames, "first_guidance_scale": first_guidance_scale}
+        part = {"first_frames": first_frames, "first_guidance_scale": first_guidance_scale}
         SamplingSettings(first_guidance_scale)  # in range
-        manifest["settings"] |= how | {"first": _fingerprint(first)}
-        play = partial(hybrid_generate, first, **how)
+        manifest["settings"] |= part | {"first": _fingerprint(first)}
+        play = partial(hybrid_generate, first, **part)
     if of is not None:
         manifest["settings"]["of"] = of
     if beginning is not None:
@@ -165,7 +166,7 @@ def generate_files(
                 window,
                 seed,
                 beginning,
-                **asdict(settings),
+                **how,
                 sample_ids=ids,
                 processor=processor,
                 batch_size=batch_size,

@@ -130,6 +130,7 @@ def hybrid_generate(
     first_guidance_scale: float = 1.0,
     guidance_scale: float | Sequence[float] = 1.0,
     negative_prompt: str | None = None,
+    adaptive_guidance: tuple[float, int] | None = None,
     decode: bool = True,
     first_weights: RolloutWeights | None = None,
     weights: RolloutWeights | None = None,
@@ -151,6 +152,7 @@ def hybrid_generate(
         first_guidance_scale: γ of the first model.
         guidance_scale: γ of the second.
         negative_prompt: for whichever of the two is guided.
+        adaptive_guidance: likewise.
         decode: also make waveforms.
         first_weights: a snapshot of the first model to sample from.
         weights: one of the second.
@@ -161,7 +163,7 @@ def hybrid_generate(
     """
     check_hybrid(first, model, first_frames, num_frames, options.get("rollout_backend", "fast"))
     guided = SamplingSettings(first_guidance_scale).guided, SamplingSettings(guidance_scale).guided
-    avoided = {"negative_prompt": negative_prompt}
+    guidance = {"negative_prompt": negative_prompt, "adaptive_guidance": adaptive_guidance}
     begun = fast_generate(
         first,
         prompts,
@@ -170,7 +172,7 @@ def hybrid_generate(
         guidance_scale=first_guidance_scale,
         decode=False,
         weights=first_weights,
-        **(avoided if guided[0] else {}),
+        **(guidance if guided[0] else {}),
         **options,
     )
     known = drawn_first(first_frames, first_frames, as_policy(model).delays).to(begun.codes.device)
@@ -183,7 +185,7 @@ def hybrid_generate(
         decode=decode,
         weights=weights,
         prefix=begun.codes.masked_fill(~known, -1),
-        **(avoided if guided[1] or not guided[0] else {}),
+        **(guidance if guided[1] or not guided[0] else {}),
         **options,
     )
     return replace(clips, decoder_rows=clips.decoder_rows + begun.decoder_rows)
