@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 
 from diverse_cfg.cards import render_card
 from diverse_cfg.cli import main
+from diverse_cfg.evaluation.sweep import kept_codes
+from diverse_cfg.evaluation.systems import System, single
 from diverse_cfg.functional.guidance import GuidanceRange
 from diverse_cfg.merging import format_report, inspect_checkpoint, load_slider, merge_checkpoints, merge_sweep
 from diverse_cfg.policies.loading import load_policy
@@ -18,7 +20,8 @@ from diverse_cfg.policies.shift import SHIFT_FILE, GuidanceShift
 from diverse_cfg.provenance import read_provenance
 from tests import checkpoints as made
 from tests.checkpoints import edit_json
-from tests.tiny import tiny_processor
+from tests.evaluation.worlds import small_sweep
+from tests.tiny import PROMPTS, tiny_processor
 
 BIAS = "enc_to_dec_proj.bias"
 RANGES = {"full1": {"low": 1, "high": 5}, "lora1": {"low": 1, "high": 5}, "lora2": [1, 3, 4]}
@@ -199,3 +202,19 @@ def test_what_it_says_of_itself(world, tmp_path):
     assert "plays γ = 3" in card
     folder = merge_checkpoints([world["full1"]], None, tmp_path / "baked", bake_guidance=2)
     assert "told" not in render_card(folder)
+
+
+def test_a_sweep_tells_a_student_its_guidance(world, tmp_path):
+    """Codes of a system are those of the told student; another γ is another entry of the cache."""
+    sweep = small_sweep(tmp_path)
+    lora = single(world["lora1"])
+    systems = [System(f"γ {scale}", lora, student_guidance=scale) for scale in (None, 2.3, 9.0)]
+    found = sweep.run(systems, progress=False)
+    model = load_policy(world["lora1"])
+    for system in systems[:2]:
+        told = fast_generate(
+            model, PROMPTS, processor=tiny_processor(), num_frames=12, seed=0, num_generations=3, decode=False,
+            student_guidance=system.student_guidance,
+        )  # fmt: skip
+        assert (kept_codes(system, sweep) == told.codes.numpy()).all()
+    assert "from 1 to 5" in found["γ 9.0"].error

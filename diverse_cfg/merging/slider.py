@@ -33,6 +33,7 @@ class MergeSlider:
         self._names = [name for name in experts.names if experts.changes(name)]
         for checkpoint in {id(c): c for c in (experts.reference, *experts.checkpoints)}.values():
             checkpoint.keep(self._names, model.device)
+            _ = checkpoint.shift  # read once too
         self.merge_weight: list[float] = []
         self.student_guidance: float | None = None
 

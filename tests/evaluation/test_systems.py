@@ -174,3 +174,16 @@ def test_what_was_not_trained():
     assert System("x", single("base"), role="guided", guidance_scale=3.0).untrained
     assert not System("x", single("runs/seed-0"), role="guided", guidance_scale=3.0).untrained
     assert not System("x", single("student")).untrained
+
+
+def test_a_grid_of_guidance_that_is_told_and_merge_weights():
+    entry = {"name": "both", "checkpoints": ["q", "d"], "merge_weight": [0, 1], "student_guidance": [1.5, 4]}
+    systems = expand_systems([entry])
+    assert [system.name for system in systems] == [
+        f"both λ={weight} student γ={scale}" for weight in (0, 1) for scale in ("1.5", "4")
+    ]
+    assert [(s.merge_weight, s.student_guidance) for s in systems] == [(0, 1.5), (0, 4), (1, 1.5), (1, 4)]
+    assert {system.series for system in systems} == {"both"}
+    assert System.from_dict(systems[1].to_dict()) == systems[1]
+    with pytest.raises(ValueError, match="student_guidance='high' must be"):
+        expand_systems([{**entry, "student_guidance": "high"}])
