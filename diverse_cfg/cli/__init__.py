@@ -25,6 +25,7 @@ from diverse_cfg.cli import (
     inspect,
     listen,
     merge,
+    play,
     publish,
     train,
     train_embedder,
@@ -34,7 +35,7 @@ from diverse_cfg.cli.memory import keep_freed_memory
 from diverse_cfg.threads import available_cores
 from diverse_cfg.untrusted import plain
 
-_IN_ORDER = (demo, train, generate, merge, evaluate, listen, inspect, convert, publish, train_embedder)
+_IN_ORDER = (demo, train, generate, merge, evaluate, play, listen, inspect, convert, publish, train_embedder)
 COMMANDS: tuple[Command, ...] = tuple(module.COMMAND for module in _IN_ORDER)
 
 # What a person can put right: one line, no traceback. Everything else is our bug and keeps its traceback.
