@@ -29,6 +29,10 @@ _IDEAS = (
 )
 
 
+_View = tuple[dict[str, Any] | None, dict[str, Any]]
+"""What is on the stage, None where that is as before, and what stands above it."""
+
+
 @dataclass
 class _Group:
     """Takes that were made by one click."""
@@ -36,6 +40,7 @@ class _Group:
     id: int
     title: str
     wish: Wish
+    comparable: bool = False  # whether the base can play it with guidance
     guided: bool = False
     batch: int = 0  # the group that it is shown with; by default its own
     cost: Cost | None = None
@@ -51,6 +56,7 @@ class _Tab:
 
     groups: list[_Group] = field(default_factory=list)
     clicks: int = 0
+    told: int = 0
     cancelled: threading.Event = field(default_factory=threading.Event)
     status: dict[str, Any] = field(default_factory=dict)
 
@@ -62,9 +68,14 @@ class _Tab:
         self.clicks += 1
         return self.clicks
 
-    def say(self, text: str, done: float | None) -> None:
+    def say(self, text: str, done: float | None, wrong: bool = False) -> None:
         """What stands above the takes; `done` of the work, None where nothing is to be done."""
-        self.status = {"text": text, "fraction": round(done or 0, 3), "busy": done is not None}
+        self.status = {
+            "text": text,
+            "fraction": round(done or 0, 3),
+            "busy": done is not None,
+            "wrong": wrong,
+        }
 
 
 class Stage:
@@ -108,7 +119,6 @@ class Stage:
         shown = [take for group in tab.groups for take in group.takes]
         at = places([*shown, *(take for take in self.kept if take not in shown)], self.player.embedder.name)
         whose = {take.id: group.id for group in tab.groups for take in group.takes}
-        busy = tab.status["busy"]
         groups = [
             {
                 "id": group.id,
@@ -116,7 +126,7 @@ class Stage:
                 "title": f"{group.title}: “{group.wish.prompt}”",
                 "note": self._note(group),
                 "guided": group.guided,
-                "comparable": bool(self.player.base and not group.guided and group.cost and not busy)
+                "comparable": bool(self.player.base and group.comparable and group.cost)
                 and not any(other.guided and other.batch == group.id for other in tab.groups),
                 "takes": [self._shown(take, known) for take in group.takes],
             }
@@ -129,7 +139,6 @@ class Stage:
             "keeps": None if self.output is None else f"{self.output.name}/",
             "map": [{"id": id, "x": x, "y": y, "group": whose.get(id)} for id, (x, y) in at.items()],
             "encoder": self.player.embedder.name,
-            "status": tab.status,
         }
 
     def _note(self, group: _Group) -> str:
@@ -159,20 +168,20 @@ class Stage:
             "url": f"gradio_api/file={quote(str(folder / take.file))}",
         }
 
-    def make(self, tab: _Tab, wish: Wish) -> Iterator[dict[str, Any]]:
+    def make(self, tab: _Tab, wish: Wish) -> Iterator[_View]:
         """New takes; after each comes what the page shows."""
         title = f"γ = {wish.guidance_scale:g}" if self.player.guided else self.player.names[0]
         title = f"λ = {wish.merge_weight:g}" if self.player.moves else title
-        yield from self._run(tab, wish, _Group(tab.next(), title, wish))
+        yield from self._run(tab, wish, _Group(tab.next(), title, wish, comparable=True))
 
-    def like(self, tab: _Tab, id: str, num_takes: int) -> Iterator[dict[str, Any]]:
+    def like(self, tab: _Tab, id: str, num_takes: int) -> Iterator[_View]:
         """New takes that begin as one does."""
         take = self.find(tab, id)
         wish = self._wish(take, num_takes, take.seconds, random.randrange(10**6))
         group = _Group(tab.next(), f"{take.model}, like take {take.number + 1} of seed {take.seed}", wish)
         yield from self._run(tab, wish, group, like=take)
 
-    def longer(self, tab: _Tab, id: str) -> Iterator[dict[str, Any]]:
+    def longer(self, tab: _Tab, id: str) -> Iterator[_View]:
         """A take and what comes after it, beside it."""
         take = self.find(tab, id)
         wish = self._wish(take, 1, self.player.usual, take.seed + len(take.codes[0]))
@@ -180,7 +189,7 @@ class Stage:
         group = group or _Group(tab.next(), f"{take.model}, extended", wish)
         yield from self._run(tab, wish, group, longer=take)
 
-    def guided(self, tab: _Tab, number: int) -> Iterator[dict[str, Any]]:
+    def guided(self, tab: _Tab, number: int) -> Iterator[_View]:
         """The same prompt and seeds, by the base with guidance, beside a group."""
         group = next(group for group in tab.groups if group.id == number)
         title = f"guided base, γ = {self.player.guidance_scale:g}"
@@ -193,46 +202,48 @@ class Stage:
         own = {name: take.settings[name] for name in names if name in take.settings}
         return Wish(take.prompt, num_takes, seconds, seed, **own)
 
-    def _run(self, tab: _Tab, wish: Wish, group: _Group, **how: Any) -> Iterator[dict[str, Any]]:
-        begun, shown, made, text = time.perf_counter(), 0.0, 0, ""
+    def _run(self, tab: _Tab, wish: Wish, group: _Group, **how: Any) -> Iterator[_View]:
+        begun, shown, made, text, wrong = time.perf_counter(), 0.0, 0, "", False
         tab.cancelled, count, after = threading.Event(), wish.num_takes, how.get("longer")
         try:
             self.player.check(wish)
             if group not in tab.groups:
                 tab.groups = [*tab.groups, group][-_MOST_GROUPS:]
             tab.say("Loading the base…" if group.guided else "Beginning…", 0.0)
-            yield self.view(tab)
+            yield self.view(tab), tab.status
             for event in self.player.play(wish, cancelled=tab.cancelled, **how):
                 if isinstance(event, Progress):
                     left = f"about {max(1, round(event.seconds_left))} s left"
                     tab.say(f"{made} of {count} takes, {left}", event.fraction)
-                    if time.perf_counter() - shown < _EVERY:
-                        continue
+                    if time.perf_counter() - shown > _EVERY:
+                        shown = time.perf_counter()
+                        yield None, tab.status
                 elif isinstance(event, Cost):
                     group.cost = group.cost or event
-                    continue
                 else:
                     take, waveform = event
                     write_take(self.folder, take, waveform)
                     group.takes.insert(group.takes.index(after) + 1 if after in group.takes else made, take)
                     made += 1
-                shown = time.perf_counter()
-                yield self.view(tab)
+                    yield self.view(tab), tab.status
             text = f"{made} {'take' if made == 1 else 'takes'} in {time.perf_counter() - begun:.1f} s."
             text = text if made == count else f"Stopped: {made} of {count} takes are there."
         except _ERRORS as error:
-            text = plain(" ".join(str(error).split()))
+            text, wrong = plain(" ".join(str(error).split())).replace("prompt 0", "the prompt"), True
         finally:
-            tab.say(text, None)
-        yield self.view(tab)
+            tab.say(text, None, wrong)
+        yield self.view(tab), tab.status
 
-    def keep(self, tab: _Tab, id: str) -> dict[str, Any]:
+    def keep(self, tab: _Tab, id: str) -> _View:
         """Keep a take."""
-        take = self.find(tab, id)
-        if self.output is not None and take not in self.kept:
-            keep(self.output, take, self.folder / take.file)
-            self.kept.append(take)
-        return self.view(tab)
+        try:
+            take = self.find(tab, id)
+            if self.output is not None and take not in self.kept:
+                keep(self.output, take, self.folder / take.file)
+                self.kept.append(take)
+        except _ERRORS as error:
+            tab.say(plain(str(error)), None, True)
+        return self.view(tab), tab.status
 
 
 def build_page(stage: Stage, *, ideas: Sequence[str] = _IDEAS) -> Any:
@@ -263,7 +274,11 @@ def build_page(stage: Stage, *, ideas: Sequence[str] = _IDEAS) -> Any:
     def tab(request: gradio.Request) -> _Tab:
         return stage.tab(request.session_hash)
 
-    with gradio.Blocks(title="diverse-cfg play", analytics_enabled=False) as page:
+    def shown(views: Iterator[_View]) -> Iterator[Any]:
+        for view, status in views:
+            yield gradio.skip() if view is None else view, status
+
+    with gradio.Blocks(title="diverse-cfg play", analytics_enabled=False, fill_width=True) as page:
         with gradio.Row():
             with gradio.Column(scale=0, min_width=320):
                 gradio.Markdown(f"# {html.escape(' · '.join(player.names))}")
@@ -277,17 +292,19 @@ def build_page(stage: Stage, *, ideas: Sequence[str] = _IDEAS) -> Any:
                     1, 10, player.guidance_scale, step=0.5, label="Guidance γ", visible=player.guided
                 )
                 with gradio.Row():
-                    takes = gradio.Slider(1, _MOST_TAKES, 8, step=1, label="Takes", min_width=120)
-                    seconds = gradio.Slider(
-                        1, max(1, int(player.longest)), min(player.usual, player.longest), step=0.5, label="Seconds",
-                        min_width=120,
-                    )  # fmt: skip
+                    go = gradio.Button("Make takes", variant="primary", min_width=120)
+                    surprise = gradio.Button("Surprise me", min_width=120)
+                takes = gradio.Slider(1, _MOST_TAKES, 8, step=1, label="Takes")
+                seconds = gradio.Slider(
+                    1,
+                    max(1, int(player.longest)),
+                    min(player.usual, player.longest),
+                    step=0.5,
+                    label="Seconds",
+                )
                 seed = gradio.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53 - 1)
                 with gradio.Accordion("More", open=False):
                     temperature = gradio.Slider(0, 2, player.temperature, step=0.05, label="Temperature")
-                with gradio.Row():
-                    go = gradio.Button("Make takes", variant="primary", min_width=120)
-                    surprise = gradio.Button("Surprise me", min_width=120)
             with gradio.Column(scale=1, min_width=320):
                 board = gradio.HTML(
                     {},
@@ -297,29 +314,40 @@ def build_page(stage: Stage, *, ideas: Sequence[str] = _IDEAS) -> Any:
                     "(element.querySelector('.stage'))",
                     apply_default_css=False,
                 )
+                news = gradio.HTML(
+                    {},
+                    elem_id="news",
+                    html_template="",
+                    js_on_load="watch('value', () => dispatchEvent(new CustomEvent('told', { detail: props.value })))",
+                )
         wanted = [prompt, merge_weight, guidance, takes, seconds, seed, temperature]
         slow = {
-            "outputs": board,
+            "outputs": [board, news],
             "concurrency_id": "model",
             "concurrency_limit": 1,
             "show_progress": "hidden",
             "api_visibility": "private",
         }
-        quick = {"outputs": board, "show_progress": "hidden", "api_visibility": "private", "queue": False}
+        quick = {
+            "outputs": [board, news],
+            "show_progress": "hidden",
+            "api_visibility": "private",
+            "queue": False,
+        }
 
-        def make(request: gradio.Request, *values: Any) -> Iterator[dict[str, Any]]:
-            yield from stage.make(tab(request), wish(*values))
+        def make(request: gradio.Request, *values: Any) -> Iterator[Any]:
+            yield from shown(stage.make(tab(request), wish(*values)))
 
-        def like(takes: float, event: gradio.EventData, request: gradio.Request) -> Iterator[dict[str, Any]]:
-            yield from stage.like(tab(request), event.id, int(takes))
+        def like(takes: float, event: gradio.EventData, request: gradio.Request) -> Iterator[Any]:
+            yield from shown(stage.like(tab(request), event.id, int(takes)))
 
-        def longer(event: gradio.EventData, request: gradio.Request) -> Iterator[dict[str, Any]]:
-            yield from stage.longer(tab(request), event.id)
+        def longer(event: gradio.EventData, request: gradio.Request) -> Iterator[Any]:
+            yield from shown(stage.longer(tab(request), event.id))
 
-        def guided(event: gradio.EventData, request: gradio.Request) -> Iterator[dict[str, Any]]:
-            yield from stage.guided(tab(request), int(event.group))
+        def guided(event: gradio.EventData, request: gradio.Request) -> Iterator[Any]:
+            yield from shown(stage.guided(tab(request), int(event.group)))
 
-        def keep(event: gradio.EventData, request: gradio.Request) -> dict[str, Any]:
+        def keep(event: gradio.EventData, request: gradio.Request) -> _View:
             return stage.keep(tab(request), event.id)
 
         def stop(request: gradio.Request) -> None:
@@ -336,8 +364,8 @@ def build_page(stage: Stage, *, ideas: Sequence[str] = _IDEAS) -> Any:
         board.keep(keep, None, **quick)
         board.stop(stop, None, None, queue=False, api_visibility="private")
 
-        def show(request: gradio.Request) -> dict[str, Any]:
-            return stage.view(tab(request))
+        def show(request: gradio.Request) -> _View:
+            return stage.view(tab(request)), tab(request).status
 
         def close(request: gradio.Request) -> None:
             stage.close(request.session_hash)

@@ -16,6 +16,7 @@ const groups = build("div", { class: "groups" });
 const side = build("div", { class: "side" });
 element.replaceChildren(audio, status, build("div", { class: "board" }, groups, side));
 
+let pointed; // the pause before a dot that is pointed at plays
 let current = null; // id of the take that plays or has played last
 let takes = new Map(); // id → take
 const cards = new Map(); // id → its card, kept over updates so that focus stays
@@ -80,15 +81,15 @@ const card = take => {
   const row = build(
     "div", { class: "line" },
     build("button", { class: "play", type: "button", onclick: () => toggle(take.id) }, "▶"),
-    build("b", {}, take.label),
-    build("button", { class: "seed", type: "button", title: "Copy the seed", onclick: copy }, `seed ${take.seed}`),
+    build("span", { class: "name" }, build("b", {}, take.label),
+      build("button", { class: "seed", type: "button", title: "Copy the seed", onclick: copy }, `seed ${take.seed}`)),
     build("span", { class: "time" }, clock(take.seconds)),
   );
   const actions = build("div", { class: "actions" }, keep);
   if (take.extendable) {
     actions.append(
       button("extend", "Go on where it ends", "longer"),
-      button("more like this", "New takes that begin like this one and go on differently", "like"),
+      button("similar", "More like this, but different: new takes that begin like this one and go on differently", "like"),
     );
   }
   actions.append(build("a", { href: take.url, download: take.file, title: "A WAV file with its settings in it" }, "WAV"));
@@ -129,7 +130,8 @@ const drawMap = (value, colours) => {
     const label = `take ${take.number}, ${take.model}, “${take.prompt}”`;
     const dot = build("g", {
       class: `dot ${colours[point.group] ?? "earlier"}`, "data-id": point.id, tabindex: "0", role: "button", "aria-label": `Play ${label}`,
-      onmouseenter: () => play(point.id), onfocus: event => event.target.matches(":focus-visible") && play(point.id),
+      onmouseenter: () => (pointed = setTimeout(play, 80, point.id)), onmouseleave: () => clearTimeout(pointed),
+      onfocus: event => event.target.matches(":focus-visible") && play(point.id),
       onclick: () => play(point.id),
     }, build("circle", { cx: place(point.x), cy: place(-point.y), r: point.group in colours ? 11 : 6 }), build("title", {}, label));
     if (point.group in colours) dot.append(build("text", { x: place(point.x), y: place(-point.y) + 4 }, take.label.replace(/\D+/g, "") || "·"));
@@ -144,25 +146,34 @@ const drawMap = (value, colours) => {
   ];
 };
 
+const text = build("span");
+const stop = build("button", { type: "button", class: "stop", hidden: "", onclick: () => trigger("stop") }, "Stop");
+status.append(text, stop);
+const tell = ({ text: line, fraction, busy, wrong }) => {
+  if (busy && stop.hidden && status.getBoundingClientRect().top > innerHeight * 0.8) status.scrollIntoView({ behavior: "smooth" });
+  text.textContent = line;
+  stop.hidden = !busy;
+  status.classList.toggle("wrong", wrong);
+  element.classList.toggle("busy", busy);
+  status.style.setProperty("--done", `${100 * fraction}%`);
+};
+addEventListener("told", event => tell(event.detail));
+addEventListener("asked", () => tell({ text: "Waiting for the model…", fraction: 0, busy: true, wrong: false }));
+
 const draw = () => {
   const value = props.value ?? {};
   if (!value.groups) return;
   const focused = document.activeElement?.closest?.("[data-id]")?.dataset.id;
   const inside = element.contains(document.activeElement) ? document.activeElement : null;
   takes = new Map([...value.groups.flatMap(group => group.takes), ...value.kept].map(take => [take.id, take]));
-  const busy = value.status.busy;
-  status.replaceChildren(build("span", {}, value.status.text));
-  status.classList.toggle("busy", busy);
-  status.style.setProperty("--done", `${100 * value.status.fraction}%`);
-  if (busy) status.append(build("button", { type: "button", class: "stop", onclick: () => trigger("stop") }, "Stop"));
 
   const newest = value.groups.filter(group => group.batch === value.batch);
   const colours = Object.fromEntries(newest.map(group => [group.id, group.guided ? "guided" : "now"]));
   const section = group => {
     const head = build("header", {}, build("h3", {}, group.title), build("span", { class: "note" }, group.note));
-    if (group.comparable && !busy) {
+    if (group.comparable) {
       const title = "The same prompt and seeds, played by the base with guidance: what the student learnt from";
-      head.append(build("button", { type: "button", title, onclick: () => trigger("guided", { group: group.id }) }, "compare with the guided base"));
+      head.append(build("button", { type: "button", class: "compare", title, onclick: () => trigger("guided", { group: group.id }) }, "compare with the guided base"));
     }
     return build("section", { class: group.guided ? "group guided" : "group" }, head, grid(group.takes));
   };

@@ -75,7 +75,7 @@ class Take:
 def looks(waveform: Tensor, sampling_rate: int) -> dict[str, Any]:
     """The thumbnail of a waveform [L] or [2, L] as a data URI, and its outline in 0 … 100."""
     audio = waveform.float().cpu().numpy()
-    picture = base64.b64encode(png(piano_roll(audio, sampling_rate))).decode()
+    picture = base64.b64encode(png((piano_roll(audio, sampling_rate, 128) * 20).round() / 20)).decode()
     parts = np.array_split(np.abs(np.atleast_2d(audio)).max(0), _PEAKS)
     peaks = [round(100 * min(1.0, float(part.max(initial=0)))) for part in parts]
     return {"image": f"data:image/png;base64,{picture}", "peaks": peaks}
