@@ -70,12 +70,9 @@ class _Tab:
 
     def say(self, text: str, done: float | None, wrong: bool = False) -> None:
         """What stands above the takes; `done` of the work, None where nothing is to be done."""
-        self.status = {
-            "text": text,
-            "fraction": round(done or 0, 3),
-            "busy": done is not None,
-            "wrong": wrong,
-        }
+        self.told += 1  # no two are the same, so that the page shows every one
+        fraction, busy = round(done or 0, 3), done is not None
+        self.status = {"text": text, "fraction": fraction, "busy": busy, "wrong": wrong, "number": self.told}
 
 
 class Stage:
