@@ -337,6 +337,7 @@ def test_extend_compare_keep_and_come_back(musician, site):
     assert page.locator(".side .card .time").all_inner_texts() == ["0:06"]
     page.locator(".side .play").click()
     assert musician.hears()
+    musician.sets("Takes", 2)
     page.get_by_role("button", name="similar").click()
     musician.waits(2)
 
