@@ -21,7 +21,7 @@ from trl import RLOOConfig
 
 from diverse_cfg.effects import idle_settings, refused_settings, unfinished_warmup
 from diverse_cfg.functional.divergence import DIVERGENCES
-from diverse_cfg.functional.guidance import guidance_schedule
+from diverse_cfg.functional.guidance import GuidanceRange, guidance_schedule
 from diverse_cfg.settings import field_types, parse_settings, require_type
 from diverse_cfg.types import ROLLOUT_BACKENDS
 
@@ -115,7 +115,8 @@ class CFGDiversityConfig(RLOOConfig):
         max_completion_length: not used, set clip_seconds; must stay unset.
         hub_private_repo: create the repository private. An existing one stays as it is.
         hub_strategy: what is pushed and when; at the end, the finished student with its card.
-        guidance_scale: γ of the teacher, `l_null + γ·(l_cond − l_null)`; the paper uses 3.
+        guidance_scale: γ of the teacher, `l_null + γ·(l_cond − l_null)`; the paper uses 3. `{low: 1, high: 5}`, or a
+            list: each prompt draws its own, the student is told it, and plays any of them afterwards.
         guidance_schedule: γ over the frames of a clip: "constant" (the paper), "linear" or "cosine" down to 1, or
             "interval A B" of places in [0, 1].
         diversity_coef: β, weight of the diversity reward in units of the KL summed over positions; the
@@ -180,7 +181,7 @@ class CFGDiversityConfig(RLOOConfig):
     hub_private_repo: bool | None = True
     hub_strategy: HubStrategy | str = "end"
 
-    guidance_scale: float = 3.0
+    guidance_scale: float | str | list[float] | dict[str, float] = 3.0
     guidance_schedule: str = "constant"
     diversity_coef: float = 5.0
     distillation_coef: float = 1.0
@@ -212,6 +213,9 @@ class CFGDiversityConfig(RLOOConfig):
             raise ValueError("; ".join(refused))
         if isinstance(self.guards, str):  # of a command line; TRL would ask for JSON
             self.guards = parse_settings(self.guards, "guards")
+        if isinstance(self.guidance_scale, str):  # of a command line
+            text = f"guidance_scale: {self.guidance_scale}"
+            self.guidance_scale = parse_settings(text, "guidance_scale")["guidance_scale"]
         for name in self._VALID_DICT_FIELDS:  # of a command line; transformers does not name them
             if isinstance(value := getattr(self, name), str) and value.startswith("{"):
                 try:
@@ -232,6 +236,19 @@ class CFGDiversityConfig(RLOOConfig):
         idle = idle_settings(self) + idle_settings(self.guards) + unfinished_warmup(self)
         if self.process_index == 0 and idle:
             warnings.warn("; ".join(idle), UserWarning, stacklevel=3)
+
+    @property
+    def guidance_range(self) -> GuidanceRange | None:
+        """The γ that one student learns and is told; None where γ is one number."""
+        one = isinstance(self.guidance_scale, int | float)
+        return None if one else GuidanceRange.of(self.guidance_scale)
+
+    @property
+    def reference_guidance(self) -> float:
+        """γ; of a range, that of a player who tells none."""
+        if isinstance(self.guidance_scale, int | float):
+            return self.guidance_scale
+        return GuidanceRange.of(self.guidance_scale).reference
 
     def to_dict(self) -> dict[str, Any]:
         """As `TrainingArguments.to_dict`, with the guards as plain values."""
@@ -263,6 +280,7 @@ class CFGDiversityConfig(RLOOConfig):
                 value = getattr(self, name)
                 if value is not None and not holds(value):
                     raise ValueError(f"{name}={value!r} must be {wanted}")
+        _ = self.guidance_range
         if self.diversity_coef == 0 and self.distillation_coef == 0:
             raise ValueError("diversity_coef and distillation_coef are both 0: there is nothing to train")
         if self.negative_prompt is not None and not self.negative_prompt.strip():
@@ -377,7 +395,10 @@ def _is_schedule(value: str) -> bool:
 
 # fields → (condition, what the message asks for); types, and that numbers are finite, are checked before
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "guidance_scale": (lambda value: value >= 1, "a finite number ≥ 1 (1 is no guidance)"),
+    "guidance_scale": (
+        lambda value: not isinstance(value, int | float) or value >= 1,
+        "a finite number ≥ 1 (1 is no guidance)",
+    ),
     "guidance_schedule": (_is_schedule, "constant, linear, cosine or 'interval A B' with 0 ≤ A ≤ B ≤ 1"),
     "diversity_coef distillation_coef learning_rate weight_decay warmup_steps eval_delay epsilon epsilon_high": (
         lambda value: value >= 0,

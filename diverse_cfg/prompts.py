@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, ValuesView
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diverse_cfg.assets import shipped
 from diverse_cfg.reading import reading
 
 if TYPE_CHECKING:
@@ -34,8 +35,9 @@ def load_prompts(source: Any, *, split: str = "train", column: str | None = None
     """Load prompts from wherever they are into a dataset with a `prompt` column.
 
     Args:
-        source: Hub dataset id, folder, or file; a `Dataset` or `DatasetDict`; a table (pandas, polars, Arrow);
-            a dict of columns; or a list, tuple, iterator, array or series of strings or of dicts.
+        source: Hub dataset id, folder, or file; `nano` or `nano-open`, the shipped ones; a `Dataset` or
+            `DatasetDict`; a table (pandas, polars, Arrow); a dict of columns; or a list, tuple, iterator, array or
+            series of strings or of dicts.
         split: which split of a Hub dataset, a `DatasetDict` or a folder with one file per split.
         column: the column that holds the prompts (e.g. "caption"); None asks for "prompt".
 
@@ -52,6 +54,7 @@ def load_prompts(source: Any, *, split: str = "train", column: str | None = None
         return _with_prompt_column(_from_object(source, split, where), column, where)
     if source == "":  # a variable of a shell that is not set, say; as a path it is this folder
         raise ValueError("the name of the prompts is empty: name a file, a folder or a Hub dataset")
+    source = shipped(source, "prompts")
     path = Path(source).expanduser()
     if "[" in split and path.exists():
         raise ValueError(
@@ -146,11 +149,6 @@ def _format(path: Path) -> str | None:
 
 
 def _from_hub(name: str, split: str) -> Dataset:
-    if name in ("nano", "nano-open"):
-        part = "prompts" if name == "nano" else "open-prompts"
-        raise FileNotFoundError(
-            f'there is no prompt file or folder {name}; in Python use diverse_cfg.nano_path("{part}")'
-        )
     from datasets import Dataset, load_dataset
     from datasets.exceptions import DatasetNotFoundError
 

@@ -42,6 +42,20 @@ def test_a_recipe_sets_and_a_flag_overrides(parsed, tmp_path):
     assert config.guards.silence_dbfs == -50
 
 
+def test_a_range_of_guidance(parsed, tmp_path):
+    """As settings of a recipe, or as text on the command line."""
+    (tmp_path / "recipe.yaml").write_text(RECIPE + "guidance_scale: {low: 1, high: 5}\n")
+    flags = ["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "run")]
+    for more, wanted in (
+        ([], {"low": 1, "high": 5}),
+        (["--guidance_scale", "[1, 2.5, 4]"], [1, 2.5, 4]),
+        (["--guidance_scale", "{low: 1, high: 2}"], {"low": 1, "high": 2}),
+        (["--guidance_scale", "2"], 2),
+    ):
+        assert main(["train", *flags, *more]) == 0
+        assert parsed[-1][1].guidance_scale == wanted
+
+
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [

@@ -1,5 +1,7 @@
 """The wheel, built and tried where the source tree is not: what users install is what was tested."""
 
+import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -129,3 +131,55 @@ def test_every_shipped_part_is_installed(clean, tmp_path):
         "prompts",
         "open-prompts",
     ]
+
+
+TWO_STEPS = (
+    "--recipe nano/quality --max_steps 2 --num_generations 2 --clip_seconds 0.4 --warmup_steps 0 --logging_steps 1 "
+    "--eval_strategy no --eval_on_start false --save_strategy no --report_to none"
+)
+
+
+LAUNCHES = {
+    "one": "--per_device_train_batch_size 4",
+    "two": "--per_device_train_batch_size 2 --accelerate_config multi_cpu --num_processes 2 --main_process_port 0",
+}
+
+
+def test_a_recipe_trains_where_there_is_no_clone(clean, tmp_path):
+    """Fault: recipes, prompts or launch configurations that the wheel left behind; processes that never meet."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)  # it may lend the source tree
+
+    def program(*words):
+        result = subprocess.run(
+            [clean.parent / "diverse-cfg", *words],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        return result.stdout
+
+    listed = program("recipes")
+    assert "nano/quality " in listed and "multi_cpu " in listed
+    divergence = {}
+    for name, line in LAUNCHES.items():
+        assert program("train", *TWO_STEPS.split(), *line.split(), "--output_dir", name).split()[-1] == name
+        assert (tmp_path / name / "model.safetensors").is_file()
+        log = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+        divergence[name] = [entry["kl/clip"] for entry in log if "kl/clip" in entry]
+    assert len(divergence["one"]) == 2
+    # The same clips, shared; an update in bfloat16 adds its roundings.
+    assert divergence["two"][0] == pytest.approx(divergence["one"][0], rel=1e-4)
+    assert divergence["two"][1] == pytest.approx(divergence["one"][1], rel=1e-2)
+
+
+def test_the_musicgen_recipes_find_their_prompts(clean, tmp_path):
+    code = (
+        "from diverse_cfg.assets import source\n"
+        "from diverse_cfg.prompts import load_prompts\n"
+        "print(len(load_prompts(source('recipes/prompts', 'prompts'), split='test')))"
+    )
+    assert run(clean, code, tmp_path) == "104"

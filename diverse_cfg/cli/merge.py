@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any, Literal
 
+from diverse_cfg.assets import recipe_path
 from diverse_cfg.cli.command import Command, model_source, refuse_idle
 
 
@@ -14,7 +15,12 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         help="folders or Hub ids: full models, LoRA adapters, or `nano` for the shipped base",
     )
-    add("--config", metavar="YAML", help="recipe with these settings by name; what is typed beside it wins")
+    add(
+        "--config",
+        "--recipe",
+        metavar="YAML",
+        help="recipe with these settings by name, its file or its name (diverse-cfg recipes); what is typed wins",
+    )
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
         "--weight",
@@ -45,6 +51,12 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["full", "adapter"],
         help="what to write: a full model, or one adapter (default: full)",
     )
+    add(
+        "--bake-guidance",
+        type=float,
+        metavar="γ",
+        help="fold one γ into students of a range, for an ordinary model (default: the merge keeps the range)",
+    )
     add("--extrapolate", action="store_true", default=None, help="allow weights outside [0, 1]")
     add("--unnormalized", action="store_true", default=None, help="allow weights that do not sum to 1")
 
@@ -60,6 +72,7 @@ _TYPES: dict[str, Any] = {
     "base": str,
     "dtype": str,
     "format": Literal["full", "adapter"],
+    "bake_guidance": float,
     "extrapolate": bool,
     "unnormalized": bool,
 }
@@ -75,7 +88,7 @@ def _apply_recipe(args: argparse.Namespace) -> None:
     if args.config:
         from diverse_cfg.settings import read_settings, require_settings
 
-        recipe = read_settings(args.config)
+        recipe = read_settings(recipe_path(args.config))
         require_settings(recipe, _TYPES, args.config, prefix=f"{args.config}: ")
         ways = [name for name in _WAYS if recipe.get(name, False) is not False]
         if len(ways) > 1:
@@ -114,6 +127,7 @@ def merge(args: argparse.Namespace) -> list[Path]:
         "dtype": args.dtype,
         "extrapolate": bool(args.extrapolate),
         "format": args.format or "full",
+        "bake_guidance": args.bake_guidance,
     }
     if args.sweep:
         return merge_sweep(checkpoints, parse_sweep(args.sweep), args.output, **shared)

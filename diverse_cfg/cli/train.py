@@ -1,7 +1,7 @@
 """`diverse-cfg train`: a student from prompts, set up by flags or a YAML recipe as with TRL's own scripts.
 
-The command only parses, builds, trains and saves. On several devices it is the same program:
-`accelerate launch -m diverse_cfg train --config recipe.yaml`.
+The command only parses, builds, trains and saves. On several devices it is the same program, which
+`--accelerate_config` or `--num_processes` launches by accelerate (`cli/launch.py`).
 """
 
 import argparse
@@ -15,14 +15,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diverse_cfg.assets import recipe_path, shipped_embedder
 from diverse_cfg.atomic import alone
-from diverse_cfg.cli.command import Command, embedder_source, model_source, prompt_source
+from diverse_cfg.cli import launch
+from diverse_cfg.cli.command import Command, model_source, prompt_source
 
 logger = logging.getLogger(__name__)
 
 USAGE = (
-    "diverse-cfg train [--config recipe.yaml] --model_name_or_path MODEL --dataset_name PROMPTS "
-    "--output_dir FOLDER [--setting value …]"
+    "diverse-cfg train [--recipe NAME | --config recipe.yaml] [--accelerate_config NAME --num_processes N …] "
+    "--model_name_or_path MODEL --dataset_name PROMPTS --output_dir FOLDER [--setting value …]"
+)
+DESCRIPTION = (
+    "Recipes and launch configurations that are installed: `diverse-cfg recipes`. What is typed beside a recipe wins. "
+    "With --accelerate_config or --num_processes the command starts itself by accelerate, whose options can be typed "
+    "too (`accelerate launch --help`)."
 )
 
 FACETS = ("melody", "rhythm", "pitch", "timbre", "level")  # `facets.REWARDED_FACETS`, without loading torch
@@ -81,6 +88,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    words = _words(args.rest)
+    if launch.wanted(words):
+        return launch.launch("train", words)
     from trl import TrlParser
 
     from diverse_cfg.config import CFGDiversityConfig
@@ -90,10 +100,18 @@ def _run(args: argparse.Namespace) -> None:
     # TRL's annotation does not see that both are dataclasses.
     kinds: Any = (TrainArguments, CFGDiversityConfig)
     parser = TrlParser(
-        kinds, prog="diverse-cfg train", usage=USAGE, allow_abbrev=False, formatter_class=_Help
+        kinds,
+        prog="diverse-cfg train",
+        usage=USAGE,
+        description=DESCRIPTION,
+        allow_abbrev=False,
+        formatter_class=_Help,
     )
     _own_settings_first(parser, CFGDiversityConfig)
-    words, recipe = _words(args.rest), {}
+    parser._option_string_actions[
+        "--guidance_scale"
+    ].type = str  # a number, or a range that the settings read
+    recipe = {}
     if "--config" in words:
         recipe = read_settings(words[words.index("--config") + 1])
     typed = [word.partition("=")[0] for word in words if word.startswith("--")]
@@ -116,14 +134,18 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _words(rest: list[str]) -> list[str]:
-    """The command line as TRL's parser reads it, which does not know `--config=FILE`."""
+    """The command line as TRL's parser reads it, which knows neither `--config=FILE` nor recipes by name."""
     words = []
     for word in rest:
-        words += word.split("=", 1) if word.startswith("--config=") else [word]
+        words += word.split("=", 1) if word.startswith(("--config=", "--recipe=")) else [word]
+    words = ["--config" if word == "--recipe" else word for word in words]
     if words and words[-1] == "--config":
-        raise ValueError("--config needs the path of a YAML file")
+        raise ValueError("--config needs the path of a YAML file, --recipe its name (diverse-cfg recipes)")
     if words.count("--config") > 1:
         raise ValueError("--config is given twice: put all settings into one file")
+    if "--config" in words:
+        place = words.index("--config") + 1
+        words[place] = recipe_path(words[place])
     return words
 
 
@@ -230,7 +252,7 @@ def _resolve_nano(config) -> None:
         config.teacher_model = model_source(config.teacher_model)
     for name in ("diversity_embedder", "monitor_embedder"):
         if (value := getattr(config, name)) is not None:
-            setattr(config, name, embedder_source(value))
+            setattr(config, name, shipped_embedder(value))
 
 
 def _rewards(args: TrainArguments, config, model: str):

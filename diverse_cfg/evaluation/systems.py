@@ -35,13 +35,20 @@ _ENTRY_TYPES: dict[str, Any] = {
     "weights": list[float] | None,
     "guidance_scale": float | list[float],
     "guidance_schedule": str | list[str],
+    "student_guidance": float | list[float],
     "temperature": float | list[float],
     "top_k": int | list[int],
     "role": str | None,
     "series": str | None,
     "step": int | None,
 }
-_GRID_KEYS = {"guidance_scale": "γ", "guidance_schedule": "γ(t)", "temperature": "T", "top_k": "k"}
+_GRID_KEYS = {
+    "guidance_scale": "γ",
+    "guidance_schedule": "γ(t)",
+    "student_guidance": "student γ",
+    "temperature": "T",
+    "top_k": "k",
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,7 @@ class System:
             tell which seed, so that comparisons can be made seed by seed.
         guidance_scale: γ at inference; 1 is no guidance.
         guidance_schedule: γ over the frames; see `functional.guidance.guidance_schedule`.
+        student_guidance: γ that a student of a range is told; None is what it plays untold.
         temperature: 0 is greedy.
         top_k: 0 keeps all codes.
         role: "base", "guided", "student" or "merge"; decides how it is drawn.
@@ -72,6 +80,7 @@ class System:
     series: str = ""
     merge_weight: float | None = None
     step: int | None = None
+    student_guidance: float | None = None
 
     def __post_init__(self) -> None:
         if not self.name.strip():

@@ -1,7 +1,10 @@
 """Classifier-free guidance on logits: the teacher of the distillation."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -87,6 +90,65 @@ def guidance_schedule(
     raise ValueError(
         f"guidance_schedule={schedule!r} must be constant, linear, cosine, 'interval A B', or one number per frame"
     )
+
+
+@dataclass(frozen=True)
+class GuidanceRange:
+    """The guidance scales that one student learns, and is told (arXiv 2210.03142).
+
+    Args:
+        knots: γ in rising order, at least two; what lies between them is interpolated.
+        listed: whether the knots alone are drawn, instead of all that lies between the first and the last.
+    """
+
+    knots: tuple[float, ...]
+    listed: bool = False
+
+    @classmethod
+    def of(cls, value: Any) -> Self:
+        """Read `{"low": 1, "high": 5}`, which gets nine evenly spaced knots and the reference, or a list of γ.
+
+        Raises:
+            ValueError: other names, or not two different numbers of at least 1.
+        """
+        listed = not isinstance(value, Mapping)
+        ends: list[Any] = list(value) if listed else [value.get("low"), value.get("high")]
+        numbers = all(isinstance(x, Real) and not isinstance(x, bool) and 1 <= x < math.inf for x in ends)
+        named = listed or value.keys() == {"low", "high"}
+        if not named or not numbers or len(set(ends)) < 2 or not (listed or ends[0] < ends[1]):
+            raise ValueError(
+                f"guidance_scale={value!r} must be a number, {{low: 1, high: 5}} with 1 ≤ low < high, or a list of at "
+                "least two different numbers ≥ 1"
+            )
+        if not listed:
+            low, high = ends
+            ends = [low + (high - low) * knot / 8 for knot in range(9)] + [min(max(3.0, low), high)]
+        return cls(tuple(sorted({float(x) for x in ends})), listed)
+
+    @property
+    def reference(self) -> float:
+        """γ of a player that tells none: the paper's 3, or the nearest to it above 1 that is trained."""
+        return min((knot for knot in self.knots if knot > 1), key=lambda knot: abs(knot - 3))
+
+    def draw(self, number: float) -> float:
+        """γ of a uniform random number in [0, 1)."""
+        if self.listed:
+            return self.knots[int(number * len(self.knots))]
+        return self.knots[0] + number * (self.knots[-1] - self.knots[0])
+
+    def require(self, guidance_scale: Any, name: str = "student_guidance") -> float:
+        """γ as a number, if the student was trained with such.
+
+        Raises:
+            ValueError: it is none, or outside of the range.
+        """
+        number = isinstance(guidance_scale, Real) and not isinstance(guidance_scale, bool)
+        if not number or not self.knots[0] <= guidance_scale <= self.knots[-1]:
+            raise ValueError(
+                f"{name}={guidance_scale!r} must be a number from {self.knots[0]:g} to {self.knots[-1]:g}, the γ that "
+                "the student was trained for"
+            )
+        return float(guidance_scale)
 
 
 def expand_scale(guidance_scale: Tensor, like: Tensor) -> Tensor:

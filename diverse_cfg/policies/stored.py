@@ -6,6 +6,7 @@
 import os
 import re
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,8 +16,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 from transformers import GenerationConfig
 
+from diverse_cfg.assets import nano_path
 from diverse_cfg.policies.audiocraft.folders import find_file, transformers_folder
 from diverse_cfg.policies.families import Family, family_of, load_generation_config
+from diverse_cfg.policies.shift import GuidanceShift, read_shift
 from diverse_cfg.policies.tensors import TensorInfo, find_tensors, fingerprint, read_tensor, require_finite
 from diverse_cfg.provenance import Provenance, read_provenance
 from diverse_cfg.reading import reading
@@ -30,11 +33,16 @@ class Checkpoint:
     kind: str
 
     def __init__(self, source: str | os.PathLike, folder: Path) -> None:
-        self.source = os.fspath(source)
+        self.source = os.fspath(folder if os.fspath(source) == "nano" else source)
         self.folder = folder
         self.provenance: Provenance | None = read_provenance(folder)
         self.generation: GenerationConfig | None = load_generation_config(folder)
         self._kept: dict[TensorInfo, Tensor] = {}
+
+    @cached_property
+    def shift(self) -> GuidanceShift | None:
+        """What it adds for a γ that it is told; None of one for a single γ."""
+        return read_shift(self.folder)
 
     @property
     def name(self) -> str:
@@ -203,7 +211,7 @@ def is_adapter(source: str | os.PathLike) -> bool:
 def locate(source: str | os.PathLike, near: Path | None = None, cached: bool = False) -> Path:
     """Local folder of a path or Hub id; relative paths are also tried `near` a folder (an adapter's own).
 
-    An AudioCraft checkpoint is answered with its conversion.
+    An AudioCraft checkpoint is answered with its conversion, `nano` with the shipped base.
 
     Args:
         source: folder or id.
@@ -223,7 +231,7 @@ def locate(source: str | os.PathLike, near: Path | None = None, cached: bool = F
         if candidate.is_file():
             raise ValueError(f"{source} is a file: pass the model's folder")
     if os.fspath(source) == "nano":
-        raise FileNotFoundError("there is no folder nano; in Python use diverse_cfg.nano_path()")
+        return nano_path()
     try:
         folder = Path(snapshot_download(os.fspath(source), allow_patterns=_FILES, local_files_only=cached))
         if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
@@ -237,5 +245,5 @@ def locate(source: str | os.PathLike, near: Path | None = None, cached: bool = F
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"there is no folder {source}, and fetching it from the Hub failed ({type(error).__name__}): check the "
-            "spelling and whether the Hub can be reached; the shipped base is diverse_cfg.nano_path()"
+            "spelling and whether the Hub can be reached; the shipped base is called nano"
         ) from error

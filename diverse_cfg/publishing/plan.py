@@ -21,6 +21,7 @@ from diverse_cfg.merging.merge import RECIPE_FILE
 from diverse_cfg.policies.checkpoints import base_name, require_named_base
 from diverse_cfg.policies.families import PROCESSOR_FILES, family_of, load_generation_config
 from diverse_cfg.policies.loading import load_policy, load_processor, require_processor
+from diverse_cfg.policies.shift import SHIFT_FILE
 from diverse_cfg.policies.stored import FullCheckpoint, locate
 from diverse_cfg.provenance import PROVENANCE_FILE, read_provenance
 from diverse_cfg.reading import read_json, reading
@@ -31,6 +32,7 @@ _ALWAYS = (
     *PROCESSOR_FILES,
     PROVENANCE_FILE,
     RECIPE_FILE,
+    SHIFT_FILE,
     cards.METRICS_FILE,
     cards.CURVES_FILE,
     "samples/*",

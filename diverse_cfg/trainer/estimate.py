@@ -47,7 +47,7 @@ def training_rollouts(args: CFGDiversityConfig) -> list[Rollout]:
         Rollout(
             is_teacher,
             math.ceil(prompts * sampler_share(args, is_teacher)) * group,
-            guided=is_teacher and args.guidance_scale != 1,
+            guided=is_teacher and args.reference_guidance != 1,
         )
         for is_teacher in who_samples(args)
     ]
@@ -59,7 +59,7 @@ def all_rollouts(args: CFGDiversityConfig, evaluates: bool) -> list[Rollout]:
     if evaluates:
         found.append(Rollout(False, args.per_device_eval_batch_size))
     if args.guards.calibrated:
-        guided = args.guards.gate is not None and args.guidance_scale != 1
+        guided = args.guards.gate is not None and args.reference_guidance != 1
         found.append(Rollout(True, CALIBRATION_PROMPTS * args.num_generations, guided))
     return found
 

@@ -5,6 +5,7 @@ Whatever cannot work raises a `ValueError` here that names the option and the re
 """
 
 import copy
+import hashlib
 import inspect
 import itertools
 import logging
@@ -29,7 +30,7 @@ from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.effects import Run, idle_settings
 from diverse_cfg.embeddings.clap import ClapEmbedder
 from diverse_cfg.functional.codebooks import num_decoder_steps
-from diverse_cfg.functional.guidance import guidance_schedule
+from diverse_cfg.functional.guidance import GuidanceRange, guidance_schedule
 from diverse_cfg.policies.checkpoints import inexact_options
 from diverse_cfg.policies.loading import load_policy, load_processor
 from diverse_cfg.policies.policy import Policy, as_policy, plain, require_prompts
@@ -70,7 +71,7 @@ def prepare_policy(model: str | os.PathLike | nn.Module, args: CFGDiversityConfi
     model.
 
     Raises:
-        ValueError: a `PeftModel`, the command line's `nano`, or whatever `load_policy` refuses.
+        ValueError: a `PeftModel`, or whatever `load_policy` refuses.
     """
     _check_output(model, args)
     if isinstance(model, PeftModel):
@@ -89,8 +90,6 @@ def prepare_policy(model: str | os.PathLike | nn.Module, args: CFGDiversityConfi
         inner.name_or_path = inner.config._name_or_path or ""  # by which an adapter names its base
         if lora:
             _check_named_base(as_policy(inner))
-    elif os.fspath(model) == "nano" and not os.path.isdir(model):
-        raise ValueError("there is no folder nano; in Python use diverse_cfg.nano_path()")
     # Half precision is widened, since steps of the usual size vanish in it.
     own = as_policy(model).dtype if isinstance(model, nn.Module) else torch.float32
     policy = as_policy(load_policy(model, torch_dtype=torch.promote_types(own, torch.float32)))
@@ -228,10 +227,45 @@ def check_clips(policy: Policy, args: CFGDiversityConfig) -> int:
 
 
 def guidance(args: CFGDiversityConfig, num_frames: int) -> float | tuple[float, ...]:
-    """γ of the teacher, or of each of T frames."""
-    if args.guidance_schedule == "constant" or args.guidance_scale == 1:
-        return args.guidance_scale
-    return guidance_schedule(args.guidance_schedule, args.guidance_scale, num_frames)
+    """γ of the teacher, or of each of T frames; of a range, its reference."""
+    scale = args.reference_guidance
+    if args.guidance_schedule == "constant" or scale == 1:
+        return scale
+    return guidance_schedule(args.guidance_schedule, scale, num_frames)
+
+
+def draw_guidance(guidance: GuidanceRange, seed: int, first: int, num_rows: int, group: int) -> list[float]:
+    """γ of every row; the clips of a prompt share it.
+
+    Args:
+        guidance: the range.
+        seed: of the rollout.
+        first: number of the first row among those of all processes.
+        num_rows: of this process.
+        group: G.
+    """
+    prompts = [row // group for row in range(first, first + num_rows)]
+    digests = [
+        hashlib.blake2b(f"{seed}/guidance/{prompt}".encode(), digest_size=6).digest() for prompt in prompts
+    ]
+    return [guidance.draw(int.from_bytes(digest, "big") / 2**48) for digest in digests]
+
+
+def teach_guidance(policy: Policy, args: CFGDiversityConfig) -> None:
+    """Let the student be told γ where the run has a range of it, in place.
+
+    Raises:
+        ValueError: the model has nowhere to fold it, or the run and a student that is told γ do not fit.
+    """
+    if args.guidance_range is not None:
+        policy.learn_guidance(args.guidance_range)
+    elif policy.shift is not None:
+        knots = policy.shift.guidance.knots
+        raise ValueError(
+            f"the model is a student that is told γ from {knots[0]:g} to {knots[-1]:g}, and guidance_scale="
+            f"{args.guidance_scale} is one number: set it to that range, or fold one γ into the model first "
+            "(diverse-cfg merge --bake-guidance)"
+        )
 
 
 # ---- the adapter, and what is pushed or sharded ------------------------------------------------------------
@@ -330,6 +364,11 @@ def check_sharding(accelerator: Accelerator, args: CFGDiversityConfig) -> None:
     if fsdp is not None and getattr(fsdp, "fsdp_version", 1) == 1:
         raise ValueError(
             "fsdp_version=1 is not supported: set fsdp_version: 2 (recipes/accelerate/fsdp.yaml)"
+        )
+    if args.guidance_range is not None and (fsdp is not None or deepspeed is not None):
+        raise ValueError(
+            f"guidance_scale={args.guidance_scale} with FSDP or DeepSpeed, which save weights without the table of γ: "
+            "train on one process or with DDP, or set one number"
         )
     if fsdp is not None and args.rollout_backend != "fast":
         raise ValueError(

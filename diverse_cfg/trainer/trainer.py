@@ -27,6 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import RLOOTrainer
 from trl.trainer.utils import RepeatSampler
 
+from diverse_cfg.assets import shipped
 from diverse_cfg.atomic import alone, filling, require_space
 from diverse_cfg.callbacks import (
     AdaptiveClipCallback,
@@ -72,9 +73,9 @@ class CFGDiversityTrainer(RLOOTrainer):
     """Diversity-rewarded CFG distillation of MusicGen (arXiv 2410.06084), with TRL's interface.
 
     Args:
-        model: Hub id, folder, or `MusicgenForConditionalGeneration`; AudioCraft's checkpoints and live models
-            too, as a `MusicGen` or a pair (LMModel, compression_model). It is the student's start and, unless
-            `args.teacher_model` says otherwise, the teacher θ0.
+        model: Hub id, folder, `nano` (the shipped base), or `MusicgenForConditionalGeneration`; AudioCraft's
+            checkpoints and live models too, as a `MusicGen` or a pair (LMModel, compression_model). It is the
+            student's start and, unless `args.teacher_model` says otherwise, the teacher θ0.
         reward_funcs: callables with TRL's reward interface (see `diverse_cfg.rewards`), sync or async. None
             takes `DiversityReward` with the shipped encoder (nano base) or CLAP.
         args: a `CFGDiversityConfig`.
@@ -110,6 +111,7 @@ class CFGDiversityTrainer(RLOOTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: PeftConfig | None = None,
     ):
+        model = shipped(model)
         if is_live_audiocraft(model):
             model, processor = from_audiocraft(model)
             processing_class = processor if processing_class is None else processing_class
@@ -121,6 +123,7 @@ class CFGDiversityTrainer(RLOOTrainer):
             args = CFGDiversityConfig(output_dir=f"{Path(self._base_model or 'musicgen').name}-diverse-cfg")
         if not isinstance(args, CFGDiversityConfig):
             raise ValueError(f"args is a {type(args).__name__}; pass a CFGDiversityConfig")
+        args.teacher_model = shipped(args.teacher_model)
         lora = peft_config is not None
         peft_config = setup.lora_config(peft_config)
         adapted = not isinstance(model, nn.Module) and is_adapter(model)
@@ -130,6 +133,7 @@ class CFGDiversityTrainer(RLOOTrainer):
         check_teacher(model, args)
         self._base_fingerprint = setup.base_fingerprint(base) if lora else None
         policy = self._policy = setup.prepare_policy(model, args, lora)
+        setup.teach_guidance(policy, args)
         setup.give_targets(peft_config, policy)
         self._num_frames, self._num_codebooks = setup.check_clips(policy, args), len(policy.delays)
         args.max_completion_length = self._num_frames * self._num_codebooks
@@ -159,6 +163,8 @@ class CFGDiversityTrainer(RLOOTrainer):
             peft_config=peft_config,
         )
         disguises.route_forward(policy.model)
+        if policy.shift is not None:
+            policy.shift.requires_grad_(True)  # PEFT trains its own alone
         setup.check_trained(policy)
         self._frozen.check("peft_config rewrites them; use a plain LoraConfig (init_lora_weights=True)")
         if self._start is not None:
@@ -171,7 +177,8 @@ class CFGDiversityTrainer(RLOOTrainer):
         if frozen is not None:
             frozen.move_own(self.accelerator.device)
         adapted = self.model if frozen is None else None
-        self._teacher = Teacher(frozen or policy, setup.guidance(args, self._num_frames), negative, adapted)
+        scale, reference = setup.guidance(args, self._num_frames), args.reference_guidance
+        self._teacher = Teacher(frozen or policy, scale, negative, adapted, reference)
         setup.check_sharding(self.accelerator, args)
         self._prepare_run()
 
@@ -263,6 +270,10 @@ class CFGDiversityTrainer(RLOOTrainer):
         if self.model.training:
             from_teacher, who = self._teacher_rows(len(prompts)), who_samples(self.args)
         seed = self._noise_seed()
+        if self.args.guidance_range is not None:
+            first, group = self._first_row(len(prompts)), self._group_size
+            drawn = setup.draw_guidance(self.args.guidance_range, seed, first, len(prompts), group)
+            condition = condition.told(torch.tensor(drawn))
         codes = index.new_empty(len(prompts), self._num_codebooks, self._num_frames)
         for is_teacher in who:
             chosen = index[from_teacher == is_teacher]
@@ -629,6 +640,8 @@ class CFGDiversityTrainer(RLOOTrainer):
         with continuing_from(resume_from_checkpoint):
             checkpoints.check_adapter_weights(self.model, resume_from_checkpoint)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if self._policy.shift is not None:
+                self._policy.shift.load(resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with continuing_from(str(checkpoint)):
@@ -645,6 +658,8 @@ class CFGDiversityTrainer(RLOOTrainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
+        if self._policy.shift is not None:
+            self._policy.shift.load(str(self.state.best_model_checkpoint))
         if self._memory.average is not None:  # by it the best checkpoint was chosen
             self._memory.average.load(str(self.state.best_model_checkpoint))
 
@@ -668,6 +683,8 @@ class CFGDiversityTrainer(RLOOTrainer):
                 if self._start is not None:
                     self._start.write(own, folder)
                     shutil.rmtree(own)
+            if self._policy.shift is not None:
+                self._policy.shift.save(folder)
             checkpoints.complete(
                 folder, self._policy.processor, self._policy.model.generation_config, self._provenance()
             )

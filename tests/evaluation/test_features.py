@@ -117,6 +117,16 @@ def test_the_guided_base_is_its_own_teacher(tmp_path):
     assert (found["entropy_0"] > 0.1).all() and (found["entropy_0"] < math.log(16)).all()
 
 
+def test_the_divergence_of_a_schedule_is_zero_where_it_is_the_teachers(tmp_path):
+    """Fault: a clip of a schedule that is compared as if it had had the constant scale."""
+    base = tiny_musicgen()
+    half = System("half", single("memory"), guidance_scale=3.0, guidance_schedule="interval 0 0.4")
+    whole = System("whole", single("memory"), guidance_scale=3.0, guidance_schedule="interval 0 1")
+    feature = DivergenceFeature(Memory(base), save_tiny(tmp_path / "base"), 3.0)
+    np.testing.assert_allclose(feature.compute(batch(whole, base))["kl"], 0, atol=1e-5)
+    assert (feature.compute(batch(half, base))["kl"] > 0.01).all()
+
+
 def test_memory_is_bounded_and_changes_nothing(tmp_path, monkeypatch):
     one = batch(System("x", single("memory")), tiny_musicgen(seed=1))
     feature = DivergenceFeature(Memory(tiny_musicgen()), save_tiny(tmp_path / "base"), 3.0)

@@ -1,12 +1,15 @@
 """Clips that begin with given codes: one model after another, and longer music window by window."""
 
+import numpy as np
 import pytest
 import torch
+from transformers.modeling_outputs import BaseModelOutput
 
 from diverse_cfg.policies.loading import load_policy
 from diverse_cfg.policies.musicgen.model import code_logits, encode_text
 from diverse_cfg.policies.sampler import rollout
-from diverse_cfg.policies.sampler.extension import extend
+from diverse_cfg.policies.sampler.draws import keyed_noise
+from diverse_cfg.policies.sampler.extension import extend, hybrid_generate
 from diverse_cfg.policies.sampler.rollout import fast_generate, sample_codes
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
 
@@ -67,6 +70,99 @@ def test_extension_is_what_every_window_computes(model):
         wanted = torch.cat([wanted, part.codes[..., 3:]], dim=-1)
     assert torch.equal(clips.codes, wanted)
     assert clips.waveforms.shape[-1] == 17 * 64 and torch.isfinite(clips.waveforms).all()
+
+
+@torch.no_grad()
+def slow_clip(models, scales, text, num_frames, noise):
+    """One clip by stock forward passes over all that was drawn, in float64 from the logits on.
+
+    Args:
+        models: stock models; the one of step s is `models[s]`.
+        scales: γ of every step.
+        text: the prompt.
+        num_frames: T.
+        noise: [K, T, M].
+    """
+    shape = models[0].config.decoder
+    stereo = shape.audio_channels == 2
+    delays = [codebook // 2 if stereo else codebook for codebook in range(shape.num_codebooks)]
+    inputs = tiny_processor()(text=[text], return_tensors="pt")
+    grid = torch.full((len(delays), 1 + num_frames + max(delays)), shape.vocab_size)
+    codes = torch.zeros(len(delays), num_frames, dtype=torch.long)
+    width = next(size for size in range(int(shape.vocab_size**0.5), 0, -1) if shape.vocab_size % size == 0)
+    groups = shape.vocab_size // width
+    for step in range(num_frames + max(delays)):
+        model, mask = models[step].eval(), inputs["attention_mask"]
+        hidden = model.text_encoder(**inputs).last_hidden_state
+        logits = []
+        for seen in (1, 0):  # the prompt, then none
+            known = {"encoder_outputs": BaseModelOutput(hidden * seen), "attention_mask": mask * seen}
+            out = model(**known, decoder_input_ids=grid[:, : step + 1], use_cache=False).logits
+            logits.append(out[:, -1].double().numpy())
+        guided = logits[1] + scales[step] * (logits[0] - logits[1])
+        for codebook, delay in enumerate(delays):
+            frame = step - delay
+            if not 0 <= frame < num_frames:
+                continue
+            p = np.exp(guided[codebook] - guided[codebook].max())
+            table = (p / p.sum()).reshape(width, groups)
+            of_group, of_member = np.split(noise[codebook, frame].double().numpy(), [groups])
+            group = int((table.sum(0) / of_group).argmax())
+            member = int((table[:, group] / of_member).argmax())
+            codes[codebook, frame] = grid[codebook, step + 1] = member * groups + group
+    return codes
+
+
+@pytest.mark.parametrize(
+    ("frames", "scales"), [(4, (1.0, 1.0)), (1, (3.0, 1.0)), (8, (1.0, 3.0)), (4, (3.0, 2.0))]
+)
+def test_one_model_begins_and_another_goes_on(model, scales, frames):
+    """Every code against stock forward passes, clip by clip. Faults: codes of the first model that the second draws
+    anew or never hears, a switch that is one step off, γ of the wrong model, null rows that nobody counts."""
+    channels, length, steps = model.config.decoder.audio_channels, 9, 12
+    second = load_policy(tiny_musicgen(channels))
+    second.decoder.load_state_dict(tiny_musicgen(channels, seed=1).decoder.state_dict())
+    texts = PROMPTS[:3]
+    how = {"processor": tiny_processor(), "num_frames": length, "seed": 3, "decode": False}
+    settings = how | {"first_frames": frames, "first_guidance_scale": scales[0], "guidance_scale": scales[1]}
+    clips = hybrid_generate(model, second, texts, batch_size=2, **settings)
+    noise = keyed_noise(3, range(len(texts)), 4 * channels, length, 16)
+    for row, text in enumerate(texts):
+        turns = [0] * frames + [1] * (steps - frames)
+        wanted = slow_clip(
+            [(model, second)[turn] for turn in turns],
+            [scales[turn] for turn in turns],
+            text,
+            length,
+            noise[row],
+        )
+        assert torch.equal(clips.codes[row], wanted)
+    cost = (frames + 3) * (1 + (scales[0] > 1)) + steps * (1 + (scales[1] > 1))
+    assert clips.decoder_rows.tolist() == [cost] * len(texts)
+    alone = sample_codes(
+        second, encode_text(second, tiny_processor(), texts), length, seed=3, guidance_scale=scales[1]
+    )
+    again = hybrid_generate(
+        second, second, texts, **settings | {"first_guidance_scale": scales[1]}
+    )  # which follows itself
+    assert torch.equal(again.codes, alone.codes)
+
+
+def test_models_that_cannot_follow_each_other_are_refused(model):
+    """Fault: codes looked up in another codebook, or a first part that is none."""
+    channels = model.config.decoder.audio_channels
+    how = {"processor": tiny_processor(), "num_frames": 9, "seed": 0, "first_frames": 4}
+    for other in (load_policy(tiny_musicgen(3 - channels)), load_policy(tiny_musicgen(channels, seed=1))):
+        with pytest.raises(ValueError, match="codes of another codec"):
+            hybrid_generate(other, model, PROMPTS, **how)
+    for change, said in (
+        ({"first_frames": 9}, "first_frames=9 must be an integer of at least 1 and below the clip's 9"),
+        ({"first_frames": 0}, "first_frames=0 must"),
+        ({"rollout_backend": "transformers"}, "a first model needs rollout_backend='fast'"),
+        ({"negative_prompt": "sad drum"}, "needs guidance"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            hybrid_generate(model, model, PROMPTS, **how | change)
 
 
 @pytest.mark.parametrize(

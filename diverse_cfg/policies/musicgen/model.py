@@ -18,6 +18,7 @@ from transformers import MusicgenForConditionalGeneration
 from diverse_cfg.functional.codebooks import apply_delay_pattern
 from diverse_cfg.policies.layers import effective_weight, evaluating
 from diverse_cfg.policies.policy import require_prompts
+from diverse_cfg.policies.shift import SHIFT
 from diverse_cfg.types import TextCondition
 
 LORA_TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
@@ -93,12 +94,16 @@ def frame_rate(model: nn.Module) -> float:
     return codec.sampling_rate / codec.hop_length
 
 
-def usual_seconds(model: nn.Module) -> float:
-    """Length of a clip where nobody names one: what the model's own generation settings ask for, at most 10 s."""
+def own_frames(model: nn.Module) -> int:
+    """Length of the clips that the model's own generation settings ask for, in frames; not above 0 if they do not."""
     own = unwrap(model).generation_config
     # Read from a generation config, both count the steps after the start column.
-    steps = own.max_new_tokens or own.max_length or 0
-    seconds = (steps - max(delays(model))) / frame_rate(model)
+    return (own.max_new_tokens or own.max_length or 0) - max(delays(model))
+
+
+def usual_seconds(model: nn.Module) -> float:
+    """Length of a clip where nobody names one: what the model's own generation settings ask for, at most 10 s."""
+    seconds = own_frames(model) / frame_rate(model)
     return min(seconds, _LONGEST_USUAL) if seconds > 0 else _LONGEST_USUAL
 
 
@@ -174,12 +179,17 @@ def code_hidden_states(model: nn.Module, codes: Tensor, condition: TextCondition
 
 
 def project_text(model: nn.Module, condition: TextCondition) -> Tensor:
-    """Text-encoder output in the decoder's width, padding zeroed, as the full model does it [B, Lt, D]."""
+    """Text-encoder output in the decoder's width, padding zeroed, as the full model does it [B, Lt, D].
+
+    Where the condition tells γ, the shift that the model has learnt for it is added.
+    """
     policy = unwrap(model)
     hidden = condition.hidden_states
     projection = getattr(policy, "enc_to_dec_proj", None)
     if projection is not None:
         hidden = projection(hidden)
+    if condition.guidance is not None:
+        hidden = hidden + getattr(policy, SHIFT)(condition.guidance)[:, None]
     return hidden * condition.attention_mask[..., None].to(hidden.dtype)
 
 

@@ -6,6 +6,7 @@ on its prompt, the settings, the seed and its sample id only: not on the batch i
 processes. Stock `generate` is the reference backend (`reference`), driven by the same random numbers.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from numbers import Integral
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from diverse_cfg.functional.codebooks import num_decoder_steps, revert_delay_pattern
 from diverse_cfg.policies.musicgen.model import delays, encode_text, frame_rate, unwrap
-from diverse_cfg.policies.policy import require_prompts
+from diverse_cfg.policies.policy import as_policy, require_prompts
 from diverse_cfg.policies.sampler.batches import automatic_batch, in_batches, may_be_kept
 from diverse_cfg.policies.sampler.draws import SamplingSettings, keyed_noise, not_finite, require_64_bits
 from diverse_cfg.policies.sampler.loop import DecodeLoop, default_mode
@@ -35,10 +36,10 @@ _CPU_FRAMES = 300
 
 
 def fast_generate(
-    model: nn.Module,
+    model: nn.Module | str | os.PathLike,
     prompts: str | Sequence[str],
     *,
-    processor: Any,
+    processor: Any = None,
     num_frames: int,
     guidance_scale: float | Sequence[float] = 1.0,
     temperature: float = 1.0,
@@ -56,13 +57,15 @@ def fast_generate(
     weights: RolloutWeights | None = None,
     dtype: torch.dtype | None = None,
     prefix: Tensor | None = None,
+    student_guidance: float | None = None,
 ) -> Clips:
     """Generate clips for prompts.
 
     Args:
-        model: a MusicGen, e.g. of `load_policy`; also inside a `PeftModel`. It is only read.
+        model: a MusicGen, e.g. of `load_policy`; also inside a `PeftModel`. It is only read. A folder, an id or
+            `nano` is loaded for this call, its processor too.
         prompts: P texts.
-        processor: its processor or tokenizer.
+        processor: the model's processor or tokenizer.
         num_frames: T; MusicGen has 50 a second.
         guidance_scale: γ; 1 for a distilled model, 3 is usual for a base model, at twice the cost. T numbers are
             a schedule, γ of every frame; see `guidance_schedule`.
@@ -84,7 +87,9 @@ def fast_generate(
         dtype: of a snapshot taken now, the model's by default; bfloat16 is faster where the hardware has it, but
             rounds differently in batches of different size, so that a clip may depend on its batch.
         prefix: codes that the clips begin with [N, K, Tp], of this or another model with the same codec; what
-            follows is sampled.
+            follows is sampled, and what is −1.
+        student_guidance: γ that the model is told, of a student that was trained for a range of them; by default
+            it plays its reference γ. One row per clip, whatever it is.
 
     Returns:
         N = P·G clips on the model's device, those of one prompt adjacent.
@@ -94,6 +99,15 @@ def fast_generate(
         FloatingPointError: logits that are not finite; names prompt and step.
         torch.OutOfMemoryError: not even one clip fits.
     """
+    if isinstance(model, str | os.PathLike):
+        from diverse_cfg.policies.loading import load_policy, load_processor
+
+        processor = load_processor(model) if processor is None else processor
+        model = load_policy(model)
+    elif processor is None:
+        raise ValueError(
+            "fast_generate needs processor=: what load_processor(folder) returns, or a tokenizer"
+        )
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     settings = SamplingSettings(guidance_scale, temperature, top_k, top_p, min_p)
     check_request(
@@ -109,6 +123,8 @@ def fast_generate(
         dtype=dtype,
     )
     _check_weights(model, weights, dtype)
+    if student_guidance is not None:
+        as_policy(model).require_guidance(student_guidance)
     if getattr(unwrap(model), "is_distilled", False):
         warn_if_guided(settings.strongest, stacklevel=3)
     texts = [prompt for prompt in prompts for _ in range(num_generations)]
@@ -117,7 +133,7 @@ def fast_generate(
     # The caller's autocast must not reach in: dtypes are those of the model and of the rollout's weights.
     with torch.autocast(unwrap(model).device.type, enabled=False):
         avoided = [] if negative_prompt is None else [negative_prompt]
-        encoded = encode_text(model, processor, prompts + avoided)
+        encoded = encode_text(model, processor, prompts + avoided).told(student_guidance)
         clips = sample_codes(
             model,
             encoded.select(slice(0, len(prompts))).repeat_interleave(num_generations),
@@ -199,6 +215,9 @@ def sample_codes(
             raise ValueError("negative_condition needs guidance: set guidance_scale above 1")
     _check_counts(batch_size=batch_size)
     _check_weights(model, weights, dtype)
+    if condition.guidance is not None:
+        for scale in condition.guidance.aminmax():
+            as_policy(model).require_guidance(scale.item())
     sample_ids = range(len(condition)) if sample_ids is None else sample_ids
     names = names or [f"row {row} of the condition" for row in range(len(condition))]
     for kind, given in (("sample_ids", sample_ids), ("names", names)):
@@ -229,7 +248,14 @@ def sample_codes(
     if snapshot is not None and weights is None:
         snapshot.loops.clear()  # nobody will use its graphs again
     rate = policy.config.audio_encoder.sampling_rate
-    return Clips(codes, rate, logps if return_logps else None, condition=condition)
+    cost = num_decoder_steps(num_frames, delays(model)) * (1 + settings.guided)
+    return Clips(
+        codes,
+        rate,
+        logps if return_logps else None,
+        condition=condition,
+        decoder_rows=torch.full((len(codes),), cost),
+    )
 
 
 @torch.no_grad()
@@ -438,7 +464,7 @@ def _check_prefix(
         )
     if not 0 < prefix.shape[-1] < num_frames:
         raise ValueError(f"prefix has {prefix.shape[-1]} frames, the clips {num_frames}: it must be shorter")
-    if prefix.is_floating_point() or not 0 <= int(prefix.min()) <= int(prefix.max()) < config.vocab_size:
+    if prefix.is_floating_point() or not -1 <= int(prefix.min()) <= int(prefix.max()) < config.vocab_size:
         raise ValueError(f"prefix must hold codes from 0 to {config.vocab_size - 1}: is it of another codec?")
     if return_logps or rollout_backend != "fast":
         raise ValueError("prefix needs rollout_backend='fast', and no return_logps: nobody drew its codes")
