@@ -27,6 +27,7 @@ LAYERS = [
     ["trainer"],
     ["evaluation"],
     ["listening", "publishing"],
+    ["playing"],
     ["cli"],
     ["__main__"],
 ]

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -284,16 +284,34 @@ def _write_page(folder: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def write_wav(
-    path: str | os.PathLike, waveform: Tensor, sampling_rate: int, sample_format: str = "int16"
+    path: str | os.PathLike,
+    waveform: Tensor,
+    sampling_rate: int,
+    sample_format: str = "int16",
+    texts: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a waveform [L] or [2, L] as a WAV file, all of it or nothing."""
+    """Write a waveform [L] or [2, L] as a WAV file, all of it or nothing.
+
+    Args:
+        path: of the file.
+        waveform: in −1 … 1.
+        sampling_rate: in Hz.
+        sample_format: "int16" or "float32".
+        texts: metadata by libsndfile's names (title, comment, software…), each below 2 kB: readers skip longer ones.
+    """
     path = Path(path)
     samples = waveform.detach().float().cpu()
     if sample_format == "int16":
         samples = samples.clamp(-1, 1)
     subtype = _SAMPLE_FORMATS[sample_format]
-    with replacing(path) as temporary:
-        soundfile.write(temporary, samples.numpy().T, sampling_rate, subtype, format="WAV")
+    audio, channels = samples.numpy().T, 1 if samples.ndim == 1 else len(samples)
+    with (
+        replacing(path) as temporary,
+        soundfile.SoundFile(temporary, "w", sampling_rate, channels, subtype, format="WAV") as file,
+    ):
+        for name, text in (texts or {}).items():
+            setattr(file, name, text)
+        file.write(audio)
 
 
 def _is_whole(path: Path, length: int, take: bool) -> bool:

@@ -9,6 +9,8 @@ What has to be checked (were the logits finite?) is written down on the way and 
 """
 
 import logging
+from collections.abc import Callable
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -26,6 +28,10 @@ BUCKET = 256
 """Contexts are rounded up to a multiple of this in the static body: few graphs, and little masked work."""
 
 ALIGNMENT = 16
+
+WATCHER: ContextVar[Callable[[int, int], None]] = ContextVar("watcher", default=lambda step, num_steps: None)
+"""Is called before every step of this context's loops, with its number and how many there are; what it raises ends the
+loop: for a progress bar, and to cancel."""
 
 _failed_captures: set[str] = set()
 
@@ -128,8 +134,10 @@ class DecodeLoop:
         if self.mode == "graph" and not self._graphs:
             self._capture()
         self._rewind()
+        watch = WATCHER.get()
         with SAMPLING.measured(self.position.device.type) as done:
             for step in range(self.num_steps):
+                watch(step, self.num_steps)
                 if self.mode == "graph":
                     self._graphs[self._bucket(step)].replay()
                 elif self.mode == "static":
