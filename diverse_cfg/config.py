@@ -312,6 +312,7 @@ class MusicSFTConfig(TrainingArguments):
     bf16: bool | None = None
     logging_steps: float = 10
     eval_strategy: IntervalStrategy | str = "epoch"
+    eval_on_start: bool = True
     save_strategy: SaveStrategy | str = "epoch"
     save_total_limit: int | None = 2
     remove_unused_columns: bool | None = False

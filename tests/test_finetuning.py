@@ -36,6 +36,7 @@ def sft_args(folder, **settings):
         "max_steps": 3,
         "logging_steps": 1,
         "eval_strategy": "no",
+        "eval_on_start": False,
         "save_strategy": "no",
         "audio_samples": 0,
         "held_out": 0.3,

@@ -21,6 +21,7 @@ from diverse_cfg.cli import (
     convert,
     demo,
     evaluate,
+    finetune,
     generate,
     inspect,
     listen,
@@ -34,7 +35,9 @@ from diverse_cfg.cli.memory import keep_freed_memory
 from diverse_cfg.threads import available_cores
 from diverse_cfg.untrusted import plain
 
-_IN_ORDER = (demo, train, generate, merge, evaluate, listen, inspect, convert, publish, train_embedder)
+_IN_ORDER = (
+    *(demo, finetune, train, generate, merge, evaluate, listen, inspect, convert, publish, train_embedder),
+)
 COMMANDS: tuple[Command, ...] = tuple(module.COMMAND for module in _IN_ORDER)
 
 # What a person can put right: one line, no traceback. Everything else is our bug and keeps its traceback.
