@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
 from diverse_cfg.cli import main
-from diverse_cfg.policies.files import read_wav
 from diverse_cfg.policies.loading import load_policy
 from diverse_cfg.settings import read_settings
 from tests.standins import save_standin
@@ -73,6 +73,7 @@ def test_wrong_input_is_one_line(tmp_path, tiny_folder, capsys, flags, message):
 
 
 def test_a_caption_that_is_missing_names_the_file(tmp_path, tiny_folder, capsys):
+    folder_of(tmp_path / "music")
     write(tmp_path / "music" / "9.wav", music())
     assert finetune(tmp_path, tiny_folder) == 2
     assert "9.wav has no caption: write it into 9.txt beside it" in capsys.readouterr().err
@@ -90,7 +91,7 @@ def documented():
 
 @pytest.mark.slow
 def test_the_five_commands_of_the_page_run_on_nano(tmp_path, monkeypatch):
-    """Fault: a base that `train` does not take as a teacher, prompts that it cannot read, an encoder that does not fit."""
+    """Faults: a base that `train` does not take as a teacher, prompts that it cannot read, another codec."""
     monkeypatch.chdir(tmp_path)
     for index in range(12):
         path = tmp_path / "music" / f"{index}.wav"
@@ -104,7 +105,7 @@ def test_the_five_commands_of_the_page_run_on_nano(tmp_path, monkeypatch):
         words += ["--per_device_train_batch_size", "4"] if words[0] == "train" else []
         assert main(words) == 0, words
     [clip] = (tmp_path / "runs" / "mine" / "clips").glob("*.wav")
-    audio, rate = read_wav(clip)
+    audio, rate = soundfile.read(clip)
     assert rate == 16_000 and audio.shape[-1] == 48_000 and np.abs(audio).max() > 1e-4
     provenance = json.loads((tmp_path / "runs" / "mine" / "student" / "diverse_cfg.json").read_text())
     assert provenance["base_model"] == "runs/mine/base" and provenance["guidance_scale"] == 3.0

@@ -6,6 +6,7 @@ it and read a chat template: more to disguise than to use. What a checkpoint hol
 """
 
 import functools
+import hashlib
 import json
 import os
 import sys
@@ -159,9 +160,11 @@ class MusicSFTTrainer(KeptRun):
 
     def _settings_to_keep(self, args: MusicSFTConfig) -> dict[str, Any]:
         """What a resumed run may not change."""
-        data = [[r.digest, r.caption] for r in (*self.recordings, *self.held_out)]
+        data = [(recording.digest, recording.caption) for recording in (*self.recordings, *self.held_out)]
+        digest = hashlib.blake2b(json.dumps(data).encode(), digest_size=4).hexdigest()
         settings = {name: getattr(args, name) for name in _KEPT}
-        settings |= {"frames": self._num_frames, "recordings": data, "processes": args.world_size}
+        settings["clip_seconds"] = self._num_frames / self._policy.frame_rate
+        settings |= {"recordings": f"{len(data)} ({digest})", "processes": args.world_size}
         return json.loads(json.dumps(settings))
 
     def _get_train_sampler(self, train_dataset=None):
