@@ -13,18 +13,17 @@ from diverse_cfg.cli import main
 from diverse_cfg.policies.loading import load_policy
 from diverse_cfg.settings import read_settings
 from tests.standins import save_standin
-from tests.test_recordings import music, write
+from tests.test_recordings import RATE, music, write
 from tests.tiny import PROMPTS
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 QUICK = ["--use_cpu", "true", "--bf16", "false", "--disable_tqdm", "true", "--audio_samples", "1"]
 
 
-def folder_of(folder, count=4, **options):
-    for index in range(count):
-        write(
-            folder / f"{index}.wav", music(1.0 + index / 8, seed=index, **options), caption=PROMPTS[index % 4]
-        )
+def folder_of(folder, rate=RATE):
+    """Written once: a WAV of floats holds the time of its writing."""
+    for index, caption in enumerate([] if folder.exists() else PROMPTS):
+        write(folder / f"{index}.wav", music(1.0 + index / 8, rate, seed=index), rate, caption)
     return str(folder)
 
 
