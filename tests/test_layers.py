@@ -20,7 +20,7 @@ LAYERS = [
     ["types", "provenance", "settings", "effects", "acoustics", "plotting"],
     ["config"],
     ["policies", "embeddings", "prompts"],
-    ["rewards", "cards", "nano"],
+    ["rewards", "cards", "nano", "recordings"],
     ["facets", "subset"],
     ["merging"],
     ["callbacks"],
