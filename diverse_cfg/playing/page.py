@@ -167,9 +167,7 @@ class Stage:
 
     def make(self, tab: _Tab, wish: Wish) -> Iterator[_View]:
         """New takes; after each comes what the page shows."""
-        title = f"γ = {wish.guidance_scale:g}" if self.player.guided else self.player.names[0]
-        title = f"λ = {wish.merge_weight:g}" if self.player.moves else title
-        yield from self._run(tab, wish, _Group(tab.next(), title, wish, comparable=True))
+        yield from self._run(tab, wish, _Group(tab.next(), self.player.title(wish), wish, comparable=True))
 
     def like(self, tab: _Tab, id: str, num_takes: int) -> Iterator[_View]:
         """New takes that begin as one does."""
@@ -197,6 +195,7 @@ class Stage:
         """What a take was made of, once more."""
         names = ("temperature", "merge_weight", "guidance_scale")
         own = {name: take.settings[name] for name in names if name in take.settings}
+        own["guidance_scale"] = take.settings.get("student_guidance", own.get("guidance_scale"))
         return Wish(take.prompt, num_takes, seconds, seed, **own)
 
     def _run(self, tab: _Tab, wish: Wish, group: _Group, **how: Any) -> Iterator[_View]:
@@ -236,7 +235,7 @@ class Stage:
         try:
             take = self.find(tab, id)
             if self.output is not None and take not in self.kept:
-                keep(self.output, take, self.folder / take.file)
+                keep(self.output, take, self.folder / take.file, self.player.model)
                 self.kept.append(take)
         except _ERRORS as error:
             tab.say(plain(str(error)), None, True)
@@ -265,7 +264,7 @@ def build_page(stage: Stage, *, ideas: Sequence[str] = _IDEAS) -> Any:
         temperature: float,
     ):
         moved = {"merge_weight": float(weight)} if player.moves else {}
-        guided = {"guidance_scale": float(guidance)} if player.guided else {}
+        guided = {"guidance_scale": float(guidance)} if player.guided or player.told else {}
         return Wish(prompt, int(takes), float(seconds), int(seed or 0), float(temperature), **moved, **guided)
 
     def tab(request: gradio.Request) -> _Tab:
@@ -285,9 +284,12 @@ def build_page(stage: Stage, *, ideas: Sequence[str] = _IDEAS) -> Any:
                     0, 1, 0.5, step=0.05, label="Variety λ", visible=player.moves,
                     info=f"0 is {player.names[0]}, 1 is {player.names[-1]}",
                 )  # fmt: skip
+                low, high = player.told or (1.0, 10.0)
                 guidance = gradio.Slider(
-                    1, 10, player.guidance_scale, step=0.5, label="Guidance γ", visible=player.guided
-                )
+                    low, high, min(max(player.guidance_scale, low), high), step=0.1, label="Guidance γ",
+                    visible=bool(player.guided or player.told),
+                    info="inside the weights: it costs nothing" if player.told else "at twice the cost",
+                )  # fmt: skip
                 with gradio.Row():
                     go = gradio.Button("Make takes", variant="primary", min_width=120)
                     surprise = gradio.Button("Surprise me", min_width=120)
