@@ -1,6 +1,7 @@
 """The page itself (gradio): prompt and sliders on the left, the takes, their map and what was kept on the right."""
 
 import html
+import importlib.util
 import random
 import tempfile
 import threading
@@ -242,7 +243,7 @@ class Stage:
         return self.view(tab), tab.status
 
 
-def build_page(stage: Stage, *, ideas: Sequence[str] = _IDEAS) -> Any:
+def build_page(stage: Stage) -> Any:
     """The page as a `gradio.Blocks`.
 
     Raises:
@@ -278,8 +279,8 @@ def build_page(stage: Stage, *, ideas: Sequence[str] = _IDEAS) -> Any:
         with gradio.Row():
             with gradio.Column(scale=0, min_width=320):
                 gradio.Markdown(f"# {html.escape(' · '.join(player.names))}")
-                prompt = gradio.Textbox(label="Prompt", lines=2, value=ideas[0], max_length=10_000)
-                gradio.Examples([[idea] for idea in ideas], prompt, label="Ideas")
+                prompt = gradio.Textbox(label="Prompt", lines=2, value=_IDEAS[0], max_length=10_000)
+                gradio.Examples([[idea] for idea in _IDEAS], prompt, label="Ideas")
                 merge_weight = gradio.Slider(
                     0, 1, 0.5, step=0.05, label="Variety λ", visible=player.moves,
                     info=f"0 is {player.names[0]}, 1 is {player.names[-1]}",
@@ -369,35 +370,28 @@ def build_page(stage: Stage, *, ideas: Sequence[str] = _IDEAS) -> Any:
         def close(request: gradio.Request) -> None:
             stage.close(request.session_hash)
 
+        page.queue(max_size=64)
         page.load(show, None, **quick)
         page.unload(close)
     return page
 
 
-def serve(
-    player: Player,
-    output: str | Path | None,
-    *,
-    port: int = 7860,
-    ideas: Sequence[str] = _IDEAS,
-    **launch: Any,
-) -> None:
+def serve(player: Player, output: str | Path, *, port: int = 7860, **launch: Any) -> None:
     """Serve the page on this machine alone, until it is interrupted; nothing is shared and nothing taken.
 
     Args:
         player: makes the takes.
         output: folder of kept takes, made if need be.
         port: of 127.0.0.1.
-        ideas: prompts to begin with.
         launch: more for `gradio.Blocks.launch`.
 
     Raises:
         FileExistsError: another process serves this folder.
     """
     with tempfile.TemporaryDirectory(prefix="diverse-cfg-play-") as folder, alone(output) as output:
-        launch_page(
-            build_page(Stage(player, folder, output), ideas=ideas),
-            [folder, str(output.resolve())],
+        page = build_page(Stage(player, folder, output))
+        page.launch(
+            **_launching([folder, str(output.resolve())]),
             server_name="127.0.0.1",
             server_port=port,
             app_kwargs={"middleware": [(Doorkeeper, (), {"host": "127.0.0.1", "names": ()})]},
@@ -405,18 +399,49 @@ def serve(
         )
 
 
-def launch_page(page: Any, folders: Sequence[str], **options: Any) -> Any:
-    """`launch` as this page needs it: its looks, no uploads, nothing from elsewhere, files of `folders` alone."""
+def build_space(models: Sequence[str], *, base: str | None = None) -> tuple[Any, dict[str, Any]]:
+    """The page for a Space of the Hub, where nothing is kept, and the options of its `launch`.
+
+    On ZeroGPU hardware every wish gets a GPU, in a process of its own.
+
+    Args:
+        models: Hub ids, see `Player`.
+        base: Hub id of the base.
+    """
+    folder = tempfile.mkdtemp(prefix="diverse-cfg-play-")
+    player = Player(models, base=base)
+    if importlib.util.find_spec("spaces") is not None:
+        import spaces  # pyright: ignore[reportMissingImports]
+
+        here = player.play
+
+        @spaces.GPU
+        def on_gpu(wish: Wish, how: dict[str, Any]) -> Iterator[Any]:
+            yield from here(wish, **how)
+
+        def play(wish: Wish, *, cancelled: threading.Event, **how: Any) -> Iterator[Any]:
+            for event in on_gpu(wish, how):  # an event of threads does not reach the other process
+                if cancelled.is_set():
+                    return
+                yield event
+
+        player.play = play
+    page = build_page(Stage(player, folder, None))
+    page.player = player
+    return page, _launching([folder])
+
+
+def _launching(folders: Sequence[str]) -> dict[str, Any]:
+    """How this page is launched: its looks, no uploads, nothing from elsewhere, files of `folders` alone."""
     import gradio
 
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    return page.queue(max_size=64).launch(
-        share=False,
-        ssr_mode=False,  # its web server would stand before ours
-        max_file_size=0,
-        allowed_paths=list(folders),
-        theme=gradio.themes.Default(primary_hue="blue", **fonts),
-        css=(_HERE / "stage.css").read_text(encoding="utf-8"),
-        footer_links=[],
-        **options,
-    )
+    return {
+        "share": False,
+        "ssr_mode": False,  # its web server would stand before ours
+        "max_file_size": 0,
+        "allowed_paths": list(folders),
+        "theme": gradio.themes.Default(primary_hue="blue", **fonts),
+        "css": (_HERE / "stage.css").read_text(encoding="utf-8"),
+        "footer_links": [],
+    }
