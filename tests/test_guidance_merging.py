@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import pipeline
 
 from diverse_cfg.cards import render_card
 from diverse_cfg.cli import main
@@ -129,11 +130,17 @@ def test_the_slider_over_the_grid_plays_the_baked_merges(world, tmp_path):
 
 
 def test_one_student_told_is_the_same_as_baked(world, tmp_path):
-    """`fast_generate(student_guidance)`, the command and the merge: the same codes."""
+    """`fast_generate(student_guidance)`, the command and the merge: the same codes; transformers plays the last."""
     baked = load_policy(merge_checkpoints([world["lora1"]], None, tmp_path / "baked", bake_guidance=2.3))
     settings = {"processor": tiny_processor(), "num_frames": 10, "seed": 0, "top_k": 250, "decode": False}
     found = fast_generate(load_policy(world["lora1"]), "sad cello", student_guidance=2.3, **settings)
     assert torch.equal(found.codes, fast_generate(baked, "sad cello", **settings).codes)
+    music, rows = pipeline("text-to-audio", model=str(tmp_path / "baked")), []
+    music.model.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    music("sad cello")
+    assert set(rows) == {4}, "a row for each codebook of one clip, and none for the null prompt"
     rest = ["--prompt", "sad cello", "--seconds", "0.2"]
     for name, model, more in (
         ("told", ["--model", str(world["lora1"])], ["--student-guidance", "2.3"]),

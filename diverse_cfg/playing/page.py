@@ -1,6 +1,7 @@
 """The page itself (gradio): prompt and sliders on the left, the takes, their map and what was kept on the right."""
 
 import html
+import importlib.util
 import random
 import tempfile
 import threading
@@ -167,9 +168,7 @@ class Stage:
 
     def make(self, tab: _Tab, wish: Wish) -> Iterator[_View]:
         """New takes; after each comes what the page shows."""
-        title = f"γ = {wish.guidance_scale:g}" if self.player.guided else self.player.names[0]
-        title = f"λ = {wish.merge_weight:g}" if self.player.moves else title
-        yield from self._run(tab, wish, _Group(tab.next(), title, wish, comparable=True))
+        yield from self._run(tab, wish, _Group(tab.next(), self.player.title(wish), wish, comparable=True))
 
     def like(self, tab: _Tab, id: str, num_takes: int) -> Iterator[_View]:
         """New takes that begin as one does."""
@@ -197,6 +196,7 @@ class Stage:
         """What a take was made of, once more."""
         names = ("temperature", "merge_weight", "guidance_scale")
         own = {name: take.settings[name] for name in names if name in take.settings}
+        own["guidance_scale"] = take.settings.get("student_guidance", own.get("guidance_scale"))
         return Wish(take.prompt, num_takes, seconds, seed, **own)
 
     def _run(self, tab: _Tab, wish: Wish, group: _Group, **how: Any) -> Iterator[_View]:
@@ -236,14 +236,14 @@ class Stage:
         try:
             take = self.find(tab, id)
             if self.output is not None and take not in self.kept:
-                keep(self.output, take, self.folder / take.file)
+                keep(self.output, take, self.folder / take.file, self.player.model)
                 self.kept.append(take)
         except _ERRORS as error:
             tab.say(plain(str(error)), None, True)
         return self.view(tab), tab.status
 
 
-def build_page(stage: Stage, *, ideas: Sequence[str] = _IDEAS) -> Any:
+def build_page(stage: Stage) -> Any:
     """The page as a `gradio.Blocks`.
 
     Raises:
@@ -265,7 +265,7 @@ def build_page(stage: Stage, *, ideas: Sequence[str] = _IDEAS) -> Any:
         temperature: float,
     ):
         moved = {"merge_weight": float(weight)} if player.moves else {}
-        guided = {"guidance_scale": float(guidance)} if player.guided else {}
+        guided = {"guidance_scale": float(guidance)} if player.guided or player.told else {}
         return Wish(prompt, int(takes), float(seconds), int(seed or 0), float(temperature), **moved, **guided)
 
     def tab(request: gradio.Request) -> _Tab:
@@ -279,15 +279,18 @@ def build_page(stage: Stage, *, ideas: Sequence[str] = _IDEAS) -> Any:
         with gradio.Row():
             with gradio.Column(scale=0, min_width=320):
                 gradio.Markdown(f"# {html.escape(' · '.join(player.names))}")
-                prompt = gradio.Textbox(label="Prompt", lines=2, value=ideas[0], max_length=10_000)
-                gradio.Examples([[idea] for idea in ideas], prompt, label="Ideas")
+                prompt = gradio.Textbox(label="Prompt", lines=2, value=_IDEAS[0], max_length=10_000)
+                gradio.Examples([[idea] for idea in _IDEAS], prompt, label="Ideas")
                 merge_weight = gradio.Slider(
                     0, 1, 0.5, step=0.05, label="Variety λ", visible=player.moves,
                     info=f"0 is {player.names[0]}, 1 is {player.names[-1]}",
                 )  # fmt: skip
+                low, high = player.told or (1.0, 10.0)
                 guidance = gradio.Slider(
-                    1, 10, player.guidance_scale, step=0.5, label="Guidance γ", visible=player.guided
-                )
+                    low, high, min(max(player.guidance_scale, low), high), step=0.1, label="Guidance γ",
+                    visible=bool(player.guided or player.told),
+                    info="inside the weights: it costs nothing" if player.told else "at twice the cost",
+                )  # fmt: skip
                 with gradio.Row():
                     go = gradio.Button("Make takes", variant="primary", min_width=120)
                     surprise = gradio.Button("Surprise me", min_width=120)
@@ -367,35 +370,28 @@ def build_page(stage: Stage, *, ideas: Sequence[str] = _IDEAS) -> Any:
         def close(request: gradio.Request) -> None:
             stage.close(request.session_hash)
 
+        page.queue(max_size=64)
         page.load(show, None, **quick)
         page.unload(close)
     return page
 
 
-def serve(
-    player: Player,
-    output: str | Path | None,
-    *,
-    port: int = 7860,
-    ideas: Sequence[str] = _IDEAS,
-    **launch: Any,
-) -> None:
+def serve(player: Player, output: str | Path, *, port: int = 7860, **launch: Any) -> None:
     """Serve the page on this machine alone, until it is interrupted; nothing is shared and nothing taken.
 
     Args:
         player: makes the takes.
         output: folder of kept takes, made if need be.
         port: of 127.0.0.1.
-        ideas: prompts to begin with.
         launch: more for `gradio.Blocks.launch`.
 
     Raises:
         FileExistsError: another process serves this folder.
     """
     with tempfile.TemporaryDirectory(prefix="diverse-cfg-play-") as folder, alone(output) as output:
-        launch_page(
-            build_page(Stage(player, folder, output), ideas=ideas),
-            [folder, str(output.resolve())],
+        page = build_page(Stage(player, folder, output))
+        page.launch(
+            **_launching([folder, str(output.resolve())]),
             server_name="127.0.0.1",
             server_port=port,
             app_kwargs={"middleware": [(Doorkeeper, (), {"host": "127.0.0.1", "names": ()})]},
@@ -403,18 +399,49 @@ def serve(
         )
 
 
-def launch_page(page: Any, folders: Sequence[str], **options: Any) -> Any:
-    """`launch` as this page needs it: its looks, no uploads, nothing from elsewhere, files of `folders` alone."""
+def build_space(models: Sequence[str], *, base: str | None = None) -> tuple[Any, dict[str, Any]]:
+    """The page for a Space of the Hub, where nothing is kept, and the options of its `launch`.
+
+    On ZeroGPU hardware every wish gets a GPU, in a process of its own.
+
+    Args:
+        models: Hub ids, see `Player`.
+        base: Hub id of the base.
+    """
+    folder = tempfile.mkdtemp(prefix="diverse-cfg-play-")
+    player = Player(models, base=base)
+    if importlib.util.find_spec("spaces") is not None:
+        import spaces  # pyright: ignore[reportMissingImports]
+
+        here = player.play
+
+        @spaces.GPU
+        def on_gpu(wish: Wish, how: dict[str, Any]) -> Iterator[Any]:
+            yield from here(wish, **how)
+
+        def play(wish: Wish, *, cancelled: threading.Event, **how: Any) -> Iterator[Any]:
+            for event in on_gpu(wish, how):  # an event of threads does not reach the other process
+                if cancelled.is_set():
+                    return
+                yield event
+
+        player.play = play
+    page = build_page(Stage(player, folder, None))
+    page.player = player
+    return page, _launching([folder])
+
+
+def _launching(folders: Sequence[str]) -> dict[str, Any]:
+    """How this page is launched: its looks, no uploads, nothing from elsewhere, files of `folders` alone."""
     import gradio
 
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    return page.queue(max_size=64).launch(
-        share=False,
-        ssr_mode=False,  # its web server would stand before ours
-        max_file_size=0,
-        allowed_paths=list(folders),
-        theme=gradio.themes.Default(primary_hue="blue", **fonts),
-        css=(_HERE / "stage.css").read_text(encoding="utf-8"),
-        footer_links=[],
-        **options,
-    )
+    return {
+        "share": False,
+        "ssr_mode": False,  # its web server would stand before ours
+        "max_file_size": 0,
+        "allowed_paths": list(folders),
+        "theme": gradio.themes.Default(primary_hue="blue", **fonts),
+        "css": (_HERE / "stage.css").read_text(encoding="utf-8"),
+        "footer_links": [],
+    }

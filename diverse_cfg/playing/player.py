@@ -44,7 +44,7 @@ class Wish:
         seed: of all of them; take i is its clip i.
         temperature: 0 is greedy.
         merge_weight: λ, between two students.
-        guidance_scale: γ of a model that has it.
+        guidance_scale: γ, of a base or of a student that is told it.
     """
 
     prompt: str
@@ -53,7 +53,7 @@ class Wish:
     seed: int = 0
     temperature: float = 1.0
     merge_weight: float | None = None
-    guidance_scale: float = 1.0
+    guidance_scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,11 @@ class Player:
         device: torch device; a GPU if there is one.
 
     Attributes:
+        model: that plays.
         names: of the models.
         moves: whether there is a λ.
         guided: whether the model is a base, played with guidance.
+        told: lowest and highest γ that the student can be told; None of one γ.
         guidance_scale: γ of the model, or of the base beside it.
         base: folder or id of the base beside a student, if it is known.
         shortest, usual, longest: seconds of a take.
@@ -112,15 +114,17 @@ class Player:
         self._slider = (
             load_slider(base, models, merge_weight=0.0, device=self.device) if len(models) == 2 else None
         )
-        self._model: Any = self._slider.model if self._slider else load_policy(models[0]).to(self.device)
+        self.model: Any = self._slider.model if self._slider else load_policy(models[0]).to(self.device)
         self._processor = load_processor(models[0])
-        self._weights = RolloutWeights.from_model(self._model)
+        self._weights = RolloutWeights.from_model(self.model)
         self._guided: tuple[Any, RolloutWeights] | None = None
         self._lock = threading.Lock()
         self._pace = {"step": 0.0, "clip": 0.0}  # seconds
-        self._policy = policy = as_policy(self._model)
-        own = self._model.generation_config
+        self._policy = policy = as_policy(self.model)
+        own = self.model.generation_config
         self.guided = provenance is None and (own.guidance_scale or 1.0) > 1
+        knots = None if policy.shift is None else policy.shift.guidance.knots
+        self.told = self._slider.guidance_range if self._slider else knots and (knots[0], knots[-1])
         self.base = None if self.guided or provenance is None else base
         self.guidance_scale = float((provenance and provenance.guidance_scale) or own.guidance_scale or 3.0)
         if self.base and self.guidance_scale == 1.0:
@@ -144,7 +148,7 @@ class Player:
         settings = SamplingSettings(temperature=wish.temperature, top_k=self._top_k)
         frames = self._frames(wish.seconds)
         check_request(
-            self._model, self._processor, [wish.prompt], frames, settings, num_generations=wish.num_takes
+            self.model, self._processor, [wish.prompt], frames, settings, num_generations=wish.num_takes
         )
 
     def play(
@@ -192,11 +196,20 @@ class Player:
         guided: bool,
         cancelled: threading.Event,
     ) -> None:
-        model, weights, gamma = self._guided_base() if guided else (*self._moved(wish), wish.guidance_scale)
+        gamma = wish.guidance_scale if self.guided and wish.guidance_scale is not None else 1.0
+        if guided:
+            model, weights, gamma = self._guided_base()
+        else:
+            model, weights = self._moved(wish)
         policy, frames = self._policy, self._frames(wish.seconds)
         sampling = {"guidance_scale": gamma, "temperature": wish.temperature, "top_k": self._top_k}
         how: dict[str, Any] = {"processor": self._processor, "weights": weights, "decode": False, **sampling}
-        told = dict(sampling) | ({"merge_weight": wish.merge_weight} if self.moves and not guided else {})
+        told = dict(sampling)
+        if self.moves and not guided:
+            told["merge_weight"] = wish.merge_weight
+        if self.told and not guided:
+            told["student_guidance"] = wish.guidance_scale
+            how |= {} if self.moves else {"student_guidance": wish.guidance_scale}
         count, extra = (1 if longer else wish.num_takes), max(policy.delays)
         if longer:
             codes = torch.tensor([longer.codes], device=self.device)
@@ -227,7 +240,7 @@ class Player:
                     model, [wish.prompt] * count, num_frames=frames, seed=wish.seed, prefix=prefix, **how
                 )
             sampled = meter.sampled()
-            name = f"guided base, γ = {gamma:g}" if guided else self._name(wish)
+            name = f"guided base, γ = {gamma:g}" if guided else self.title(wish)
             with EVALUATION.measured(torch.device(self.device).type) as done:
                 for number, codes in zip(numbers, clips.codes, strict=True):
                     meter.decode()
@@ -263,20 +276,26 @@ class Player:
             looks=looks(waveform, rate),
         )
 
-    def _name(self, wish: Wish) -> str:
-        return f"λ = {wish.merge_weight:g}" if self.moves else self.names[0]
+    def title(self, wish: Wish) -> str:
+        """What the takes of a wish are called."""
+        parts = [f"λ = {wish.merge_weight:g}"] if self.moves else []
+        if wish.guidance_scale is not None and (self.told or self.guided):
+            parts.append(f"γ = {wish.guidance_scale:g}")
+        return ", ".join(parts) or self.names[0]
 
     def _frames(self, seconds: float) -> int:
         return max(1, round(min(seconds, self.longest) * self._policy.frame_rate))
 
     def _moved(self, wish: Wish) -> tuple[Any, RolloutWeights]:
         """The model at the wish's λ."""
-        before = None if self._slider is None else list(self._slider.merge_weight)
         if self._slider is not None:
+            before = list(self._slider.merge_weight), self._slider.student_guidance
             self._slider.set_merge_weight(wish.merge_weight or 0.0)
-            if before != self._slider.merge_weight:
-                self._weights.refresh(self._model)
-        return self._model, self._weights
+            if self.told:
+                self._slider.set_guidance(wish.guidance_scale)
+            if before != (self._slider.merge_weight, self._slider.student_guidance):
+                self._weights.refresh(self.model)
+        return self.model, self._weights
 
     def _guided_base(self) -> tuple[Any, RolloutWeights, float]:
         """The base, loaded when it is first asked for, and its γ."""

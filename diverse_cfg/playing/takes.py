@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from diverse_cfg.acoustics import TARGET_LUFS, loudness, piano_roll
-from diverse_cfg.atomic import replacing, write_text
+from diverse_cfg.atomic import replacing
 from diverse_cfg.plotting import png
 from diverse_cfg.policies.files import write_wav
-from diverse_cfg.reading import read_json, reading
+from diverse_cfg.policies.takes import ENDING, read_codes, save_codes
+from diverse_cfg.reading import reading
 from diverse_cfg.untrusted import slug
 
 _PEAKS = 120  # bars of a waveform
@@ -94,26 +95,33 @@ def write_take(folder: str | os.PathLike, take: Take, waveform: Tensor) -> Path:
     return path
 
 
-def keep(folder: str | os.PathLike, take: Take, audio: Path) -> Path:
-    """Put a take's WAV file into a folder, and beside it what extending it needs; the WAV file comes last."""
-    folder = Path(folder)
-    write_text(
-        (folder / take.file).with_suffix(".json"), json.dumps(take.__dict__, ensure_ascii=False) + "\n"
-    )
-    with replacing(folder / take.file) as temporary:
+def keep(folder: str | os.PathLike, take: Take, audio: Path, model: Any) -> Path:
+    """Put a take's WAV file into a folder, and its codes beside it, so that it can be extended; the WAV comes last.
+
+    Args:
+        folder: that is there.
+        take: which.
+        audio: its WAV file.
+        model: that has its codec.
+    """
+    path = Path(folder) / take.file
+    facts = {name: value for name, value in take.__dict__.items() if name != "codes"}
+    told = json.dumps(facts, ensure_ascii=False)
+    save_codes(path, torch.tensor(take.codes), model, prompt=take.prompt, take=told)
+    with replacing(path) as temporary:
         temporary.write_bytes(audio.read_bytes())
-    return folder / take.file
+    return path
 
 
 def kept(folder: str | os.PathLike) -> list[Take]:
-    """The takes of a folder, oldest first."""
+    """The takes that the page has kept in a folder, oldest first; other files are left alone."""
     takes = []
     for audio in sorted(Path(folder).glob("*.wav"), key=lambda path: path.stat().st_mtime):
-        path = audio.with_suffix(".json")
-        if path.is_file():
-            content = read_json(path, remedy := "delete it: the WAV file beside it stays")
-            with reading(path, remedy):
-                takes.append(Take(**content))
+        if audio.with_suffix(ENDING).is_file():
+            codes, facts = read_codes(audio)
+            if "take" in facts:
+                with reading(audio.with_suffix(ENDING), "move it away: the WAV file beside it stays"):
+                    takes.append(Take(**json.loads(facts["take"]), codes=codes.tolist()))
     return takes
 
 

@@ -24,6 +24,7 @@ from tests.faults import largest_file
 from tests.listening.test_listening import require_guarded
 from tests.playing.test_takes import take, tone
 from tests.playing.worlds import save_students
+from tests.tiny import tiny_musicgen
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -35,6 +36,13 @@ class Scripted:
     usual, longest, temperature = 1.0, 10.0, 1.0
     embedder = SimpleNamespace(name="encoder")
     fails: Exception | None = None
+    told = None
+
+    def __init__(self):
+        self.model = tiny_musicgen()
+
+    def title(self, wish):
+        return f"λ = {wish.merge_weight:g}"
 
     def check(self, wish):
         if not wish.prompt.strip():

@@ -10,7 +10,9 @@ import torch
 
 from diverse_cfg.acoustics import piano_roll
 from diverse_cfg.playing.takes import Take, keep, kept, looks, places, volume, write_take
+from diverse_cfg.policies.takes import read_codes
 from tests.faults import largest_file
+from tests.tiny import tiny_musicgen
 
 RATE = 16_000
 
@@ -48,14 +50,19 @@ def test_a_wav_file_says_how_it_was_made(tmp_path):
 
 
 def test_what_is_kept_is_found_again(tmp_path):
-    audio = write_take(tmp_path, take(), tone(440))
+    """Catches a kept take that `generate --extend` cannot go on with, and files of others taken for takes."""
+    audio, model = write_take(tmp_path, take(), tone(440)), tiny_musicgen()
     folder = tmp_path / "kept"
     folder.mkdir()
-    assert keep(folder, take(), audio).read_bytes() == audio.read_bytes()
+    assert kept(folder) == []
+    path = keep(folder, take(), audio, model)
+    assert path.read_bytes() == audio.read_bytes()
     soundfile.write(folder / "somebody's.wav", np.zeros(9), RATE)
     assert kept(folder) == [take()]
-    (folder / take().file).with_suffix(".json").write_text("{")
-    with pytest.raises(ValueError, match="delete it: the WAV file beside it stays"):
+    codes, facts = read_codes(path)
+    assert codes.tolist() == take().codes and facts["prompt"] == take().prompt
+    path.with_suffix(".safetensors").write_text("{")
+    with pytest.raises(ValueError, match="move this file away"):
         kept(folder)
 
 
@@ -64,7 +71,7 @@ def test_a_full_disk_keeps_nothing_half(tmp_path):
     folder = tmp_path / "kept"
     folder.mkdir()
     with largest_file(1000), pytest.raises(OSError, match="cannot be written"):
-        keep(folder, take(), audio)
+        keep(folder, take(), audio, tiny_musicgen())
     assert kept(folder) == []
 
 

@@ -68,7 +68,7 @@ def test_shift_is_linear_between_the_knots():
     table = policy.shift.table.detach().double().numpy() * 16
     places = [1.0, 1.75, 2.5, 2.6, 3.0, 4.5, 6.0]
     wanted = [[np.interp(x, [1, 2.5, 3, 6], column) - column[2] for column in table.T] for x in places]
-    found = policy.shift(torch.tensor(places)).detach().numpy()
+    found = policy.model.guidance_shift(torch.tensor(places)).detach().numpy()
     np.testing.assert_allclose(found, wanted, atol=1e-6)
     assert (policy.shift.at(3) == 0).all()
 
