@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, ValuesView
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diverse_cfg.assets import shipped
 from diverse_cfg.reading import reading
 
 if TYPE_CHECKING:
@@ -34,8 +35,9 @@ def load_prompts(source: Any, *, split: str = "train", column: str | None = None
     """Load prompts from wherever they are into a dataset with a `prompt` column.
 
     Args:
-        source: Hub dataset id, folder, or file; a `Dataset` or `DatasetDict`; a table (pandas, polars, Arrow);
-            a dict of columns; or a list, tuple, iterator, array or series of strings or of dicts.
+        source: Hub dataset id, folder, or file; `nano` or `nano-open`, the shipped ones; a `Dataset` or
+            `DatasetDict`; a table (pandas, polars, Arrow); a dict of columns; or a list, tuple, iterator, array or
+            series of strings or of dicts.
         split: which split of a Hub dataset, a `DatasetDict` or a folder with one file per split.
         column: the column that holds the prompts (e.g. "caption"); None asks for "prompt".
 
@@ -52,6 +54,7 @@ def load_prompts(source: Any, *, split: str = "train", column: str | None = None
         return _with_prompt_column(_from_object(source, split, where), column, where)
     if source == "":  # a variable of a shell that is not set, say; as a path it is this folder
         raise ValueError("the name of the prompts is empty: name a file, a folder or a Hub dataset")
+    source = shipped(source, "prompts")
     path = Path(source).expanduser()
     if "[" in split and path.exists():
         raise ValueError(
@@ -146,11 +149,6 @@ def _format(path: Path) -> str | None:
 
 
 def _from_hub(name: str, split: str) -> Dataset:
-    if name in ("nano", "nano-open"):
-        part = "prompts" if name == "nano" else "open-prompts"
-        raise FileNotFoundError(
-            f'there is no prompt file or folder {name}; in Python use diverse_cfg.nano_path("{part}")'
-        )
     from datasets import Dataset, load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
@@ -201,7 +199,7 @@ def _from_file(path: Path, column: str | None) -> Dataset:
             dataset = Dataset.from_parquet(str(path))
         assert isinstance(dataset, Dataset)
         return dataset
-    text = _read_text(path)
+    text = read_text(path)
     if ending == ".txt":
         rows: list[dict[str, Any]] = [{"prompt": line.strip()} for line in _lines(text) if line.strip()]
     elif ending == ".csv":
@@ -213,7 +211,7 @@ def _from_file(path: Path, column: str | None) -> Dataset:
     return _from_rows(rows, str(path))
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     with reading(path):
         data = path.read_bytes()
     if path.suffix == ".gz":
@@ -319,7 +317,7 @@ def _audiocraft_rows(rows: list[dict], manifest: Path, column: str | None) -> li
         info = beside if beside.is_file() else manifest.parent / beside
         if not info.is_file():
             raise FileNotFoundError(f"{manifest} names {audio}, but its caption file {beside} does not exist")
-        captions = _json(_read_text(info), str(info))
+        captions = _json(read_text(info), str(info))
         if not isinstance(captions, dict) or key not in captions:
             raise ValueError(f"{info} has no {key!r}; name the key that holds the caption with column=")
         result.append({column or "prompt": captions[key], "path": str(audio)})

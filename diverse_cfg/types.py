@@ -122,6 +122,8 @@ class Clips:
         columns: what else the dataset says of every clip, name → [N].
         condition: what the decoder cross-attended to, N rows.
         from_teacher: whether the teacher sampled the clip [N].
+        decoder_rows: that the decoder computed for every clip, null rows and given beginnings included [N]; None
+            where nobody counted.
         seed: of the rollout's noise; with the clip's number it gives the same clip again.
         rewards: of all processes' clips, one column per reward function; NaN where one does not apply.
         advantages: per code, coefficients and estimators already applied [N, K, T].
@@ -140,6 +142,7 @@ class Clips:
     columns: dict[str, list] = field(default_factory=dict)
     condition: TextCondition | None = None
     from_teacher: Tensor | None = None
+    decoder_rows: Tensor | None = None
     seed: int | None = None
     rewards: Tensor | None = None
     advantages: Tensor | None = None
@@ -154,7 +157,7 @@ class Clips:
                 raise ValueError(
                     f"{name} and codes differ in shape: {tuple(values.shape)} and {tuple(self.codes.shape)}"
                 )
-        for name in ("waveforms", "prompts", "condition", "from_teacher"):
+        for name in ("waveforms", "prompts", "condition", "from_teacher", "decoder_rows"):
             rows = getattr(self, name)
             if rows is not None and len(rows) != len(self):
                 raise ValueError(f"{len(rows)} {name} for {len(self)} clips")

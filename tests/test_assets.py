@@ -1,5 +1,8 @@
 """`nano_path` finds what is shipped and names what is not."""
 
+import subprocess
+import sys
+
 import pytest
 
 from diverse_cfg import assets
@@ -63,3 +66,55 @@ def test_only_nano_stands_for_what_is_shipped(shipped):
         shipped / "judge"
     )
     assert assets.source("me/nano", "judge") == "me/nano" and assets.source("judge") == "judge"
+
+
+NAMES = """
+import logging, sys
+import diverse_cfg
+from trl import RLOOTrainer
+filters = list(logging.getLogger("transformers.configuration_utils").filters)
+
+clips = diverse_cfg.fast_generate("nano", "a slow low melody on a piano", num_frames=4, seed=0, decode=False)
+path = diverse_cfg.nano_path()
+model, processor = diverse_cfg.load_policy(path), diverse_cfg.load_processor("nano")
+same = diverse_cfg.fast_generate(
+    model, "a slow low melody on a piano", processor=processor, num_frames=4, seed=0, decode=False
+)
+assert clips.codes.equal(same.codes)
+assert diverse_cfg.load_policy("nano").name_or_path == str(path)
+assert diverse_cfg.inspect_checkpoint("nano", base="nano")
+assert len(diverse_cfg.load_prompts("nano", split="test")) and len(diverse_cfg.load_prompts("nano-open", split="test"))
+assert diverse_cfg.load_embedder("eval-encoder").name
+merged = diverse_cfg.merge_checkpoints(["nano", "nano"], 0.5, "merged")
+args = diverse_cfg.CFGDiversityConfig(
+    "run", teacher_model="nano", diversity_embedder="within-encoder", monitor_embedder="eval-encoder",
+    num_generations=3, per_device_train_batch_size=3, max_steps=1, clip_seconds=0.5, report_to="none",
+)
+trainer = diverse_cfg.CFGDiversityTrainer("nano", args=args, train_dataset="nano")
+assert trainer._base_model == args.teacher_model == str(path) and len(trainer.train_dataset) > 1000
+model.save_pretrained("saved")
+assert logging.getLogger("transformers.configuration_utils").filters == filters
+"""
+
+
+@pytest.mark.slow
+def test_names_mean_the_same_in_python(tmp_path):
+    """Fault: a name that only the command line knows, or a remark at every load that means nothing."""
+    done = subprocess.run(
+        [sys.executable, "-c", NAMES], cwd=tmp_path, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert "vocabulary" not in done.stderr
+
+
+def test_a_folder_of_ones_own_comes_first(tmp_path, monkeypatch):
+    """Fault: somebody's folder called nano is silently another model, or other prompts."""
+    monkeypatch.chdir(tmp_path)
+    assert assets.shipped("nano") == str(assets.nano_path())
+    for part in ("reward-encoder", "within-encoder", "eval-encoder"):
+        assert assets.shipped_embedder(part) == str(assets.nano_path(part))
+    assert assets.shipped_embedder("someone/eval-encoder") == "someone/eval-encoder"
+    for name in ("nano", "eval-encoder"):
+        (tmp_path / name).mkdir()
+        assert assets.shipped(name) == assets.shipped_embedder(name) == name
+    assert assets.shipped(model := object()) is model and assets.shipped(None) is None

@@ -21,11 +21,14 @@ from diverse_cfg.cli import (
     convert,
     demo,
     evaluate,
+    finetune,
     generate,
     inspect,
     listen,
     merge,
+    play,
     publish,
+    recipes,
     train,
     train_embedder,
 )
@@ -34,7 +37,10 @@ from diverse_cfg.cli.memory import keep_freed_memory
 from diverse_cfg.threads import available_cores
 from diverse_cfg.untrusted import plain
 
-_IN_ORDER = (demo, train, generate, merge, evaluate, listen, inspect, convert, publish, train_embedder)
+_IN_ORDER = (
+    *(demo, finetune, train, generate, merge, evaluate, play, listen, inspect, convert, publish),
+    *(train_embedder, recipes),
+)
 COMMANDS: tuple[Command, ...] = tuple(module.COMMAND for module in _IN_ORDER)
 
 # What a person can put right: one line, no traceback. Everything else is our bug and keeps its traceback.
@@ -134,16 +140,13 @@ def _terminated_like_interrupted() -> Iterator[None]:
 def _speaking_plainly() -> Iterator[None]:
     """Warnings as one line without our source code, and the package's own log, both on stderr.
 
-    Kept quiet: notices for programmers, and transformers' remark that MusicGen's special token lies outside
-    of the vocabulary. It does so in every MusicGen.
+    Kept quiet: notices for programmers.
     """
     logger = logging.getLogger("diverse_cfg")
     handler, level = logging.StreamHandler(), logger.level
     handler.format = lambda record: plain(record.getMessage())
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    configurations = logging.getLogger("transformers.configuration_utils")
-    configurations.addFilter(_is_news)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         usual = warnings.showwarning
@@ -159,8 +162,3 @@ def _speaking_plainly() -> Iterator[None]:
         finally:
             logger.removeHandler(handler)
             logger.setLevel(level)
-            configurations.removeFilter(_is_news)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return "must be `None` or an integer within the vocabulary" not in record.getMessage()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diverse_cfg.assets import NANO_PARTS, nano_path, source
+from diverse_cfg.assets import source
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,6 @@ def model_source(value: str) -> str:
 def prompt_source(value: str) -> str:
     """A prompt dataset as `load_prompts` takes it: `nano` and `nano-open` stand for those that are shipped."""
     return source(value, "prompts")
-
-
-def embedder_source(value: str) -> str:
-    """An encoder as `load_embedder` takes it; `reward-encoder`, `within-encoder` and `eval-encoder` are
-    nano's."""
-    if not value.endswith("-encoder") or Path(value).exists():
-        return value
-    return str(nano_path(value)) if value in NANO_PARTS else value
 
 
 def number(kind: type, least: float, most: float = 10**6, *, above: bool = False) -> Callable[[str], Any]:

@@ -2,6 +2,7 @@
 
 import argparse
 
+from diverse_cfg.assets import recipe_path
 from diverse_cfg.cli.command import Command
 from diverse_cfg.cli.quiet import quiet_libraries
 
@@ -10,8 +11,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--config",
+        "--recipe",
+        metavar="YAML",
         required=True,
-        help="YAML file with systems, prompts and metrics (see diverse_cfg.evaluation)",
+        help="systems, prompts, metrics: a file (see diverse_cfg.evaluation) or a recipe (diverse-cfg recipes)",
     )
     add("--output", help="folder of the results, in place of the file's")
     add("--device", help="torch device (default: a GPU if there is one)")
@@ -26,7 +29,9 @@ def _run(args: argparse.Namespace) -> None:
         "device": args.device,
         "gallery_prompts": 0 if args.no_gallery else None,
     }
-    settings = read_settings(args.config) | {key: v for key, v in overrides.items() if v is not None}
+    settings = read_settings(recipe_path(args.config)) | {
+        key: v for key, v in overrides.items() if v is not None
+    }
     if args.no_gallery:
         settings.pop("gallery_generations", None)
 

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from diverse_cfg.assets import recipe_path
 from diverse_cfg.cli.command import SEED, Command, number
 from diverse_cfg.cli.quiet import quiet_libraries
 
@@ -12,7 +13,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
     make = actions.add_parser("make", help="write a study from the clips of an evaluation").add_argument
     make("study", help="folder to create")
-    make("--config", required=True, help="YAML file of the evaluation that made the clips")
+    make("--config", required=True, help="YAML file, or recipe, of the evaluation that made the clips")
     make("--output", help="folder of the results, in place of the file's")
     make(
         "--pair",
@@ -76,7 +77,7 @@ def _make(args: argparse.Namespace) -> None:
 
     quiet_libraries()
     changed = {"output": args.output} if args.output else {}
-    config = SweepConfig.from_dict(read_settings(args.config) | changed)
+    config = SweepConfig.from_dict(read_settings(recipe_path(args.config)) | changed)
     if not (Path(config.output) / "metrics.json").is_file():
         raise FileNotFoundError(
             f"{config.output} holds no results: run `diverse-cfg evaluate --config {args.config}` first, or name "

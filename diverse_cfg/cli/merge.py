@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any, Literal
 
+from diverse_cfg.assets import recipe_path
 from diverse_cfg.cli.command import Command, model_source, refuse_idle
 
 
@@ -14,7 +15,12 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         help="folders or Hub ids: full models, LoRA adapters, or `nano` for the shipped base",
     )
-    add("--config", metavar="YAML", help="recipe with these settings by name; what is typed beside it wins")
+    add(
+        "--config",
+        "--recipe",
+        metavar="YAML",
+        help="recipe with these settings by name, its file or its name (diverse-cfg recipes); what is typed wins",
+    )
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
         "--weight",
@@ -82,7 +88,7 @@ def _apply_recipe(args: argparse.Namespace) -> None:
     if args.config:
         from diverse_cfg.settings import read_settings, require_settings
 
-        recipe = read_settings(args.config)
+        recipe = read_settings(recipe_path(args.config))
         require_settings(recipe, _TYPES, args.config, prefix=f"{args.config}: ")
         ways = [name for name in _WAYS if recipe.get(name, False) is not False]
         if len(ways) > 1:

@@ -1,7 +1,7 @@
 """`diverse-cfg train`: a student from prompts, set up by flags or a YAML recipe as with TRL's own scripts.
 
-The command only parses, builds, trains and saves. On several devices it is the same program:
-`accelerate launch -m diverse_cfg train --config recipe.yaml`.
+The command only parses, builds, trains and saves. On several devices it is the same program, which
+`--accelerate_config` or `--num_processes` launches by accelerate (`cli/launch.py`).
 """
 
 import argparse
@@ -11,18 +11,25 @@ import importlib.util
 import logging
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from diverse_cfg.assets import recipe_path, shipped_embedder
 from diverse_cfg.atomic import alone
-from diverse_cfg.cli.command import Command, embedder_source, model_source, prompt_source
+from diverse_cfg.cli import launch
+from diverse_cfg.cli.command import Command, model_source, prompt_source
 
 logger = logging.getLogger(__name__)
 
 USAGE = (
-    "diverse-cfg train [--config recipe.yaml] --model_name_or_path MODEL --dataset_name PROMPTS "
-    "--output_dir FOLDER [--setting value …]"
+    "diverse-cfg train [--recipe NAME | --config recipe.yaml] [--accelerate_config NAME --num_processes N …] "
+    "--model_name_or_path MODEL --dataset_name PROMPTS --output_dir FOLDER [--setting value …]"
+)
+DESCRIPTION = (
+    "Recipes and launch configurations that are installed: `diverse-cfg recipes`. What is typed beside a recipe wins. "
+    "With --accelerate_config or --num_processes the command starts itself by accelerate, whose options can be typed "
+    "too (`accelerate launch --help`)."
 )
 
 FACETS = ("melody", "rhythm", "pitch", "timbre", "level")  # `facets.REWARDED_FACETS`, without loading torch
@@ -39,8 +46,20 @@ _TRACKERS = {
 }
 
 
+@dataclass(kw_only=True)
+class LoraArguments:
+    """LoRA, named as in TRL's scripts."""
+
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter is lora_alpha / lora_r."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules to adapt. Default: the decoder's own projections."}
+    )
+
+
 @dataclass
-class TrainArguments:
+class TrainArguments(LoraArguments):
     """What `CFGDiversityConfig` does not hold: model, prompts and LoRA, named as in TRL's scripts."""
 
     model_name_or_path: str = field(
@@ -68,12 +87,6 @@ class TrainArguments:
             "With reward_weights, the diversity reward comes first; it and the facets have weight 1."
         },
     )
-    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter is lora_alpha / lora_r."})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Modules to adapt. Default: the decoder's own projections."}
-    )
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,27 +94,55 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from trl import TrlParser
+    if launch.wanted(args.rest):
+        return launch.launch("train", recipes_as_files(args.rest))
 
     from diverse_cfg.config import CFGDiversityConfig
+
+    train_args, config = parse_settings("train", USAGE, TrainArguments, CFGDiversityConfig, args.rest)
+    train(train_args, config)
+    if config.process_index == 0:
+        print(config.output_dir)
+
+
+def parse_settings(command: str, usage: str, own: type, config: type, rest: list[str]) -> tuple[Any, Any]:
+    """Settings of a trainer from flags and a recipe, by TRL's parser.
+
+    Args:
+        command: its name.
+        usage: its first line of help.
+        own: dataclass of what the trainer's configuration does not hold.
+        config: the trainer's configuration.
+        rest: the command line.
+
+    Raises:
+        ValueError: a setting that does not exist, or a value of another type; or LoRA's settings without LoRA.
+    """
+    from trl import TrlParser
+
     from diverse_cfg.effects import idle_settings
     from diverse_cfg.settings import field_types, read_settings, require_type
 
     # TRL's annotation does not see that both are dataclasses.
-    kinds: Any = (TrainArguments, CFGDiversityConfig)
+    kinds: Any = (own, config)
+    prog = f"diverse-cfg {command}"
     parser = TrlParser(
-        kinds, prog="diverse-cfg train", usage=USAGE, allow_abbrev=False, formatter_class=_Help
+        kinds,
+        prog=prog,
+        usage=usage,
+        description=DESCRIPTION,
+        allow_abbrev=False,
+        formatter_class=_Help,
     )
-    _own_settings_first(parser, CFGDiversityConfig)
-    parser._option_string_actions[
-        "--guidance_scale"
-    ].type = str  # a number, or a range that the settings read
-    words, recipe = _words(args.rest), {}
+    _own_settings_first(parser, own, config)
+    if "--guidance_scale" in parser._option_string_actions:  # a number, or a range that the settings read
+        parser._option_string_actions["--guidance_scale"].type = str
+    words, recipe = recipes_as_files(rest), {}
     if "--config" in words:
         recipe = read_settings(words[words.index("--config") + 1])
     typed = [word.partition("=")[0] for word in words if word.startswith("--")]
-    _check_names([*typed, *(f"--{name}" for name in recipe if name != "env")], parser)
-    annotations = field_types(TrainArguments) | field_types(CFGDiversityConfig)
+    _check_names([*typed, *(f"--{name}" for name in recipe if name != "env")], parser, command)
+    annotations = field_types(own) | field_types(config)
     for name in [name for name in recipe if name != "env"]:
         if name not in annotations:  # another spelling of a command line
             spelling = parser._option_string_actions[f"--{name}"].dest
@@ -109,24 +150,26 @@ def _run(args: argparse.Namespace) -> None:
         require_type(name, recipe[name], annotations[name])
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)  # of settings without effect, also when asked for again
-        train_args, config = parser.parse_args_and_config(words)
-    _check_trackers(config.report_to or [])
-    if idle := idle_settings(train_args):  # LoRA's, without which all weights would be trained
+        own_args, settings = parser.parse_args_and_config(words)
+    _check_trackers(settings.report_to or [])
+    if idle := idle_settings(own_args):  # LoRA's, without which all weights would be trained
         raise ValueError("; ".join(idle))
-    train(train_args, config)
-    if config.process_index == 0:
-        print(config.output_dir)
+    return own_args, settings
 
 
-def _words(rest: list[str]) -> list[str]:
-    """The command line as TRL's parser reads it, which does not know `--config=FILE`."""
+def recipes_as_files(rest: list[str]) -> list[str]:
+    """The command line as TRL's parser reads it, which knows neither `--config=FILE` nor recipes by name."""
     words = []
     for word in rest:
-        words += word.split("=", 1) if word.startswith("--config=") else [word]
+        words += word.split("=", 1) if word.startswith(("--config=", "--recipe=")) else [word]
+    words = ["--config" if word == "--recipe" else word for word in words]
     if words and words[-1] == "--config":
-        raise ValueError("--config needs the path of a YAML file")
+        raise ValueError("--config needs the path of a YAML file, --recipe its name (diverse-cfg recipes)")
     if words.count("--config") > 1:
         raise ValueError("--config is given twice: put all settings into one file")
+    if "--config" in words:
+        place = words.index("--config") + 1
+        words[place] = recipe_path(words[place])
     return words
 
 
@@ -137,12 +180,12 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def _own_settings_first(parser: argparse.ArgumentParser, config_class: type) -> None:
+def _own_settings_first(parser: argparse.ArgumentParser, own: type, config: type) -> None:
     """What this method adds or changes before the two hundred settings of a trainer; `output_dir` is asked
     for."""
-    own = {*TrainArguments.__annotations__, *config_class.__annotations__, "output_dir"}
+    names = {"output_dir", *(item.name for item in fields(own)), *config.__annotations__}
     ours, theirs = parser.add_argument_group("this method"), parser._optionals
-    for action in [action for action in theirs._group_actions if action.dest in own]:
+    for action in [action for action in theirs._group_actions if action.dest in names]:
         theirs._group_actions.remove(action)
         ours._group_actions.append(action)
         action.required |= action.dest == "output_dir"
@@ -151,13 +194,13 @@ def _own_settings_first(parser: argparse.ArgumentParser, config_class: type) -> 
     parser._action_groups.insert(0, ours)
 
 
-def _check_names(names: list[str], parser: argparse.ArgumentParser) -> None:
+def _check_names(names: list[str], parser: argparse.ArgumentParser, command: str) -> None:
     known = {"--config", *parser._option_string_actions}
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            remedy = f"did you mean {near[0]}?" if near else "see diverse-cfg train --help"
-            raise ValueError(f"train has no setting {name}; {remedy}")
+            remedy = f"did you mean {near[0]}?" if near else f"see diverse-cfg {command} --help"
+            raise ValueError(f"{command} has no setting {name}; {remedy}")
 
 
 def _check_trackers(names: list[str]) -> None:
@@ -178,7 +221,7 @@ def train(args: TrainArguments, config, callbacks: Sequence[Any] = ()) -> None:
         config: a `CFGDiversityConfig`.
         callbacks: for the trainer; with any, logs are not printed beside what they show.
     """
-    config.resume_from_checkpoint = _checkpoint(config)  # before anything is loaded
+    config.resume_from_checkpoint = checkpoint_of(config)  # before anything is loaded
     with alone(config.output_dir) if config.process_index == 0 else contextlib.nullcontext():
         _train(args, config, callbacks)
 
@@ -200,20 +243,13 @@ def _train(args: TrainArguments, config, callbacks: Sequence[Any]) -> None:
             f"dataset_train_split={args.dataset_train_split}: the file {source} has no splits; leave it out"
         )
     prompts = load_prompts(source, split=args.dataset_train_split, column=args.dataset_prompt_column)
-    peft_config = None
-    if args.use_peft:
-        from peft import LoraConfig
-
-        peft_config = LoraConfig(
-            r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=args.lora_target_modules
-        )
     trainer = CFGDiversityTrainer(
         model,
         reward_funcs=_rewards(args, config, model),
         args=config,
         train_dataset=prompts,
         eval_dataset=_held_out(args),
-        peft_config=peft_config,
+        peft_config=lora_of(args),
         callbacks=list(callbacks),
     )
     if callbacks:
@@ -227,13 +263,22 @@ def _train(args: TrainArguments, config, callbacks: Sequence[Any]) -> None:
     trainer.accelerator.end_training()
 
 
+def lora_of(args: LoraArguments) -> Any:
+    """The adapter that is asked for; None for all weights."""
+    if not args.use_peft:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=args.lora_target_modules)
+
+
 def _resolve_nano(config) -> None:
     """Replace nano's own names in the settings by the folders that they stand for, in place."""
     if config.teacher_model is not None:
         config.teacher_model = model_source(config.teacher_model)
     for name in ("diversity_embedder", "monitor_embedder"):
         if (value := getattr(config, name)) is not None:
-            setattr(config, name, embedder_source(value))
+            setattr(config, name, shipped_embedder(value))
 
 
 def _rewards(args: TrainArguments, config, model: str):
@@ -274,7 +319,7 @@ def _held_out(args: TrainArguments):
     return load_prompts(source, split=args.dataset_test_split or "test", column=args.dataset_prompt_column)
 
 
-def _checkpoint(config) -> str | None:
+def checkpoint_of(config) -> str | None:
     """Where to continue; None to begin. A folder with something in it is not written over by accident."""
     from diverse_cfg.reading import last_checkpoint
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
+from diverse_cfg.assets import shipped_embedder
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -42,7 +44,8 @@ def load_embedder(name_or_path: str | Path, *, device: str | None = None) -> Emb
     """Load an embedder by id or folder.
 
     Args:
-        name_or_path: a folder of ours (`encoder.json`), a CLAP checkpoint, or any sentence-transformers audio model.
+        name_or_path: a folder of ours (`encoder.json`); one of nano's, `reward-encoder`, `within-encoder` or
+            `eval-encoder`; a CLAP checkpoint, or any sentence-transformers audio model.
         device: torch device; default: the GPU when there is one.
 
     Raises:
@@ -52,6 +55,7 @@ def load_embedder(name_or_path: str | Path, *, device: str | None = None) -> Emb
     from diverse_cfg.embeddings.contrastive import CONFIG_NAME, ContrastiveEmbedder
     from diverse_cfg.embeddings.sentence import SentenceTransformerEmbedder
 
+    name_or_path = shipped_embedder(str(name_or_path))
     path = Path(name_or_path)
     if path.is_absolute() and not path.exists():
         raise FileNotFoundError(f"no embedder at {path}: give an existing folder or the id of a model")

@@ -377,15 +377,19 @@ def _label_points(
 
 
 def _short_label(row: SystemResult, varied: Mapping[str, bool]) -> str:
-    """λ of a merge; step of a checkpoint; γ, T and k where they vary along the series or are not neutral;
-    empty for a plain model."""
+    """λ of a merge; step of a checkpoint; n of a hybrid; γ, T and k where they vary along the series or are not
+    neutral; empty for a plain model."""
     system = row.system
     if system.step is not None:
         return f"@{system.step}"
     told = [] if system.student_guidance is None else [f"γ {system.student_guidance:g}"]
     if system.merge_weight is not None:
         return ", ".join([f"λ {_short(system.merge_weight)}", *told])
-    parts = told or [f"γ {system.guidance_scale:g}"] if varied["γ"] or system.guidance_scale != 1 else []
+    parts = [f"n {system.first_frames}"] if system.first else []
+    parts += told
+    parts += (
+        [f"γ {system.guidance_scale:g}"] if not told and (varied["γ"] or system.guidance_scale != 1) else []
+    )
     parts += [f"T {_short(system.temperature)}"] if varied["T"] or system.temperature != 1 else []
     parts += [f"k {system.top_k}"] if system.top_k else []
     return ", ".join(parts)

@@ -48,10 +48,10 @@ def load_policy(
     """Load a policy's model, in eval mode and without any dropout.
 
     Args:
-        model: Hub id or folder of a full checkpoint, also one of AudioCraft's; id or folder of a PEFT
-            adapter, whose base is read from its own configuration; or a live model (also one that PEFT
-            wrapped), which is prepared in place and returned. A live AudioCraft MusicGen, or a pair
-            (LMModel, compression_model), is copied into transformers' class.
+        model: Hub id or folder of a full checkpoint, also one of AudioCraft's; `nano`, the shipped base; id or
+            folder of a PEFT adapter, whose base is read from its own configuration; or a live model (also one that
+            PEFT wrapped), which is prepared in place and returned. A live AudioCraft MusicGen, or a pair (LMModel,
+            compression_model), is copied into transformers' class.
         adapter: id or folder of a PEFT adapter to merge into `model`.
         torch_dtype: of the text encoder and the decoder; the codec always stays in float32. Adapters are
             merged in float32 before the cast. Half precision on disk is upcast: a step of 1e-4 vanishes in

@@ -69,7 +69,7 @@ class Policy(ABC):
     @property
     @abstractmethod
     def vocab_size(self) -> int:
-        """V, codes per codebook."""
+        """V, codes per codebook; as an input, V itself stands where a clip has no code."""
 
     @property
     @abstractmethod
@@ -135,6 +135,15 @@ class Policy(ABC):
     def decode(self, codes: Tensor) -> Tensor:
         """Audio of codes [N, K, T]: float32, mono [N, L] or stereo [N, 2, L]."""
         raise ValueError(f"{type(self).__name__} has no codec: use rewards and embedders that read codes")
+
+    @property
+    def audio_channels(self) -> int:
+        """1, or 2 for stereo."""
+        return 1
+
+    def encode(self, waveforms: Tensor) -> Tensor:
+        """Codes [N, K, ⌈L / hop⌉] of audio in the policy's rate and channels, shaped as `decode` returns it."""
+        raise ValueError(f"{type(self).__name__} has no codec: it cannot be trained on recordings")
 
     # ---- a student that is told γ ------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 from transformers import GenerationConfig
 
+from diverse_cfg.assets import nano_path
 from diverse_cfg.policies.audiocraft.folders import find_file, transformers_folder
 from diverse_cfg.policies.families import Family, family_of, load_generation_config
 from diverse_cfg.policies.shift import GuidanceShift, read_shift
@@ -32,7 +33,7 @@ class Checkpoint:
     kind: str
 
     def __init__(self, source: str | os.PathLike, folder: Path) -> None:
-        self.source = os.fspath(source)
+        self.source = os.fspath(folder if os.fspath(source) == "nano" else source)
         self.folder = folder
         self.provenance: Provenance | None = read_provenance(folder)
         self.generation: GenerationConfig | None = load_generation_config(folder)
@@ -210,7 +211,7 @@ def is_adapter(source: str | os.PathLike) -> bool:
 def locate(source: str | os.PathLike, near: Path | None = None, cached: bool = False) -> Path:
     """Local folder of a path or Hub id; relative paths are also tried `near` a folder (an adapter's own).
 
-    An AudioCraft checkpoint is answered with its conversion.
+    An AudioCraft checkpoint is answered with its conversion, `nano` with the shipped base.
 
     Args:
         source: folder or id.
@@ -230,7 +231,7 @@ def locate(source: str | os.PathLike, near: Path | None = None, cached: bool = F
         if candidate.is_file():
             raise ValueError(f"{source} is a file: pass the model's folder")
     if os.fspath(source) == "nano":
-        raise FileNotFoundError("there is no folder nano; in Python use diverse_cfg.nano_path()")
+        return nano_path()
     try:
         folder = Path(snapshot_download(os.fspath(source), allow_patterns=_FILES, local_files_only=cached))
         if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
@@ -244,5 +245,5 @@ def locate(source: str | os.PathLike, near: Path | None = None, cached: bool = F
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"there is no folder {source}, and fetching it from the Hub failed ({type(error).__name__}): check the "
-            "spelling and whether the Hub can be reached; the shipped base is diverse_cfg.nano_path()"
+            "spelling and whether the Hub can be reached; the shipped base is called nano"
         ) from error

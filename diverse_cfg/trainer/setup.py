@@ -24,13 +24,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import HubStrategy
 
-from diverse_cfg.assets import nano_path
+from diverse_cfg.assets import nano_path, shipped
 from diverse_cfg.cards import is_hub_id
-from diverse_cfg.config import CFGDiversityConfig
+from diverse_cfg.config import CFGDiversityConfig, MusicSFTConfig
 from diverse_cfg.effects import Run, idle_settings
 from diverse_cfg.embeddings.clap import ClapEmbedder
 from diverse_cfg.functional.codebooks import num_decoder_steps
 from diverse_cfg.functional.guidance import GuidanceRange, guidance_schedule
+from diverse_cfg.policies.audiocraft import from_audiocraft, is_live_audiocraft
 from diverse_cfg.policies.checkpoints import inexact_options
 from diverse_cfg.policies.loading import load_policy, load_processor
 from diverse_cfg.policies.policy import Policy, as_policy, plain, require_prompts
@@ -54,6 +55,18 @@ GIVEN = {
 # ---- the model ---------------------------------------------------------------------------------------------
 
 
+def open_model(model: Any, processing_class: Any) -> tuple[Any, Any]:
+    """What a trainer was given as model and processor, `nano`, AudioCraft's live models and policies as plain ones."""
+    model = shipped(model)
+    if is_live_audiocraft(model):
+        model, processor = from_audiocraft(model)
+        processing_class = processor if processing_class is None else processing_class
+    if isinstance(model, Policy):
+        processing_class = model.processor if processing_class is None else processing_class
+        model = model.model
+    return model, processing_class
+
+
 def base_model_name(model: str | os.PathLike | nn.Module) -> str | None:
     """Id or folder that the model came from; None for a model built in memory."""
     if isinstance(model, nn.Module):
@@ -66,12 +79,14 @@ def base_fingerprint(base: str | None) -> str | None:
     return FullCheckpoint(base, locate(base)).fingerprint() if base and os.path.isdir(base) else None
 
 
-def prepare_policy(model: str | os.PathLike | nn.Module, args: CFGDiversityConfig, lora: bool) -> Policy:
+def prepare_policy(
+    model: str | os.PathLike | nn.Module, args: CFGDiversityConfig | MusicSFTConfig, lora: bool
+) -> Policy:
     """Load or take the policy: float32, no dropout, encoders frozen, generation settings of a distilled
     model.
 
     Raises:
-        ValueError: a `PeftModel`, the command line's `nano`, or whatever `load_policy` refuses.
+        ValueError: a `PeftModel`, or whatever `load_policy` refuses.
     """
     _check_output(model, args)
     if isinstance(model, PeftModel):
@@ -90,8 +105,6 @@ def prepare_policy(model: str | os.PathLike | nn.Module, args: CFGDiversityConfi
         inner.name_or_path = inner.config._name_or_path or ""  # by which an adapter names its base
         if lora:
             _check_named_base(as_policy(inner))
-    elif os.fspath(model) == "nano" and not os.path.isdir(model):
-        raise ValueError("there is no folder nano; in Python use diverse_cfg.nano_path()")
     # Half precision is widened, since steps of the usual size vanish in it.
     own = as_policy(model).dtype if isinstance(model, nn.Module) else torch.float32
     policy = as_policy(load_policy(model, torch_dtype=torch.promote_types(own, torch.float32)))
@@ -101,7 +114,7 @@ def prepare_policy(model: str | os.PathLike | nn.Module, args: CFGDiversityConfi
     return policy
 
 
-def _check_output(model: str | os.PathLike | nn.Module, args: CFGDiversityConfig) -> None:
+def _check_output(model: str | os.PathLike | nn.Module, args: CFGDiversityConfig | MusicSFTConfig) -> None:
     """Refuse to write over what the run reads: resumed, it would begin elsewhere."""
     output = os.path.realpath(args.output_dir or ".")
     for name in (base_model_name(model), args.teacher_model):

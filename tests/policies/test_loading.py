@@ -2,6 +2,8 @@
 top)."""
 
 import json
+import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -9,11 +11,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import MusicgenConfig
 
 from diverse_cfg.policies.loading import is_distilled, load_policy, load_processor
+from diverse_cfg.policies.musicgen.family import MUSICGEN
 from diverse_cfg.policies.musicgen.model import LORA_TARGET_MODULES
 from diverse_cfg.provenance import Provenance, write_provenance
-from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
+from tests.tiny import PROMPTS, tiny_config, tiny_musicgen, tiny_processor
 
 
 def lora(model, **settings):
@@ -208,3 +212,22 @@ def test_a_student_is_sampled_as_it_was_trained(adapter, tiny_folder, tmp_path):
         settings = load_policy(folder, adapter=wrapped).generation_config
         assert (settings.top_k, settings.temperature, settings.max_new_tokens) == (0, 0.9, 23)
         assert settings.guidance_scale == 1.0
+
+
+def test_nothing_is_said_that_nobody_can_act_on(tmp_path, caplog, monkeypatch):
+    """transformers calls the special token of every MusicGen a fault; a user would believe it."""
+    log, text = logging.getLogger("transformers.configuration_utils"), tiny_config().to_json_string()
+    # where CI is set in the environment, transformers lets its messages reach the root logger too
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", False)
+    monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [caplog.handler])
+    folders = [tmp_path / "17", tmp_path / "18"]  # another size each time: it warns once per message
+    for folder in folders:
+        folder.mkdir()
+        size = re.sub(r'(vocab_size|_token_id)": 16\b', rf'\1": {folder.name}', text)
+        (folder / "config.json").write_text(size)
+    caplog.clear()
+    assert MUSICGEN.load_config(folders[0]).decoder.vocab_size == 17
+    log.warning("a real fault")
+    assert [record.getMessage() for record in caplog.records] == ["a real fault"]
+    MusicgenConfig.from_pretrained(folders[1])  # outside of our own loading it speaks as ever
+    assert len(caplog.records) > 1

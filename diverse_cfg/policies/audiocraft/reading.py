@@ -32,7 +32,7 @@ from transformers import (
 from diverse_cfg.policies.audiocraft import configuration, names
 from diverse_cfg.policies.audiocraft.stored_config import StoredConfig
 from diverse_cfg.policies.families import load_generation_config
-from diverse_cfg.policies.musicgen.family import MUSICGEN
+from diverse_cfg.policies.musicgen.family import MUSICGEN, special_token_is_no_news
 from diverse_cfg.reading import load_complete, reading
 
 LANGUAGE_MODEL_FILE = "state_dict.bin"
@@ -112,7 +112,8 @@ def assemble(
         ValueError: tensors are missing, left over, or of another shape; the message lists them.
     """
     decoder = configuration.decoder_config(cfg, codec.config.sampling_rate / codec.config.hop_length)
-    config = MusicgenConfig(text_encoder=text.config, audio_encoder=codec.config, decoder=decoder)
+    with special_token_is_no_news():
+        config = MusicgenConfig(text_encoder=text.config, audio_encoder=codec.config, decoder=decoder)
     MUSICGEN.repair_token_ids(config).dtype = "float32"
     shapes, aliases = MUSICGEN.expected_tensors(config)
     found = {name: tensor for name, tensor in state.items() if not name.startswith(names.TEXT_ENCODER)}

@@ -1,8 +1,10 @@
 """MusicGen's folders and configurations: its parts, its delay pattern, its special token."""
 
+import contextlib
+import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,10 @@ class MusicGen(Family):
     processor_needs = Family.processor_needs | {
         "processor": ("processor_config.json", "preprocessor_config.json")
     }
+
+    def load_config(self, folder: str | os.PathLike) -> MusicgenConfig:
+        with special_token_is_no_news():
+            return super().load_config(folder)
 
     def architecture(self, config: MusicgenConfig) -> dict[str, Any]:
         values: dict[str, Any] = {}
@@ -155,6 +161,22 @@ class MusicGen(Family):
         config.decoder_start_token_id = config.decoder.decoder_start_token_id = codebook_size
         config.decoder.eos_token_id = None
         return config
+
+
+@contextlib.contextmanager
+def special_token_is_no_news() -> Iterator[None]:
+    """Without transformers' remark that the special token lies outside of the vocabulary: so it does in every
+    MusicGen, the released ones too, and nothing follows from it. It is made once for each configuration's size."""
+    log = logging.getLogger("transformers.configuration_utils")
+    log.addFilter(_is_news)
+    try:
+        yield
+    finally:
+        log.removeFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "must be `None` or an integer within the vocabulary" not in record.getMessage()
 
 
 MUSICGEN = MusicGen()
