@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install -c constraints.txt hatchling editables setuptools
-	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e ".[dev,recipes,audiocraft,listen]"
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e ".[dev,recipes,audiocraft,listen,play]"
 	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation --no-deps audiocraft
 	@touch $@
 

@@ -18,11 +18,15 @@ _PUBLIC = {
     "CFGDiversityTrainer": "diverse_cfg.trainer",
     "DiversityReward": "diverse_cfg.rewards",
     "FacetReward": "diverse_cfg.facets",
+    "MusicSFTConfig": "diverse_cfg.config",
+    "MusicSFTTrainer": "diverse_cfg.trainer",
     "RolloutWeights": "diverse_cfg.policies.sampler.weights",
     "export_audiocraft": "diverse_cfg.policies.audiocraft",
+    "diverse_subset": "diverse_cfg.subset",
     "extend": "diverse_cfg.policies.sampler.extension",
     "fast_generate": "diverse_cfg.policies.sampler.rollout",
     "from_audiocraft": "diverse_cfg.policies.audiocraft",
+    "hybrid_generate": "diverse_cfg.policies.sampler.extension",
     "import_audiocraft": "diverse_cfg.policies.audiocraft",
     "inspect_checkpoint": "diverse_cfg.merging",
     "load_audiocraft": "diverse_cfg.policies.audiocraft",
@@ -31,9 +35,11 @@ _PUBLIC = {
     "load_processor": "diverse_cfg.policies.loading",
     "load_prompts": "diverse_cfg.prompts",
     "load_slider": "diverse_cfg.merging",
+    "load_take": "diverse_cfg.policies.takes",
     "merge_checkpoints": "diverse_cfg.merging",
     "nano_path": "diverse_cfg.assets",
     "to_audiocraft": "diverse_cfg.policies.audiocraft",
+    "without_null_rows": "diverse_cfg.policies.audiocraft",
 }
 
 __all__ = [
@@ -41,12 +47,16 @@ __all__ = [
     "CFGDiversityTrainer",
     "DiversityReward",
     "FacetReward",
+    "MusicSFTConfig",
+    "MusicSFTTrainer",
     "RolloutWeights",
     "__version__",
+    "diverse_subset",
     "export_audiocraft",
     "extend",
     "fast_generate",
     "from_audiocraft",
+    "hybrid_generate",
     "import_audiocraft",
     "inspect_checkpoint",
     "load_audiocraft",
@@ -55,14 +65,16 @@ __all__ = [
     "load_processor",
     "load_prompts",
     "load_slider",
+    "load_take",
     "merge_checkpoints",
     "nano_path",
     "to_audiocraft",
+    "without_null_rows",
 ]
 
 if TYPE_CHECKING:  # the same names, for type checkers and editors
     from diverse_cfg.assets import nano_path
-    from diverse_cfg.config import CFGDiversityConfig
+    from diverse_cfg.config import CFGDiversityConfig, MusicSFTConfig
     from diverse_cfg.embeddings import load_embedder
     from diverse_cfg.facets import FacetReward
     from diverse_cfg.merging import inspect_checkpoint, load_slider, merge_checkpoints
@@ -72,14 +84,17 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
         import_audiocraft,
         load_audiocraft,
         to_audiocraft,
+        without_null_rows,
     )
     from diverse_cfg.policies.loading import load_policy, load_processor
-    from diverse_cfg.policies.sampler.extension import extend
+    from diverse_cfg.policies.sampler.extension import extend, hybrid_generate
     from diverse_cfg.policies.sampler.rollout import fast_generate
     from diverse_cfg.policies.sampler.weights import RolloutWeights
+    from diverse_cfg.policies.takes import load_take
     from diverse_cfg.prompts import load_prompts
     from diverse_cfg.rewards import DiversityReward
-    from diverse_cfg.trainer import CFGDiversityTrainer
+    from diverse_cfg.subset import diverse_subset
+    from diverse_cfg.trainer import CFGDiversityTrainer, MusicSFTTrainer
 
 
 def __getattr__(name: str) -> Any:

@@ -123,6 +123,34 @@ def loudness(waveform: np.ndarray, sampling_rate: int) -> float:
     return _lufs(power.mean())
 
 
+def piano_roll(waveform: np.ndarray, sampling_rate: int, columns: int = 192) -> np.ndarray:
+    """A spectrogram whose rows are semitones, as on a piano roll: what a thumbnail of a clip shows.
+
+    Args:
+        waveform: [L] or [2, L].
+        sampling_rate: in Hz.
+        columns: instants, evenly spread.
+
+    Returns:
+        [semitones, columns] in 0 … 1, 60 dB below the loudest … the loudest; the highest note first, from C2 (65 Hz)
+        to the octave below the Nyquist frequency at most C9.
+    """
+    audio = np.atleast_2d(np.asarray(waveform, dtype=np.float64)).mean(0)
+    size = 1 << round(math.log2(0.2 * sampling_rate))
+    padded = np.pad(audio, size // 2)
+    starts = np.linspace(0, len(audio) - 1, columns).astype(int)
+    frames = np.stack([padded[start : start + size] for start in starts]) * np.hanning(size)
+    magnitude = np.abs(np.fft.rfft(frames))  # [columns, bins]
+    highest = min(120, int(69 + 12 * math.log2(sampling_rate / 2 / 440)) - 1)
+    notes = np.arange(highest, 35, -1)[:, None] + np.linspace(-0.4, 0.4, 5)
+    places = 440 * 2 ** ((notes - 69) / 12) * size / sampling_rate  # in bins
+    lower = np.floor(places).astype(int)
+    share = places - lower
+    rows = (magnitude[:, lower] * (1 - share) + magnitude[:, lower + 1] * share).max(-1).T
+    level = 20 * np.log10(np.maximum(rows, 1e-9) / max(rows.max(), 1e-9))
+    return np.clip(1 + level / 60, 0, 1) if rows.max() > 1e-6 else np.zeros_like(rows)
+
+
 def normalised(waveform: np.ndarray, sampling_rate: int, target: float = TARGET_LUFS) -> np.ndarray:
     """The waveform at `target` LUFS, or as near to it as its peaks allow; silence stays silence.
 

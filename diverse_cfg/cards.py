@@ -129,6 +129,7 @@ def render_card(
     license: str | None = None,
     datasets: Sequence[str] = (),
     tags: Sequence[str] = (),
+    space: str | None = None,
 ) -> str:
     """The card of a model folder.
 
@@ -139,6 +140,7 @@ def render_card(
         license: licence of the weights; by default the base's, which they inherit.
         datasets: Hub ids of the prompts that it was trained on.
         tags: more Hub tags.
+        space: Hub id of the Space that plays it.
 
     Returns:
         Metadata block and text.
@@ -195,6 +197,7 @@ def render_card(
         "evaluation": evaluation,
         "metrics": metrics,
         "samples": samples,
+        "space": space,
         "prompt": samples[0].prompt if samples else _DEFAULT_PROMPT,
         "curves": CURVES_FILE if (folder / CURVES_FILE).is_file() else None,
         "generation": generation,

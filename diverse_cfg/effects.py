@@ -213,7 +213,7 @@ RULES = (
     _Idle(
         "negative_prompt guidance_schedule",
         "guidance_scale=1 guides away from nothing: raise it",
-        lambda a: a.guidance_scale > 1,
+        lambda a: a.reference_guidance > 1,
     ),
     _Idle("jsd_alpha", "it needs divergence=generalized_jsd", lambda a: a.divergence == "generalized_jsd"),
     _Idle("teacher_fraction", "it needs rollout_source=mix", lambda a: a.rollout_source == "mix"),

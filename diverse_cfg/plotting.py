@@ -4,6 +4,7 @@ Figures have the width of a paper's column and can be read in black and white; b
 exactly what is drawn.
 """
 
+import io
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.image
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -103,6 +105,15 @@ def save(
         text = "\n".join(map(frame_csv, tables))
         paths.append(write_text(stem.with_name(f"{stem.name}.csv"), text))
     return paths
+
+
+def png(values: np.ndarray, colours: str = "magma") -> bytes:
+    """A small picture of numbers in 0 … 1 [rows, columns], such as a `piano_roll`."""
+    picture = io.BytesIO()
+    matplotlib.image.imsave(
+        picture, values, cmap=colours, vmin=0, vmax=1, format="png", metadata=_NO_DATE["png"]
+    )
+    return picture.getvalue()
 
 
 def training_curves(

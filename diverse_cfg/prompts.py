@@ -199,7 +199,7 @@ def _from_file(path: Path, column: str | None) -> Dataset:
             dataset = Dataset.from_parquet(str(path))
         assert isinstance(dataset, Dataset)
         return dataset
-    text = _read_text(path)
+    text = read_text(path)
     if ending == ".txt":
         rows: list[dict[str, Any]] = [{"prompt": line.strip()} for line in _lines(text) if line.strip()]
     elif ending == ".csv":
@@ -211,7 +211,7 @@ def _from_file(path: Path, column: str | None) -> Dataset:
     return _from_rows(rows, str(path))
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     with reading(path):
         data = path.read_bytes()
     if path.suffix == ".gz":
@@ -317,7 +317,7 @@ def _audiocraft_rows(rows: list[dict], manifest: Path, column: str | None) -> li
         info = beside if beside.is_file() else manifest.parent / beside
         if not info.is_file():
             raise FileNotFoundError(f"{manifest} names {audio}, but its caption file {beside} does not exist")
-        captions = _json(_read_text(info), str(info))
+        captions = _json(read_text(info), str(info))
         if not isinstance(captions, dict) or key not in captions:
             raise ValueError(f"{info} has no {key!r}; name the key that holds the caption with column=")
         result.append({column or "prompt": captions[key], "path": str(audio)})

@@ -35,6 +35,8 @@ class Provenance:
         kind: "student" (trained by this package) or "merge" (interpolated from other checkpoints).
         base_model: Hub id or folder of θ0, the checkpoint that everything started from.
         guidance_scale: γ of the teacher, i.e. the guidance that is *inside* the weights (generate with 1.0).
+        guidance_range: lowest and highest γ that the model can be told; it then plays `guidance_scale` where it is
+            told none. None for a model of one γ.
         diversity_coef: β, the weight of the diversity reward; None for a merge.
         merge: the recipe of a merge (method, dtype, experts with their weights), None for a student.
         sampling: how the model was trained and is evaluated: temperature, top_k, num_frames…
@@ -50,6 +52,7 @@ class Provenance:
     sampling: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    guidance_range: list[float] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -67,6 +70,11 @@ class Provenance:
         for name, value in numbers.items():
             if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
                 raise ValueError(f"provenance {name} must be a finite number or None, got {value!r}")
+        ends = self.guidance_range
+        if ends is not None and not (
+            isinstance(ends, list) and len(ends) == 2 and all(isinstance(x, int | float) for x in ends)
+        ):
+            raise ValueError(f"provenance guidance_range must be two numbers or None, got {ends!r}")
         if self.merge is not None and not all(
             {"name", "weight"} <= {*e} for e in self.merge.get("experts", [])
         ):
@@ -109,6 +117,8 @@ def write_provenance(folder: str | os.PathLike, provenance: Provenance) -> Path:
     """Write `diverse_cfg.json` into a model folder, adding the library versions; return its path."""
     content = asdict(provenance)
     content["versions"] = {**library_versions(), **provenance.versions}
+    if provenance.guidance_range is None:
+        del content["guidance_range"]  # most models are of one γ
     return write_text(
         Path(folder) / PROVENANCE_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     )

@@ -5,7 +5,7 @@ one prompt are adjacent), K codebooks, T frames, S decoder steps (mono T + K −
 per codebook, D embedding, L audio samples; B is any batch, Lt tokens of text, Dt the text encoder's width.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -23,10 +23,12 @@ class TextCondition:
     Args:
         hidden_states: output of the text encoder, before `enc_to_dec_proj` [B, Lt, Dt].
         attention_mask: 1 for tokens, 0 for padding [B, Lt]. A row of zeros in both is the null prompt.
+        guidance: γ that the policy is told [B], of a student that was trained for several; None tells nothing.
     """
 
     hidden_states: Tensor
     attention_mask: Tensor
+    guidance: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.hidden_states.ndim != 3 or self.hidden_states.shape[:2] != self.attention_mask.shape:
@@ -34,13 +36,24 @@ class TextCondition:
                 "a TextCondition needs hidden_states [B, Lt, Dt] and attention_mask [B, Lt], got "
                 f"{tuple(self.hidden_states.shape)} and {tuple(self.attention_mask.shape)}"
             )
+        if self.guidance is not None and self.guidance.shape != self.attention_mask.shape[:1]:
+            raise ValueError(
+                f"guidance must be one γ per row [{len(self)}], got {tuple(self.guidance.shape)}"
+            )
 
     def __len__(self) -> int:
         return self.hidden_states.shape[0]
 
+    def told(self, guidance: float | Tensor | None) -> Self:
+        """The same rows, of which the policy is told this γ: one for all, one per row [B], or none."""
+        if guidance is not None:
+            guidance = torch.as_tensor(guidance, device=self.attention_mask.device).expand(len(self))
+        return replace(self, guidance=guidance)
+
     def select(self, rows: Tensor | slice | list[int]) -> Self:
         """The given rows, in the given order (repeats allowed)."""
-        return type(self)(self.hidden_states[rows], self.attention_mask[rows])
+        guidance = None if self.guidance is None else self.guidance[rows]
+        return type(self)(self.hidden_states[rows], self.attention_mask[rows], guidance)
 
     def null(self) -> Self:
         """The null prompt in this shape: a zero text-encoder output *and* a zero attention mask.
@@ -48,13 +61,19 @@ class TextCondition:
         A policy is trained with it (condition dropout), and it equals a decoder without cross-attention exactly.
         Zeros with an open mask are another prompt: the bias of a projection would leak in.
         """
-        return type(self)(torch.zeros_like(self.hidden_states), torch.zeros_like(self.attention_mask))
+        return replace(
+            self,
+            hidden_states=torch.zeros_like(self.hidden_states),
+            attention_mask=torch.zeros_like(self.attention_mask),
+        )
 
     def pad(self, num_tokens: int) -> Self:
         """With masked tokens after its own, up to `num_tokens`; they change nothing."""
         missing = max(0, num_tokens - self.attention_mask.shape[1])
-        return type(self)(
-            F.pad(self.hidden_states, (0, 0, 0, missing)), F.pad(self.attention_mask, (0, missing))
+        return replace(
+            self,
+            hidden_states=F.pad(self.hidden_states, (0, 0, 0, missing)),
+            attention_mask=F.pad(self.attention_mask, (0, missing)),
         )
 
     def cat(self, other: Self | None) -> Self:
@@ -63,22 +82,28 @@ class TextCondition:
             return self
         num_tokens = max(condition.attention_mask.shape[1] for condition in (self, other))
         first, second = self.pad(num_tokens), other.pad(num_tokens)
+        told = [rows.guidance for rows in (self, other) if rows.guidance is not None]
+        if len(told) == 1:
+            raise ValueError(
+                "one of two conditions tells γ and the other does not: use told() on both or none"
+            )
         return type(self)(
             torch.cat([first.hidden_states, second.hidden_states]),
             torch.cat([first.attention_mask, second.attention_mask]),
+            torch.cat(told) if told else None,
         )
 
     def repeat_interleave(self, num_generations: int) -> Self:
         """Every row `num_generations` times, repeats adjacent: from P prompts to N = P·G clips."""
-        return type(self)(
-            self.hidden_states.repeat_interleave(num_generations, dim=0),
-            self.attention_mask.repeat_interleave(num_generations, dim=0),
-        )
+        rows = torch.arange(len(self), device=self.attention_mask.device)
+        return self.select(rows.repeat_interleave(num_generations))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move both tensors; `dtype` concerns the hidden states only."""
         return type(self)(
-            self.hidden_states.to(device=device, dtype=dtype), self.attention_mask.to(device=device)
+            self.hidden_states.to(device=device, dtype=dtype),
+            self.attention_mask.to(device=device),
+            None if self.guidance is None else self.guidance.to(device=device),
         )
 
 
@@ -97,6 +122,8 @@ class Clips:
         columns: what else the dataset says of every clip, name → [N].
         condition: what the decoder cross-attended to, N rows.
         from_teacher: whether the teacher sampled the clip [N].
+        decoder_rows: that the decoder computed for every clip, null rows and given beginnings included [N]; None
+            where nobody counted.
         seed: of the rollout's noise; with the clip's number it gives the same clip again.
         rewards: of all processes' clips, one column per reward function; NaN where one does not apply.
         advantages: per code, coefficients and estimators already applied [N, K, T].
@@ -115,6 +142,7 @@ class Clips:
     columns: dict[str, list] = field(default_factory=dict)
     condition: TextCondition | None = None
     from_teacher: Tensor | None = None
+    decoder_rows: Tensor | None = None
     seed: int | None = None
     rewards: Tensor | None = None
     advantages: Tensor | None = None
@@ -129,7 +157,7 @@ class Clips:
                 raise ValueError(
                     f"{name} and codes differ in shape: {tuple(values.shape)} and {tuple(self.codes.shape)}"
                 )
-        for name in ("waveforms", "prompts", "condition", "from_teacher"):
+        for name in ("waveforms", "prompts", "condition", "from_teacher", "decoder_rows"):
             rows = getattr(self, name)
             if rows is not None and len(rows) != len(self):
                 raise ValueError(f"{len(rows)} {name} for {len(self)} clips")

@@ -25,6 +25,7 @@ class Repo:
     files: dict[str, bytes] = field(default_factory=lambda: {".gitattributes": b"*.safetensors filter=lfs\n"})
     large: set[str] = field(default_factory=set)
     commits: list[str] = field(default_factory=list)
+    kind: tuple[str, str | None] = ("model", None)  # and the SDK of a Space
 
     def commit(self) -> str:
         self.commits.append(hashlib.sha1(f"{len(self.commits)}{sorted(self.files)}".encode()).hexdigest())
@@ -173,13 +174,14 @@ class _Handler(BaseHTTPRequestHandler):
             return {"errors": [], "warnings": []}
         if (self.command, path) == ("POST", "/api/repos/create"):
             return self._create(user)
+        path = path.replace("/spaces/", "/models/")  # a Space is a repository like another
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)", path):
             return self._info(match[1])
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", path):
             return self._preupload(self._repo(match[1], user))
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
             return self._commit(match[1], self._repo(match[1], user))
-        if match := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+        if match := re.fullmatch(r"(?:/models)?/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             return self._batch(self._repo(match[1], user))
         if path == "/verify":
             body = json.loads(self.body)
@@ -211,7 +213,8 @@ class _Handler(BaseHTTPRequestHandler):
         if repo_id in self.hub.repos:
             raise _Refusal(409, "You already created this model repo")
         private = body.get("visibility") == "private" or body.get("private") is True
-        self.hub.add(repo_id, private=private and not self.hub.create_public)
+        repo = self.hub.add(repo_id, private=private and not self.hub.create_public)
+        repo.kind = body.get("type", "model"), body.get("sdk")
         return {"url": f"{self.hub.url}/{repo_id}", "name": repo_id}
 
     def _info(self, repo_id: str) -> object:

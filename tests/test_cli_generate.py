@@ -10,6 +10,7 @@ import diverse_cfg.policies.files as files
 from diverse_cfg.cli import generate as command
 from diverse_cfg.cli import main
 from diverse_cfg.provenance import Provenance, write_provenance
+from tests.evaluation.worlds import WaveEncoder
 from tests.tiny import save_tiny
 
 PROMPT = "a calm piano song"
@@ -53,6 +54,47 @@ def test_clips_are_written(tiny_folder, tmp_path, capsys, refused):
     assert abs(again - audio[1][0]).max() < 1e-4  # another batch rounds differently
 
 
+def test_takes_are_chosen_and_continued(tiny_folder, tmp_path, capsys, refused, monkeypatch):
+    """The way of a user: some takes of many samples, one of them made longer, its prompt taken from the take."""
+    monkeypatch.setattr("diverse_cfg.embeddings.load_embedder", lambda *_, **__: WaveEncoder())
+    words = ["generate", "--model", tiny_folder]
+    many = [*words, "--prompt", PROMPT, "--seconds", "0.2", "--takes", "2", "--of", "4"]
+    assert main([*many, "--output", str(tmp_path / "a")]) == 0
+    said = capsys.readouterr().out  # 10 frames, 3 of delay, null rows, four samples for two takes
+    assert (
+        said
+        == f"2 takes in {tmp_path / 'a'}, 52 decoder rows each; listen: {tmp_path / 'a' / 'index.html'}\n"
+    )
+    take = tmp_path / "a" / "take-01.wav"
+    longer = [*words, "--extend", str(take), "--seconds", "0.6"]
+    assert main([*longer, "--output", str(tmp_path / "b")]) == 0
+    (clip,) = json.loads((tmp_path / "b" / "generations.json").read_text())["clips"]
+    assert clip["prompt"] == PROMPT and len(soundfile.read(tmp_path / "b" / clip["file"])[0]) == 30 * 64
+
+    take.with_suffix(".safetensors").unlink()
+    other = ["--output", str(tmp_path / "c")]
+    for flags, message in (
+        ([*longer, *other], "take-01.safetensors that name a prompt: name one with --prompt"),
+        ([*words, "--extend", str(take), *other], "--extend needs --seconds"),
+        (
+            [*words, "--extend", "nothere.wav", "--seconds", "1", *other],
+            "--extend nothere.wav: there is no such",
+        ),
+        ([*words, *other], "one of the arguments --prompt --prompts is required"),
+        ([*many[:-1], "2", *other], "--of 2 needs --takes, a smaller number"),
+        ([*many[:5], "--of", "2", *other], "--of 2 needs --takes, a smaller number"),
+        ([*many[:-2], "--encoder", "x", *other], "--encoder x has no effect without --of"),
+        (
+            [*many[:-2], "--temperature", "0", *other],
+            "--takes 2 at temperature 0 is the same clip every time",
+        ),
+    ):
+        assert message in refused(*flags)
+    assert (
+        main([*longer, "--prompt", "sad cello", "--output", str(tmp_path / "c")]) == 0
+    )  # the audio is encoded
+
+
 @pytest.mark.parametrize("weight", [["2"], ["-0.5"], ["0.7", "0.7"]])
 def test_weights_beyond_the_experts_are_refused_in_terms_of_this_command(tiny_folder, refused, weight):
     """Fault: a remedy that is an option of another command."""
@@ -85,8 +127,28 @@ def test_guidance_that_changes_over_the_clip(called, tiny_folder, capsys):
     ]
     assert main([*arguments, "--guidance-schedule", "interval 0 0.5"]) == 0
     assert called[0][-1]["guidance_scale"] == (3.0, 3.0, 3.0, 1.0, 1.0)
+    assert main([*arguments, "--guidance-schedule", "adaptive 0.1 5"]) == 0
+    assert called[1][-1]["guidance_scale"] == 3.0 and called[1][-1]["adaptive_guidance"] == (0.1, 5)
     assert main([*arguments, "--guidance-schedule", "ramp"]) == 2
     assert "guidance_schedule='ramp' must be constant, linear" in capsys.readouterr().err
+
+
+def test_another_model_begins(called, tiny_folder, student, refused):
+    """It is guided as its own settings say, the model that goes on as its own; each can be told otherwise."""
+    words = ["generate", "--model", student, "--prompt", PROMPT, "--output", "out", "--first", tiny_folder]
+    assert main([*words, "--first-frames", "5"]) == 0
+    settings = called[0][-1]
+    assert (settings["first_guidance_scale"], settings["guidance_scale"]) == (3.0, 1.0)
+    assert settings["first_frames"] == 5 and settings["model_name"] == f"{tiny_folder}, then {student}"
+    assert main([*words, "--first-frames", "5", "--first-guidance-scale", "1"]) == 0
+    assert called[1][-1]["first_guidance_scale"] == 1.0
+    for flags, message in (
+        (words, "--first needs --first-frames"),
+        ([*words[:-2], "--first-frames", "5"], "--first-frames 5 has no effect without --first"),
+        ([*words, "--first-frames", "5", "--first-guidance-scale", "0"], "guidance_scale=0.0 must be"),
+        ([*words, "--first-frames", "5", "--extend", "x.wav"], "has no effect with --extend"),
+    ):
+        assert message in refused(*flags)
 
 
 def test_a_student_plays_without_guidance_and_as_it_was_trained(called, student, capsys):

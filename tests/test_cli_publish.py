@@ -59,7 +59,7 @@ def test_every_flag_arrives(published, capsys):
         "card": "keep",
     }
     named = {"base_model": "a/b", "license": "mit", "tags": ["x", "y"], "samples": ["z"]}
-    assert published[0][1] == decided | named | {"results": ["runs/eval", "merged"]}
+    assert published[0][1] == decided | named | {"results": ["runs/eval", "merged"], "space": None}
     assert capsys.readouterr().out == "https://hub/user/name (PUBLIC, 7 files)\n"
 
 

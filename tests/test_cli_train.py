@@ -42,6 +42,20 @@ def test_a_recipe_sets_and_a_flag_overrides(parsed, tmp_path):
     assert config.guards.silence_dbfs == -50
 
 
+def test_a_range_of_guidance(parsed, tmp_path):
+    """As settings of a recipe, or as text on the command line."""
+    (tmp_path / "recipe.yaml").write_text(RECIPE + "guidance_scale: {low: 1, high: 5}\n")
+    flags = ["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "run")]
+    for more, wanted in (
+        ([], {"low": 1, "high": 5}),
+        (["--guidance_scale", "[1, 2.5, 4]"], [1, 2.5, 4]),
+        (["--guidance_scale", "{low: 1, high: 2}"], {"low": 1, "high": 2}),
+        (["--guidance_scale", "2"], 2),
+    ):
+        assert main(["train", *flags, *more]) == 0
+        assert parsed[-1][1].guidance_scale == wanted
+
+
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
@@ -176,11 +190,11 @@ def config_for(output, resume=None, process_index=0):
 def test_where_training_continues(tmp_path, caplog):
     run = tmp_path / "run"
     caplog.set_level("INFO", "diverse_cfg")
-    assert command._checkpoint(config_for(run)) is None and not caplog.messages
-    assert command._checkpoint(config_for(run, "true")) is None  # nothing there yet: begin, and say so
+    assert command.checkpoint_of(config_for(run)) is None and not caplog.messages
+    assert command.checkpoint_of(config_for(run, "true")) is None  # nothing there yet: begin, and say so
     assert "run holds no complete checkpoint, so the run begins anew" in caplog.messages[0]
     run.mkdir()
-    assert command._checkpoint(config_for(run)) is None
+    assert command.checkpoint_of(config_for(run)) is None
     for step in (5, 10, 15):
         (run / f"checkpoint-{step}").mkdir()
         if step < 15:  # the last one was cut off while it was written
@@ -188,12 +202,12 @@ def test_where_training_continues(tmp_path, caplog):
     with pytest.raises(
         FileExistsError, match="not empty; add --resume_from_checkpoint true, or choose another"
     ):
-        command._checkpoint(config_for(run))
-    assert command._checkpoint(config_for(run, "False", process_index=1)) is None
-    assert command._checkpoint(config_for(run, "true")) == str(run / "checkpoint-10")
-    assert command._checkpoint(config_for(run, str(run / "checkpoint-5"))) == str(run / "checkpoint-5")
+        command.checkpoint_of(config_for(run))
+    assert command.checkpoint_of(config_for(run, "False", process_index=1)) is None
+    assert command.checkpoint_of(config_for(run, "true")) == str(run / "checkpoint-10")
+    assert command.checkpoint_of(config_for(run, str(run / "checkpoint-5"))) == str(run / "checkpoint-5")
     with pytest.raises(ValueError, match="is not a folder; pass true"):
-        command._checkpoint(config_for(run, "checkpoint-7"))
+        command.checkpoint_of(config_for(run, "checkpoint-7"))
 
 
 def test_reward_functions_by_name(monkeypatch):

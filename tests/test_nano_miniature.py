@@ -101,6 +101,7 @@ def test_a_shipped_experiment_runs_from_its_file(name, tmp_path, monkeypatch, ca
     import claims
     import experiment as module
     import report
+    import summary
 
     config, output, recorded = miniature(name, tmp_path), tmp_path / "runs", tmp_path / "recorded"
     asked = ["--config", str(config), "--output", str(output), "--recorded", str(recorded), "--jobs", "1"]
@@ -124,22 +125,26 @@ def test_a_shipped_experiment_runs_from_its_file(name, tmp_path, monkeypatch, ca
     checkpoints = list(output.rglob("checkpoint-*"))
     assert not checkpoints, "they take several times a student's place"
 
-    if name == "open.yaml":
-        assert (recorded / "test" / LEVELS_FILE).is_file() and "dying" in Results.load(
-            recorded / "test"
-        ).metrics
-        assert claims.registered_in(recorded / "test") == plan.claims
-        assert claims.main(["--config", str(config), "--recorded", str(recorded)]) == 0
-        assert (recorded / "test" / "claims.md").read_text(encoding="utf-8").count("|\n") == len(
-            plan.claims
-        ) + 2
+    if name == "experiment.yaml":
+        page, recipes = tmp_path / "page.md", tmp_path / "recipes.md"
+        shutil.copyfile(RECIPE.parent / "README.md", recipes)
+        report.build(recorded, page, recipes)
+        assert "The five findings" in page.read_text(encoding="utf-8")
         return
-    pages = {"page": "RESULTS.md", "recipes": "../README.md", "readme": "../../README.md"}
-    copies = {name: tmp_path / f"{name}.md" for name in pages}
-    for copy, source in pages.items():
-        shutil.copyfile(RECIPE / source, copies[copy])
-    report.build(recorded, copies["page"], copies["recipes"], copies["readme"])
-    assert "The five findings" in copies["page"].read_text(encoding="utf-8")
+    assert (recorded / "test" / LEVELS_FILE).is_file()
+    assert "dying" in Results.load(recorded / "test").metrics
+    assert claims.registered_in(recorded / "test") == plan.claims
+    assert claims.main(["--config", str(config), "--recorded", str(recorded)]) == 0
+    table = (recorded / "test" / "claims.md").read_text(encoding="utf-8")
+    assert table.count("|\n") == len(plan.claims) + 2
+    (tmp_path / "results").mkdir()
+    shutil.copytree(recorded, tmp_path / "results" / "open")
+    shutil.copytree(RECIPE / "results" / "experiment", tmp_path / "results" / "experiment")
+    page, readme = tmp_path / "RESULTS.md", tmp_path / "README.md"
+    shutil.copyfile(ROOT / "README.md", readme)
+    summary.build(tmp_path / "results", page, readme)
+    text = page.read_text(encoding="utf-8")
+    assert text.count("\n") <= 250 and text.split("\n\n")[1] in readme.read_text(encoding="utf-8")
 
 
 def test_no_file_of_the_repository_names_a_place_on_a_machine():

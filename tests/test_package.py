@@ -33,13 +33,18 @@ def clean(dist, tmp_path_factory):
     A path in a `.pth` file does not make Python read the `.pth` files that lie there, so the editable install
     of the source tree stays out of sight; a test makes sure of it.
     """
-    folder = tmp_path_factory.mktemp("clean")
-    venv.create(folder, with_pip=True)
-    python = folder / "bin" / "python"
+    python = borrowing(tmp_path_factory.mktemp("clean"))
     (wheel,) = dist.glob("*.whl")
     subprocess.run(
         [python, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", wheel], check=True, timeout=120
     )
+    return python
+
+
+def borrowing(folder):
+    """Python of a new environment that has all that this one has, but for an editable install."""
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
     site = subprocess.run(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
         capture_output=True,
@@ -131,6 +136,41 @@ def test_every_shipped_part_is_installed(clean, tmp_path):
         "prompts",
         "open-prompts",
     ]
+
+
+def test_a_published_space_starts_and_plays(dist, tmp_path, monkeypatch):
+    """The files that `publish --space` would send, in an environment that has its requirements and not this package."""
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    from diverse_cfg.publishing import plan_space
+    from tests.playing.worlds import save_students
+
+    (wheel,) = dist.glob("*.whl")
+    space, home = tmp_path / "space", tmp_path / "home"
+    for file in plan_space("me/play", ["me/quality", "me/diversity"], wheel=wheel).files:
+        space.mkdir(exist_ok=True)
+        (space / file.path_in_repo).write_bytes(file.content)
+    for path in map(Path, save_students(tmp_path)):
+        cached = home / "hub" / f"models--me--{path.name}"
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "main").write_text("c0ffee")
+        (cached / "snapshots").mkdir()
+        path.rename(cached / "snapshots" / "c0ffee")
+    python = borrowing(tmp_path / "environment")
+    code = (
+        "import runpy, sys, urllib.request\n"
+        "found = runpy.run_path('app.py')\n"
+        "_, url, _ = found['demo'].launch(prevent_thread_lock=True, quiet=True, **found['options'])\n"
+        "assert urllib.request.urlopen(url).status == 200\n"
+        "from diverse_cfg.playing.player import Wish\n"
+        "wish = Wish('piano melody', 2, 1.0, merge_weight=0.5)\n"
+        "events = list(found['demo'].player.play(wish, cancelled=__import__('threading').Event()))\n"
+        "import diverse_cfg\n"
+        "print(diverse_cfg.__file__, sum(isinstance(event, tuple) for event in events))"
+    )
+    monkeypatch.setenv("HF_HOME", str(home))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    place, takes = run(python, code, space).splitlines()[-1].rsplit(" ", 1)
+    assert Path(place).is_relative_to(tmp_path / "environment") and takes == "2"
 
 
 TWO_STEPS = (

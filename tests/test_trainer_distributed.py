@@ -61,6 +61,7 @@ CASES = {
     "full": {"lora": False},
     "lora": {"lora": True},
     "prefix baseline, mixed rollouts": {"lora": False, "prefix_baseline": True, "rollout_source": "mix"},
+    "a range of guidance": {"lora": True, "guidance_scale": {"low": 1, "high": 5}},
 }
 
 

@@ -60,6 +60,7 @@ def _to_audiocraft(source: str, folder, text_encoder: str | None, dtype: str | N
     from diverse_cfg.policies.audiocraft import export_audiocraft
     from diverse_cfg.policies.audiocraft.folders import find_file
     from diverse_cfg.policies.loading import load_policy, load_processor
+    from diverse_cfg.policies.shift import SHIFT_FILE
     from diverse_cfg.provenance import PROVENANCE_FILE
 
     export_audiocraft(
@@ -69,7 +70,7 @@ def _to_audiocraft(source: str, folder, text_encoder: str | None, dtype: str | N
         text_encoder=text_encoder,
         dtype=getattr(torch, dtype) if dtype else None,
     )
-    for name in (PROVENANCE_FILE, "README.md"):  # what it is, and under which licence
+    for name in (PROVENANCE_FILE, SHIFT_FILE, "README.md"):  # what it is, and under which licence
         if path := find_file(source, name):
             shutil.copyfile(path, Path(folder) / name)
 

@@ -51,6 +51,12 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["full", "adapter"],
         help="what to write: a full model, or one adapter (default: full)",
     )
+    add(
+        "--bake-guidance",
+        type=float,
+        metavar="γ",
+        help="fold one γ into students of a range, for an ordinary model (default: the merge keeps the range)",
+    )
     add("--extrapolate", action="store_true", default=None, help="allow weights outside [0, 1]")
     add("--unnormalized", action="store_true", default=None, help="allow weights that do not sum to 1")
 
@@ -66,6 +72,7 @@ _TYPES: dict[str, Any] = {
     "base": str,
     "dtype": str,
     "format": Literal["full", "adapter"],
+    "bake_guidance": float,
     "extrapolate": bool,
     "unnormalized": bool,
 }
@@ -120,6 +127,7 @@ def merge(args: argparse.Namespace) -> list[Path]:
         "dtype": args.dtype,
         "extrapolate": bool(args.extrapolate),
         "format": args.format or "full",
+        "bake_guidance": args.bake_guidance,
     }
     if args.sweep:
         return merge_sweep(checkpoints, parse_sweep(args.sweep), args.output, **shared)

@@ -1,8 +1,9 @@
 """`diverse-cfg publish`: a checked model folder to the Hub, private, and only when asked twice."""
 
 import argparse
+from typing import Any
 
-from diverse_cfg.cli.command import Command
+from diverse_cfg.cli.command import Command, refuse_idle
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +29,17 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("EVALUATION", "SYSTEM"),
         help="what `evaluate` wrote, and the name of this model's row, for the card's numbers",
     )
+    add(
+        "--space",
+        metavar="USER/NAME",
+        help="also make a Space with the page of `diverse-cfg play` for this model",
+    )
+    add(
+        "--space-beside",
+        metavar="USER/NAME",
+        help="a published student (quality, say) from which the Space's λ moves to this one",
+    )
+    add("--space-wheel", metavar="FILE", help="our wheel (`make build`) for the Space, in place of PyPI's")
     add("--update", action="store_true", help="allow a repository that has files already")
     add(
         "--card",
@@ -39,26 +51,41 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from diverse_cfg.publishing import UploadPlan, publish
+    from diverse_cfg.publishing import plan_space, publish, publish_space
 
+    how = {"private": not args.public, "dry_run": not args.upload, "update": args.update, "card": args.card}
+    if args.space is None:
+        refuse_idle(args, "space_beside space_wheel", "without --space")
+    else:  # what is wrong with it is said before a model is loaded
+        beside = [args.space_beside] if args.space_beside else []
+        models, options = [*beside, args.repo_id], {"license": args.license, "wheel": args.space_wheel}
+        options["base"] = args.base_model
+        plan_space(args.space, models, **options)
     result = publish(
         args.folder,
         args.repo_id,
-        private=not args.public,
-        dry_run=not args.upload,
         merged=args.merged,
         base_model=args.base_model,
         license=args.license,
         tags=args.tag,
         samples=args.sample,
         results=args.results,
-        update=args.update,
-        card=args.card,
+        space=args.space,
         check=not args.no_check,
+        **how,
     )
+    _tell(result)
+    if args.space is not None:
+        _tell(publish_space(args.space, models, **options, **how))
+    if not args.upload:
+        print("\nNothing was sent. Add --upload to publish it.")
+
+
+def _tell(result: Any) -> None:
+    from diverse_cfg.publishing import UploadPlan
+
     if isinstance(result, UploadPlan):
         print(result.describe())
-        print("\nNothing was sent. Add --upload to publish it.")
     else:
         print(f"{result.url} ({'private' if result.private else 'PUBLIC'}, {result.num_uploaded} files)")
 

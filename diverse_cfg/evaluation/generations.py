@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,11 +21,12 @@ from torch import Tensor
 
 from diverse_cfg.evaluation.cache import Cache, mixture_digest
 from diverse_cfg.evaluation.systems import Mixture, System
-from diverse_cfg.functional.codebooks import num_decoder_steps
 from diverse_cfg.merging import merge_checkpoints
 from diverse_cfg.policies.loading import load_policy, load_processor
 from diverse_cfg.policies.policy import Policy, as_policy
+from diverse_cfg.policies.sampler.extension import hybrid_generate
 from diverse_cfg.policies.sampler.rollout import fast_generate
+from diverse_cfg.types import Clips
 
 _VERSION = 2  # of the description and of the sampler; raise it when either changes what is played
 _BATCH = 64
@@ -68,22 +69,37 @@ class Player:
     Args:
         mixture: the model, or the merge that is made in a temporary folder.
         device: torch device.
+        student_guidance: γ to fold into it, of a student of a range.
+        first: a model that begins, if the system has one.
     """
 
-    def __init__(self, mixture: Mixture, device: str = "cpu"):
+    def __init__(
+        self,
+        mixture: Mixture,
+        device: str = "cpu",
+        student_guidance: float | None = None,
+        first: str = "",
+    ):
         self.mixture = mixture
         self.device = device
+        self.student_guidance = student_guidance
+        self.first = Player(((first, 1.0),), device) if first else None
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
         if len(self.mixture) == 1:
             source = self.mixture[0][0]
-            return load_policy(source).to(self.device), load_processor(source)
+            model = load_policy(source).to(self.device)
+            if self.student_guidance is not None:
+                as_policy(model).fold_guidance(self.student_guidance)
+            return model, load_processor(source)
         with TemporaryDirectory(prefix="diverse-cfg-merge-") as folder, warnings.catch_warnings():
             # How the merge would play by default does not matter: a system says how it is sampled.
             warnings.simplefilter("ignore", UserWarning)
             checkpoints, weights = zip(*self.mixture, strict=True)
-            merged = merge_checkpoints(checkpoints, weights, Path(folder) / "merged")
+            merged = merge_checkpoints(
+                checkpoints, weights, Path(folder) / "merged", bake_guidance=self.student_guidance
+            )
             return load_policy(merged).to(self.device), load_processor(merged)
 
     @property
@@ -125,6 +141,14 @@ def describe(system: System, mixture: Mixture, clips: ClipSet, seed: int) -> dic
     backend = {} if clips.rollout_backend == "fast" else {"rollout_backend": clips.rollout_backend}
     schedule = system.guidance_schedule
     backend |= {} if schedule == "constant" else {"guidance_schedule": schedule}
+    told = system.student_guidance
+    backend |= {} if told is None else {"student_guidance": float(told)}
+    if system.first:
+        backend |= {
+            "first": mixture_digest(((system.first, 1.0),)),
+            "first_frames": system.first_frames,
+            "first_guidance_scale": float(system.first_guidance_scale),
+        }
     return backend | {
         "version": _VERSION,
         "model": mixture_digest(mixture),
@@ -175,13 +199,22 @@ def generations(
     per_batch = max(1, _BATCH // clips.num_generations)
     # Made here, lest the first batch's time contain it.
     weights = player.weights if clips.rollout_backend == "fast" else None
-    codes, seconds, batches = [], [], []
+    play: Callable[..., Clips] = fast_generate
+    if player.first is not None:
+        play = partial(
+            hybrid_generate,
+            player.first.model,
+            first_frames=system.first_frames,
+            first_guidance_scale=system.first_guidance_scale,
+            first_weights=player.first.weights,
+        )
+    codes, seconds, batches, rows = [], [], [], []
     for start in range(0, len(clips.prompts), per_batch):
         prompts = list(clips.prompts[start : start + per_batch])
         first = start * clips.num_generations
         count = len(prompts) * clips.num_generations
         started = clock()
-        rollout = fast_generate(
+        rollout = play(
             player.model,
             prompts,
             processor=player.processor,
@@ -189,6 +222,7 @@ def generations(
             guidance_scale=sampling.guidance_scale,
             temperature=sampling.temperature,
             top_k=sampling.top_k,
+            adaptive_guidance=sampling.adaptive_guidance,
             seed=seed,
             num_generations=clips.num_generations,
             batch_size=count,
@@ -201,15 +235,14 @@ def generations(
         codes.append(rollout.codes.to("cpu", torch.int32))
         seconds += [spent / count] * count
         batches += [start // per_batch] * count
+        rows.append(rollout.decoder_rows.to(torch.int32))
         if progress:
             progress(count)
-    # The decoder's steps, twice with guidance.
-    decoder_rows = num_decoder_steps(clips.num_frames, player.policy.delays) * (1 + sampling.guided)
     arrays = {
         "codes": torch.cat(codes).numpy(),
         "seconds": np.array(seconds),
         "batch": np.array(batches, dtype=np.int32),
-        "decoder_rows": np.full(len(seconds), decoder_rows, dtype=np.int32),
+        "decoder_rows": torch.cat(rows).numpy(),
     }
     cache.save("generations", description, arrays, {"machine": _machine(player.device)})
     return arrays

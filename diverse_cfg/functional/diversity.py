@@ -141,6 +141,28 @@ def leave_one_out_advantages(rewards: Tensor) -> Tensor:
     return num_generations / (num_generations - 1) * (rewards - rewards.mean(dim=1, keepdim=True))
 
 
+def farthest_points(distances: Tensor, count: int) -> list[int]:
+    """Points that lie far from each other: the first one, then again and again the one farthest from those chosen.
+
+        i_1 = 0,  i_{n+1} = argmax_i min_{m ≤ n} d(i, i_m)
+
+    Their smallest distance is at least half of the best that is possible (Gonzalez, 1985).
+
+    Args:
+        distances: [M, M], symmetric.
+        count: how many, at most M.
+
+    Returns:
+        Indices in the order in which they were chosen; of equally far ones the first.
+    """
+    chosen, nearest = [0], distances[0].clone()
+    while len(chosen) < count:
+        nearest[chosen] = -1
+        chosen.append(int(nearest.argmax()))
+        nearest = torch.minimum(nearest, distances[chosen[-1]])
+    return chosen
+
+
 def vendi_score(embeddings: Tensor) -> Tensor:
     """Vendi score: the effective number of different generations in a group.
 

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from diverse_cfg.functional import interpolation
+from diverse_cfg.functional.guidance import GuidanceRange
 from diverse_cfg.policies.checkpoints import AdapterCheckpoint, base_name, open_base, open_checkpoint
 from diverse_cfg.policies.families import tokenizer_vocabulary
+from diverse_cfg.policies.shift import GuidanceShift
 from diverse_cfg.policies.stored import Checkpoint, FullCheckpoint, is_adapter, locate, same_base, same_values
 
 DTYPES = {
@@ -68,11 +70,67 @@ class Experts:
             )
 
     def changes(self, name: str) -> bool:
-        """Whether the merge weights can make a difference to this tensor."""
-        return any(c is not self.reference and c.changes(name) for c in self.checkpoints)
+        """Whether the merge weights, or γ, can make a difference to this tensor."""
+        told = name == self.family.guidance_bias and any(c.shift for c in self.checkpoints)
+        return told or any(c is not self.reference and c.changes(name) for c in self.checkpoints)
 
-    def interpolate(self, name: str, weights: Sequence[float], dtype: torch.dtype) -> Tensor:
+    def _shifts(self, weights: Sequence[float]) -> list[tuple[GuidanceShift, float]]:
+        """The tables of γ that count, as the weights have it; an expert of one γ has none and pays no heed."""
+        pairs = [(c.shift, w) for c, w in zip(self.checkpoints, weights, strict=True)]
+        pairs += [(self.reference.shift, 1 - sum(weights))]
+        return [(shift, w) for shift, w in pairs if shift is not None and abs(w) > 1e-9]
+
+    @property
+    def guidance_range(self) -> tuple[float, float] | None:
+        """The γ that all experts know which can be told one; None where there are no such."""
+        knots = [c.shift.guidance.knots for c in self.checkpoints if c.shift is not None]
+        return (max(k[0] for k in knots), min(k[-1] for k in knots)) if knots else None
+
+    def require_guidance(self, guidance_scale: float) -> None:
+        """Refuse a γ that an expert was not trained for.
+
+        Raises:
+            ValueError: naming the range.
+        """
+        if self.guidance_range is None:
+            raise ValueError(
+                f"γ={guidance_scale} cannot be told to {', '.join(c.source for c in self.checkpoints)}: each was "
+                "trained for one γ; leave it out, or train with a range, guidance_scale: {low: 1, high: 5}"
+            )
+        GuidanceRange(self.guidance_range).require(guidance_scale)
+
+    def shift(self, weights: Sequence[float]) -> GuidanceShift | None:
+        """The merged model's table of γ: Σ_i w_i · s_i, exact at all their knots within the common range.
+
+        Raises:
+            ValueError: the experts play different γ where they are told none, or have no γ in common.
+        """
+        shifts = self._shifts(weights)
+        if not shifts:
+            return None
+        ranges = [shift.guidance for shift, _ in shifts]
+        low, high = max(r.knots[0] for r in ranges), min(r.knots[-1] for r in ranges)
+        if low >= high or len({r.reference for r in ranges}) > 1:
+            raise ValueError(
+                "the experts were trained for different ranges of γ, "
+                f"{' and '.join(f'{r.knots[0]:g} to {r.knots[-1]:g}' for r in ranges)}: fold one γ into the merge "
+                "(bake_guidance, --bake-guidance)"
+            )
+        knots = tuple(sorted({knot for r in ranges for knot in r.knots if low <= knot <= high}))
+        places = torch.tensor(knots)
+        rows = sum(weight * shift(places) for shift, weight in shifts)
+        return GuidanceShift.of(GuidanceRange(knots, all(r.listed for r in ranges)), rows)
+
+    def interpolate(
+        self, name: str, weights: Sequence[float], dtype: torch.dtype, guidance: float | None = None
+    ) -> Tensor:
         """One tensor of the merged model, accumulated in float32 (or in float64 when that is the output).
+
+        Args:
+            name: of the tensor.
+            weights: one per expert.
+            dtype: of the result.
+            guidance: γ to fold into the model, if any.
 
         Raises:
             ValueError: the result is not finite; the message says whose fault it is.
@@ -89,6 +147,9 @@ class Experts:
             if changed and reference.is_floating_point():
                 merged = interpolation.weighted_sum(*zip(*changed, strict=True), precise).add_(reference)
             merged = merged.to(dtype)
+        if guidance is not None and name == self.family.guidance_bias:
+            shift = sum(w * s.at(guidance) for s, w in self._shifts(weights))
+            merged = (merged.to(torch.promote_types(dtype, torch.float32)) + shift).to(dtype)
         self._require_finite(name, merged, [c for c, _ in terms])
         return merged
 

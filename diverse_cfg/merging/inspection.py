@@ -27,7 +27,8 @@ def inspect_checkpoint(path: str | os.PathLike, *, base: str | os.PathLike | Non
 
     Returns:
         kind ("base", "student", "merge" or "full", of unknown origin), format ("full" or "adapter"),
-        base_model, guidance_scale (γ of the teacher, inside the weights), generation_guidance_scale (what
+        base_model, guidance_scale (γ of the teacher, inside the weights), guidance_range (γ that it
+        can be told), generation_guidance_scale (what
         it will be generated with), diversity_coef, parents with their merge weights, sampling, versions,
         architecture, number of parameters, stored types, not_finite and all_zero (names of weights that are NaN or
         infinite, and of matrices that are nothing but zeros and not the base's), and `difference`: relative
@@ -47,6 +48,7 @@ def inspect_checkpoint(path: str | os.PathLike, *, base: str | os.PathLike | Non
         "format": checkpoint.kind,
         "base_model": _base_model(checkpoint),
         "guidance_scale": provenance.guidance_scale if provenance else None,
+        "guidance_range": provenance.guidance_range if provenance else None,
         "generation_guidance_scale": _generation_guidance(checkpoint),
         "diversity_coef": provenance.diversity_coef if provenance else None,
         "parents": (provenance.merge or {}).get("experts", []) if provenance else [],
@@ -72,6 +74,8 @@ def format_report(report: Mapping[str, Any]) -> str:
         ),
         ("generates with γ", _generation_text(report)),
     ]
+    if report["guidance_range"]:
+        rows.append(("can be told γ from", "{:g} to {:g}".format(*report["guidance_range"])))
     if report["diversity_coef"] is not None:
         rows.append(("diversity_coef β", f"{report['diversity_coef']:g}"))
     rows += [("parent", f"{p['name']} × {p['weight']:g}") for p in report["parents"]]

@@ -12,6 +12,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +47,7 @@ def merge_checkpoints(
     extrapolate: bool = False,
     unnormalized: bool = False,
     format: Format = "full",
+    bake_guidance: float | None = None,
 ) -> Path:
     """Interpolate the weights of checkpoints and write the result as a model that plain transformers loads.
 
@@ -68,6 +70,8 @@ def merge_checkpoints(
         unnormalized: allow weights that do not sum to 1.
         format: "full" for a complete model, "adapter" for one LoRA adapter whose rank is the sum of the
             experts'.
+        bake_guidance: γ to fold into the weights, of experts that were trained for a range of them: the result is
+            an ordinary model. By default it can be told any γ that they share.
 
     Returns:
         The output folder.
@@ -82,7 +86,8 @@ def merge_checkpoints(
     resolved = resolve_weights(weights, len(checkpoints), extrapolate=extrapolate, unnormalized=unnormalized)
     experts = open_experts(checkpoints, base=base)
     experts.require_base(resolved)
-    return _write(experts, resolved, Path(output), _resolve_dtype(dtype, experts), format)
+    _check_baking(experts, bake_guidance, format)
+    return _write(experts, resolved, Path(output), _resolve_dtype(dtype, experts), format, bake_guidance)
 
 
 def merge_sweep(
@@ -94,6 +99,7 @@ def merge_sweep(
     dtype: str | torch.dtype | None = None,
     extrapolate: bool = False,
     format: Format = "full",
+    bake_guidance: float | None = None,
 ) -> list[Path]:
     """Merge two checkpoints at several weights: `output/weight-0.05`, `output/weight-0.1`…
 
@@ -103,7 +109,7 @@ def merge_sweep(
         checkpoints: two experts.
         points: weights λ of the second; `weights.parse_sweep` reads them from "0:1:0.05".
         output: folder of the merges.
-        base, dtype, extrapolate, format: as in `merge_checkpoints`.
+        base, dtype, extrapolate, format, bake_guidance: as in `merge_checkpoints`.
 
     Returns:
         One folder per weight, in order.
@@ -116,17 +122,18 @@ def merge_sweep(
         raise ValueError(f"a sweep moves between two checkpoints, got {len(checkpoints)}")
     pairs = [resolve_weights(point, 2, extrapolate=extrapolate) for point in points]
     experts = open_experts(checkpoints, base=base)
+    _check_baking(experts, bake_guidance, format)
     precision = _resolve_dtype(dtype, experts)
     folders = [Path(output) / f"weight-{point:g}" for point in points]
     missing = []
     for folder, weights in zip(folders, pairs, strict=True):
-        recipe = _recipe(experts, weights, folder, precision, format)
+        recipe = _recipe(experts, weights, folder, precision, format, bake_guidance)
         if not folder.exists():
             missing.append((folder, weights))
         else:
             _require_done(folder, recipe, experts)
     for folder, weights in missing:
-        _write(experts, weights, folder, precision, format)
+        _write(experts, weights, folder, precision, format, bake_guidance)
     return folders
 
 
@@ -167,31 +174,58 @@ def _resolve_dtype(dtype: str | torch.dtype | None, experts: Experts) -> torch.d
     return resolved
 
 
-def _write(experts: Experts, weights: list[float], output: Path, dtype: torch.dtype, format: Format) -> Path:
+def _check_baking(experts: Experts, bake_guidance: float | None, format: Format) -> None:
+    """Refuse a γ that cannot be folded into the merge."""
+    if bake_guidance is None:
+        return
+    experts.require_guidance(bake_guidance)
+    if format == "adapter":
+        raise ValueError(
+            f"bake_guidance={bake_guidance} (--bake-guidance) changes a bias, which no LoRA adapter holds: use "
+            "format='full', or leave it out and tell the adapter its γ when it plays"
+        )
+
+
+def _write(
+    experts: Experts,
+    weights: list[float],
+    output: Path,
+    dtype: torch.dtype,
+    format: Format,
+    bake_guidance: float | None,
+) -> Path:
     if format not in ("full", "adapter"):
         raise ValueError(f"format must be 'full' or 'adapter', got {format!r}")
     dtypes = {name: experts.output_dtype(name, dtype) for name in experts.names}
     specs = [TensorSpec(name, dtypes[name], experts.reference.tensors[name].shape) for name in experts.names]
     specs.sort(key=lambda spec: -spec.dtype.itemsize)  # stable: keeps every tensor aligned
     size = sum(spec.num_bytes for spec in specs) if format == "full" else 0
+    shift = experts.shift(weights) if bake_guidance is None else None
     with new_folder(output, size) as folder, torch.no_grad():
         _copy_processor(experts, folder)
         if format == "full":
             write_safetensors(
                 folder / "model.safetensors",
                 specs,
-                lambda name: experts.interpolate(name, weights, dtypes[name]),
+                lambda name: experts.interpolate(name, weights, dtypes[name], bake_guidance),
             )
             experts.family.saved_config(experts.config, dtype).save_pretrained(folder)
         else:
             write_adapter(experts, weights, folder, dtype)
+        if shift is not None:
+            shift.save(folder)
         provenance = _provenance(experts, weights, dtype, format)
+        if bake_guidance is not None:
+            provenance = replace(provenance, guidance_scale=float(bake_guidance), guidance_range=None)
+        elif shift is not None:
+            knots = shift.guidance.knots
+            provenance = replace(provenance, guidance_range=[knots[0], knots[-1]])
         # A student knows best how it is sampled; the base's settings are for guided sampling.
         students = [c for c in experts.checkpoints if c is not experts.reference]
         like = next((c.generation for c in (*students, experts.reference) if c.generation is not None), None)
         experts.family.playing_config(experts.config, provenance.sampling, like).save_pretrained(folder)
         write_provenance(folder, provenance)
-        recipe = _recipe(experts, weights, output, dtype, format)
+        recipe = _recipe(experts, weights, output, dtype, format, bake_guidance)
         (folder / RECIPE_FILE).write_text(
             "# θ = θ_base + Σ weight · (θ_checkpoint − θ_base), interpolated by diverse-cfg\n"
             + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
@@ -222,14 +256,20 @@ def _method(dtype: torch.dtype, format: Format) -> dict[str, Any]:
 
 
 def _recipe(
-    experts: Experts, weights: list[float], output: Path, dtype: torch.dtype, format: Format
+    experts: Experts,
+    weights: list[float],
+    output: Path,
+    dtype: torch.dtype,
+    format: Format,
+    bake_guidance: float | None,
 ) -> dict[str, Any]:
     pairs = zip(experts.checkpoints, weights, strict=True)
     parents = [{"checkpoint": _reachable(c, output), "weight": w, "kind": c.kind} for c, w in pairs]
     base = {"base": _reachable(experts.reference, output)} if experts.adapters else {}
     used = [*experts.checkpoints, *([experts.reference] if experts.adapters else [])]
     fingerprints = {"fingerprints": [checkpoint.fingerprint() for checkpoint in used]}
-    return _method(dtype, format) | {"experts": parents} | base | fingerprints
+    baked = {} if bake_guidance is None else {"bake_guidance": float(bake_guidance)}
+    return _method(dtype, format) | baked | {"experts": parents} | base | fingerprints
 
 
 def _reachable(checkpoint: Checkpoint, output: Path) -> str:

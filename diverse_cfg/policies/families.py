@@ -70,6 +70,7 @@ class Family:
         policy_class: the `Policy` around a live model, called with the model and its processor.
         codec_prefix: beginnings of the names of the tensors that give the codes their meaning: they are
             compared, never interpolated.
+        guidance_bias: name of the bias, of the text's condition, into which γ can be folded; see `shift`.
         processor_needs: what reading a prompt takes → names of files, one of which must be there.
     """
 
@@ -77,6 +78,7 @@ class Family:
     model_class: Any
     policy_class: Any
     codec_prefix: str | tuple[str, ...] = ()
+    guidance_bias: str | None = None
     processor_needs: Mapping[str, tuple[str, ...]] = {"tokenizer": _TOKENIZER_FILES}
 
     # ---- configuration ----------------------------------------------------------------------------------

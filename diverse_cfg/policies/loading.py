@@ -26,7 +26,8 @@ from diverse_cfg.policies.checkpoints import (
 )
 from diverse_cfg.policies.families import PROCESSOR_REMEDY, Family, family_of, has_processor_files
 from diverse_cfg.policies.musicgen.family import MUSICGEN
-from diverse_cfg.policies.policy import plain
+from diverse_cfg.policies.policy import as_policy, plain
+from diverse_cfg.policies.shift import read_shift
 from diverse_cfg.policies.stored import is_adapter, locate
 from diverse_cfg.provenance import PROVENANCE_FILE, read_provenance
 from diverse_cfg.reading import reading
@@ -68,13 +69,13 @@ def load_policy(
         FileNotFoundError: nothing there.
     """
     policy: Any
-    folder = provenance = None  # of an adapter
+    folder = provenance = own = None  # of an adapter, and of the student
     if is_live_audiocraft(model) or isinstance(model, nn.Module):
         policy = from_audiocraft(model)[0] if is_live_audiocraft(model) else plain(model)
         family = family_of(policy)
         distilled = isinstance(model, PeftModel)
         if adapter is not None:
-            folder = _check_on_live(policy, adapter)
+            folder = own = _check_on_live(policy, adapter)
             provenance = read_provenance(folder)
     else:
         checkpoint = open_checkpoint(model, plain=False)
@@ -92,7 +93,7 @@ def load_policy(
             checkpoint = checkpoint.base
         elif not (checkpoint.folder / "generation_config.json").is_file():
             provenance = checkpoint.provenance
-        family = checkpoint.family
+        family, own = checkpoint.family, folder or checkpoint.folder
         policy = family.load_model(checkpoint.folder, checkpoint.source)
         policy.name_or_path = policy.config._name_or_path = (
             checkpoint.source
@@ -101,6 +102,8 @@ def load_policy(
     if folder is not None:
         with reading(folder):
             policy = PeftModel.from_pretrained(policy, str(folder)).merge_and_unload()
+    if own is not None:
+        as_policy(policy).set_shift(read_shift(own))
     if distilled or folder is not None:
         policy.generation_config.guidance_scale = 1.0
         if provenance is not None:

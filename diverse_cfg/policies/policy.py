@@ -10,9 +10,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from diverse_cfg.functional.codebooks import num_decoder_steps
-from diverse_cfg.functional.guidance import guided_logits
+from diverse_cfg.functional.guidance import GuidanceRange, guided_logits
 from diverse_cfg.policies.families import Family, family_of
 from diverse_cfg.policies.sampler.draws import SamplingSettings, draw, keyed_noise, sampling_logits
+from diverse_cfg.policies.shift import SHIFT, GuidanceShift
 from diverse_cfg.types import Clips, TextCondition
 
 _LONGEST_TEXT = 512
@@ -68,7 +69,7 @@ class Policy(ABC):
     @property
     @abstractmethod
     def vocab_size(self) -> int:
-        """V, codes per codebook."""
+        """V, codes per codebook; as an input, V itself stands where a clip has no code."""
 
     @property
     @abstractmethod
@@ -134,6 +135,95 @@ class Policy(ABC):
     def decode(self, codes: Tensor) -> Tensor:
         """Audio of codes [N, K, T]: float32, mono [N, L] or stereo [N, 2, L]."""
         raise ValueError(f"{type(self).__name__} has no codec: use rewards and embedders that read codes")
+
+    @property
+    def audio_channels(self) -> int:
+        """1, or 2 for stereo."""
+        return 1
+
+    def encode(self, waveforms: Tensor) -> Tensor:
+        """Codes [N, K, ⌈L / hop⌉] of audio in the policy's rate and channels, shaped as `decode` returns it."""
+        raise ValueError(f"{type(self).__name__} has no codec: it cannot be trained on recordings")
+
+    # ---- a student that is told γ ------------------------------------------------------------------------
+
+    @property
+    def shift(self) -> GuidanceShift | None:
+        """What the model adds to its text for a γ that it is told; None of one that was trained for one γ."""
+        return getattr(self.model, SHIFT, None)
+
+    def learn_guidance(self, guidance: GuidanceRange) -> None:
+        """Let the model be told γ, in place: it begins as one that pays no heed.
+
+        Raises:
+            ValueError: the family, or this model of it, has no bias to fold γ into; or the model knows other γ.
+        """
+        if self.shift is not None:
+            self._require_same_guidance(guidance)
+            return
+        width = self._guidance_bias(
+            f"guidance_scale from {guidance.knots[0]:g} to {guidance.knots[-1]:g}"
+        ).shape[0]
+        self.set_shift(GuidanceShift(guidance, width))
+
+    def set_shift(self, shift: GuidanceShift | None) -> None:
+        """Give the model what it adds for a γ, or take it away, in place."""
+        self.model._modules.pop(SHIFT, None)
+        if shift is not None:
+            bias = self._guidance_bias("a student that is told γ")
+            if shift.table.shape[1] != bias.shape[0]:
+                raise ValueError(
+                    f"the table of γ has width {shift.table.shape[1]}, the model {bias.shape[0]}: it is another "
+                    "model's"
+                )
+            self.model.add_module(SHIFT, shift.to(bias.device, bias.dtype))
+
+    def require_guidance(self, guidance_scale: float) -> GuidanceShift:
+        """The shift of a model that can be told this γ.
+
+        Raises:
+            ValueError: it was trained for one γ, or for others.
+        """
+        if self.shift is None:
+            raise ValueError(
+                f"student_guidance={guidance_scale}: the model was trained for one γ; leave it out, or train with a "
+                "range, guidance_scale: {low: 1, high: 5}"
+            )
+        self.shift.guidance.require(guidance_scale)
+        return self.shift
+
+    @torch.no_grad()
+    def fold_guidance(self, guidance_scale: float) -> None:
+        """Make the model one for this γ alone, in place: an ordinary model of its family.
+
+        Raises:
+            ValueError: see `require_guidance`.
+        """
+        shift = self.require_guidance(guidance_scale)
+        self._guidance_bias("a student that is told γ").add_(shift.at(guidance_scale))
+        self.set_shift(None)
+
+    def _guidance_bias(self, what: str) -> nn.Parameter:
+        name, kind = self.family.guidance_bias, self.model.config.model_type
+        if name is None:
+            raise ValueError(f"{what} is not supported by {kind!r} models: set guidance_scale to one number")
+        bias = dict(self.model.named_parameters()).get(name)
+        if bias is None:
+            raise ValueError(
+                f"{what} needs {name} to fold γ into, which this {kind!r} model lacks, as its text encoder is as wide "
+                "as its decoder: set guidance_scale to one number"
+            )
+        return bias
+
+    def _require_same_guidance(self, guidance: GuidanceRange) -> None:
+        assert self.shift is not None
+        if self.shift.guidance != guidance:
+            knots = self.shift.guidance.knots
+            raise ValueError(
+                f"the model is a student that knows γ from {knots[0]:g} to {knots[-1]:g} (knots "
+                f"{', '.join(f'{knot:g}' for knot in knots)}): train it on with the same guidance_scale, or fold one γ "
+                "into it first (diverse-cfg merge --bake-guidance)"
+            )
 
     # ---- sampling ---------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@
 import os
 import re
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +19,7 @@ from transformers import GenerationConfig
 from diverse_cfg.assets import nano_path
 from diverse_cfg.policies.audiocraft.folders import find_file, transformers_folder
 from diverse_cfg.policies.families import Family, family_of, load_generation_config
+from diverse_cfg.policies.shift import GuidanceShift, read_shift
 from diverse_cfg.policies.tensors import TensorInfo, find_tensors, fingerprint, read_tensor, require_finite
 from diverse_cfg.provenance import Provenance, read_provenance
 from diverse_cfg.reading import reading
@@ -36,6 +38,11 @@ class Checkpoint:
         self.provenance: Provenance | None = read_provenance(folder)
         self.generation: GenerationConfig | None = load_generation_config(folder)
         self._kept: dict[TensorInfo, Tensor] = {}
+
+    @cached_property
+    def shift(self) -> GuidanceShift | None:
+        """What it adds for a γ that it is told; None of one for a single γ."""
+        return read_shift(self.folder)
 
     @property
     def name(self) -> str:

@@ -17,6 +17,7 @@ from diverse_cfg.merging import merge_checkpoints
 from diverse_cfg.policies.audiocraft.folders import is_audiocraft, read_audiocraft, write_transformers
 from diverse_cfg.publishing.evidence import add_results, add_samples
 from diverse_cfg.publishing.plan import PlannedFile, UploadPlan, check_loads, plan_upload
+from diverse_cfg.publishing.space import plan_space, publish_space
 from diverse_cfg.publishing.upload import Published, upload
 
 __all__ = [
@@ -26,8 +27,10 @@ __all__ = [
     "add_results",
     "add_samples",
     "check_loads",
+    "plan_space",
     "plan_upload",
     "publish",
+    "publish_space",
     "upload",
 ]
 
@@ -43,6 +46,7 @@ def publish(
     license: str | None = None,
     tags: Sequence[str] = (),
     samples: Sequence[str] = (),
+    space: str | None = None,
     results: tuple[str | os.PathLike, str] | None = None,
     update: bool = False,
     card: Literal["refuse", "keep", "overwrite"] = "refuse",
@@ -63,6 +67,7 @@ def publish(
         license: licence of the weights, where the base's is not known here.
         tags: more tags for the card.
         samples: prompts to make a clip of each for the card; they are written into the folder's `samples/`.
+        space: Hub id of the Space that plays it, which the card links; `publish_space` makes it.
         results: evaluation folder and the name of this model's row in it, for the card's numbers.
         update: allow a repository that has files already; files that we do not write are left alone.
         card: what to do about another README.md in that repository: "refuse", "keep" it or "overwrite" it.
@@ -96,7 +101,7 @@ def publish(
             _take_along(folder, full)
             folder = full
         plan = plan_upload(
-            folder, repo_id, private=private, base_model=base_model, license=license, tags=tags
+            folder, repo_id, private=private, base_model=base_model, license=license, tags=tags, space=space
         )
         if check:
             check_loads(folder)

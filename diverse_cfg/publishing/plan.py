@@ -21,6 +21,7 @@ from diverse_cfg.merging.merge import RECIPE_FILE
 from diverse_cfg.policies.checkpoints import base_name, require_named_base
 from diverse_cfg.policies.families import PROCESSOR_FILES, family_of, load_generation_config
 from diverse_cfg.policies.loading import load_policy, load_processor, require_processor
+from diverse_cfg.policies.shift import SHIFT_FILE
 from diverse_cfg.policies.stored import FullCheckpoint, locate
 from diverse_cfg.provenance import PROVENANCE_FILE, read_provenance
 from diverse_cfg.reading import read_json, reading
@@ -31,6 +32,7 @@ _ALWAYS = (
     *PROCESSOR_FILES,
     PROVENANCE_FILE,
     RECIPE_FILE,
+    SHIFT_FILE,
     cards.METRICS_FILE,
     cards.CURVES_FILE,
     "samples/*",
@@ -73,6 +75,8 @@ class UploadPlan:
     private: bool
     files: tuple[PlannedFile, ...]
     left_out: tuple[str, ...] = field(default=())
+    repo_type: str = "model"
+    """Or "space"."""
 
     @property
     def card(self) -> str:
@@ -87,7 +91,9 @@ class UploadPlan:
     def describe(self) -> str:
         """The plan as text: repository, files with sizes, what stays here, and the card."""
         visibility = "private" if self.private else "PUBLIC"
-        lines = [f"{self.folder} → {self.repo_id} ({visibility}), {_size(self.num_bytes)} in one commit", ""]
+        what = "" if self.repo_type == "model" else f"{self.repo_type} "
+        size = _size(self.num_bytes)
+        lines = [f"{self.folder} → {what}{self.repo_id} ({visibility}), {size} in one commit", ""]
         lines += [f"  {_size(file.size):>10}  {file.path_in_repo}" for file in self.files]
         if self.left_out:
             lines += ["", f"not uploaded: {', '.join(self.left_out)}"]
@@ -102,6 +108,7 @@ def plan_upload(
     base_model: str | None = None,
     license: str | None = None,
     tags: Sequence[str] = (),
+    space: str | None = None,
 ) -> UploadPlan:
     """Choose and check what goes into a repository; see `publish` for the arguments.
 
@@ -110,7 +117,7 @@ def plan_upload(
             file holds a token… The message says what to do.
     """
     folder = Path(folder)
-    _require_repo_id(repo_id)
+    require_repo_id(repo_id)
     provenance = read_provenance(folder)
     if provenance is None:
         raise ValueError(
@@ -124,7 +131,7 @@ def plan_upload(
     _require_unguided(folder)
     require_processor(folder)
     replaced = _with_public_base(folder, adapter, base_model)
-    card = _card(folder, repo_id, base_model, license, tags)
+    card = _card(folder, repo_id, base_model, license, tags, space)
     patterns = (*_ALWAYS, *(_ADAPTER if adapter else _FULL))
     chosen = sorted(
         {
@@ -185,7 +192,8 @@ def check_loads(folder: str | os.PathLike) -> None:
         raise ValueError(f"{folder} plays NaN or infinite samples: its training broke")
 
 
-def _require_repo_id(repo_id: str) -> None:
+def require_repo_id(repo_id: str) -> None:
+    """Raise `ValueError` for what is no "user/name"."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -262,14 +270,21 @@ def _with_public_base(folder: Path, adapter: bool, base_model: str | None) -> di
 
 
 def _card(
-    folder: Path, repo_id: str, base_model: str | None, license: str | None, tags: Sequence[str]
+    folder: Path,
+    repo_id: str,
+    base_model: str | None,
+    license: str | None,
+    tags: Sequence[str],
+    space: str | None,
 ) -> str:
     """A card that somebody wrote is published as it is; ours is rendered anew, with the repository's name
     in it."""
     path = folder / cards.CARD_FILE
     card = path.read_text(encoding="utf-8") if path.is_file() else None
     if card is None or cards.is_generated(card):
-        card = cards.render_card(folder, repo_id=repo_id, base_model=base_model, license=license, tags=tags)
+        card = cards.render_card(
+            folder, repo_id=repo_id, base_model=base_model, license=license, tags=tags, space=space
+        )
     if ModelCard(card).data.license is None:
         raise ValueError(
             "the licence of the weights is not known (they inherit the base's): pass license=… "

@@ -112,18 +112,19 @@ def upload(
             f"{plan.repo_id} was committed but lacks or differs in {', '.join(missing)}: it is incomplete. "
             "Run again with update=True (--update)"
         )
-    url = f"{api.endpoint}/{plan.repo_id}"
+    url = f"{api.endpoint}/{'spaces/' if plan.repo_type == 'space' else ''}{plan.repo_id}"
     logger.info("published %s (%d files)", url, num_uploaded)
     return Published(url, remote.commit, remote.private, num_uploaded)
 
 
 def _open_repository(api: HfApi, plan: UploadPlan) -> _Remote:
     """The repository's state, after creating it where it does not exist."""
-    remote = _look(api, plan.repo_id)
+    remote = _look(api, plan)
     if remote is None:
         # Somebody, or our own request whose answer was lost, may have created it meanwhile.
-        api.create_repo(plan.repo_id, private=plan.private, exist_ok=True)
-        remote = _look(api, plan.repo_id)
+        kind = {"repo_type": "space", "space_sdk": "gradio"} if plan.repo_type == "space" else {}
+        api.create_repo(plan.repo_id, private=plan.private, exist_ok=True, **kind)
+        remote = _look(api, plan)
         if remote is None:
             raise ConnectionError(f"the Hub did not create {plan.repo_id}: run again")
     if remote.private != plan.private:
@@ -162,12 +163,13 @@ def _commit(api: HfApi, plan: UploadPlan, files: list[PlannedFile], remote: _Rem
             [CommitOperationAdd(file.path_in_repo, file.source) for file in files],
             commit_message=f"Upload {plan.folder.resolve().name} with diverse-cfg",
             parent_commit=remote.commit,
+            repo_type=plan.repo_type,
         )
     except Exception as error:
         refused = _status(error) in _CONFLICT
         if not refused:
             raise
-    now = _look(api, plan.repo_id)
+    now = _look(api, plan)
     if now is None:
         raise OSError(f"{plan.repo_id} cannot be found after the commit: look at it on the Hub")
     if refused and not all(now.holds(file) for file in files):
@@ -178,10 +180,11 @@ def _commit(api: HfApi, plan: UploadPlan, files: list[PlannedFile], remote: _Rem
     return now
 
 
-def _look(api: HfApi, repo_id: str) -> _Remote | None:
+def _look(api: HfApi, plan: UploadPlan) -> _Remote | None:
     """The repository as it is now; None if there is none."""
+    repo_id = plan.repo_id
     try:
-        info = api.model_info(repo_id, files_metadata=True, timeout=_TIMEOUT_S)
+        info = api.repo_info(repo_id, repo_type=plan.repo_type, files_metadata=True, timeout=_TIMEOUT_S)
     except RepositoryNotFoundError:
         return None
     if info.sha is None or info.private is None:

@@ -38,8 +38,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from diverse_cfg.atomic import open_weights, replacing, writing
 from diverse_cfg.callbacks import AdaptiveClipCallback
-from diverse_cfg.config import CFGDiversityConfig
+from diverse_cfg.config import CFGDiversityConfig, MusicSFTConfig
 from diverse_cfg.merging.adapter import AdapterStart
+from diverse_cfg.policies.shift import SHIFT_FILE
 from diverse_cfg.provenance import Provenance, write_provenance
 from diverse_cfg.reading import last_checkpoint
 from diverse_cfg.trainer.advantages import PrefixBaseline
@@ -141,7 +142,7 @@ def student_provenance(
         clip_seconds: length of the training clips.
         base_fingerprint: of an adapter's base, as the run began.
     """
-    origin = args.teacher_model or base_model
+    origin, guidance = args.teacher_model or base_model, args.guidance_range
     training = {
         "initial_model": base_model and named(base_model),
         "includes_adapter": start and named(start.checkpoint.source),
@@ -153,7 +154,8 @@ def student_provenance(
     return Provenance(
         kind="student",
         base_model=origin and named(origin),
-        guidance_scale=args.guidance_scale,
+        guidance_scale=args.reference_guidance,
+        guidance_range=guidance and [guidance.knots[0], guidance.knots[-1]],
         diversity_coef=args.diversity_coef,
         sampling=sampling,
         training=training | {name: getattr(args, name) for name in _RECORDED},
@@ -222,7 +224,7 @@ def check_checkpoint(folder: str | os.PathLike, needed: Sequence[str]) -> None:
 
 def needed_to_resume(
     folder: str | os.PathLike,
-    args: CFGDiversityConfig,
+    args: CFGDiversityConfig | MusicSFTConfig,
     *,
     adapter: bool,
     sharded: str | None,
@@ -260,6 +262,8 @@ def needed_to_resume(
     has = read_tensors(state)[1] if state.is_file() and is_whole(state) else {}
     if args.ema_decay and "average" in has:
         needed.append(AVERAGE_FILE)
+    if args.guidance_range is not None:
+        needed.append(SHIFT_FILE)
     if scaled:
         needed.append(SCALER_NAME)
     others = [path for path in folder.glob("rng_state*.pth") if path.name != noise]

@@ -83,6 +83,8 @@ def into_batch(clips: Clips, batch: dict[str, Any]) -> None:
     batch["advantages"] = clips.advantages.flatten(1)
     batch["condition_hidden"] = clips.condition.hidden_states
     batch["condition_mask"] = clips.condition.attention_mask
+    if clips.condition.guidance is not None:
+        batch["condition_guidance"] = clips.condition.guidance
     if clips.old_logps is not None:
         batch["old_per_token_logps"] = clips.old_logps.flatten(1)
 
@@ -101,7 +103,9 @@ def from_batch(batch: dict[str, Tensor], num_codebooks: int, sampling_rate: int,
     return Clips(
         codes,
         sampling_rate,
-        condition=TextCondition(batch["condition_hidden"], batch["condition_mask"]),
+        condition=TextCondition(
+            batch["condition_hidden"], batch["condition_mask"], batch.get("condition_guidance")
+        ),
         advantages=batch["advantages"].view_as(codes) if rewarded else None,
         old_logps=None if old_logps is None else old_logps.view_as(codes),
     )

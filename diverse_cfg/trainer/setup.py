@@ -5,6 +5,7 @@ Whatever cannot work raises a `ValueError` here that names the option and the re
 """
 
 import copy
+import hashlib
 import inspect
 import itertools
 import logging
@@ -23,13 +24,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import HubStrategy
 
-from diverse_cfg.assets import nano_path
+from diverse_cfg.assets import nano_path, shipped
 from diverse_cfg.cards import is_hub_id
-from diverse_cfg.config import CFGDiversityConfig
+from diverse_cfg.config import CFGDiversityConfig, MusicSFTConfig
 from diverse_cfg.effects import Run, idle_settings
 from diverse_cfg.embeddings.clap import ClapEmbedder
 from diverse_cfg.functional.codebooks import num_decoder_steps
-from diverse_cfg.functional.guidance import guidance_schedule
+from diverse_cfg.functional.guidance import GuidanceRange, guidance_schedule
+from diverse_cfg.policies.audiocraft import from_audiocraft, is_live_audiocraft
 from diverse_cfg.policies.checkpoints import inexact_options
 from diverse_cfg.policies.loading import load_policy, load_processor
 from diverse_cfg.policies.policy import Policy, as_policy, plain, require_prompts
@@ -53,6 +55,18 @@ GIVEN = {
 # ---- the model ---------------------------------------------------------------------------------------------
 
 
+def open_model(model: Any, processing_class: Any) -> tuple[Any, Any]:
+    """What a trainer was given as model and processor, `nano`, AudioCraft's live models and policies as plain ones."""
+    model = shipped(model)
+    if is_live_audiocraft(model):
+        model, processor = from_audiocraft(model)
+        processing_class = processor if processing_class is None else processing_class
+    if isinstance(model, Policy):
+        processing_class = model.processor if processing_class is None else processing_class
+        model = model.model
+    return model, processing_class
+
+
 def base_model_name(model: str | os.PathLike | nn.Module) -> str | None:
     """Id or folder that the model came from; None for a model built in memory."""
     if isinstance(model, nn.Module):
@@ -65,7 +79,9 @@ def base_fingerprint(base: str | None) -> str | None:
     return FullCheckpoint(base, locate(base)).fingerprint() if base and os.path.isdir(base) else None
 
 
-def prepare_policy(model: str | os.PathLike | nn.Module, args: CFGDiversityConfig, lora: bool) -> Policy:
+def prepare_policy(
+    model: str | os.PathLike | nn.Module, args: CFGDiversityConfig | MusicSFTConfig, lora: bool
+) -> Policy:
     """Load or take the policy: float32, no dropout, encoders frozen, generation settings of a distilled
     model.
 
@@ -98,7 +114,7 @@ def prepare_policy(model: str | os.PathLike | nn.Module, args: CFGDiversityConfi
     return policy
 
 
-def _check_output(model: str | os.PathLike | nn.Module, args: CFGDiversityConfig) -> None:
+def _check_output(model: str | os.PathLike | nn.Module, args: CFGDiversityConfig | MusicSFTConfig) -> None:
     """Refuse to write over what the run reads: resumed, it would begin elsewhere."""
     output = os.path.realpath(args.output_dir or ".")
     for name in (base_model_name(model), args.teacher_model):
@@ -226,10 +242,45 @@ def check_clips(policy: Policy, args: CFGDiversityConfig) -> int:
 
 
 def guidance(args: CFGDiversityConfig, num_frames: int) -> float | tuple[float, ...]:
-    """γ of the teacher, or of each of T frames."""
-    if args.guidance_schedule == "constant" or args.guidance_scale == 1:
-        return args.guidance_scale
-    return guidance_schedule(args.guidance_schedule, args.guidance_scale, num_frames)
+    """γ of the teacher, or of each of T frames; of a range, its reference."""
+    scale = args.reference_guidance
+    if args.guidance_schedule == "constant" or scale == 1:
+        return scale
+    return guidance_schedule(args.guidance_schedule, scale, num_frames)
+
+
+def draw_guidance(guidance: GuidanceRange, seed: int, first: int, num_rows: int, group: int) -> list[float]:
+    """γ of every row; the clips of a prompt share it.
+
+    Args:
+        guidance: the range.
+        seed: of the rollout.
+        first: number of the first row among those of all processes.
+        num_rows: of this process.
+        group: G.
+    """
+    prompts = [row // group for row in range(first, first + num_rows)]
+    digests = [
+        hashlib.blake2b(f"{seed}/guidance/{prompt}".encode(), digest_size=6).digest() for prompt in prompts
+    ]
+    return [guidance.draw(int.from_bytes(digest, "big") / 2**48) for digest in digests]
+
+
+def teach_guidance(policy: Policy, args: CFGDiversityConfig) -> None:
+    """Let the student be told γ where the run has a range of it, in place.
+
+    Raises:
+        ValueError: the model has nowhere to fold it, or the run and a student that is told γ do not fit.
+    """
+    if args.guidance_range is not None:
+        policy.learn_guidance(args.guidance_range)
+    elif policy.shift is not None:
+        knots = policy.shift.guidance.knots
+        raise ValueError(
+            f"the model is a student that is told γ from {knots[0]:g} to {knots[-1]:g}, and guidance_scale="
+            f"{args.guidance_scale} is one number: set it to that range, or fold one γ into the model first "
+            "(diverse-cfg merge --bake-guidance)"
+        )
 
 
 # ---- the adapter, and what is pushed or sharded ------------------------------------------------------------
@@ -328,6 +379,11 @@ def check_sharding(accelerator: Accelerator, args: CFGDiversityConfig) -> None:
     if fsdp is not None and getattr(fsdp, "fsdp_version", 1) == 1:
         raise ValueError(
             "fsdp_version=1 is not supported: set fsdp_version: 2 (recipes/accelerate/fsdp.yaml)"
+        )
+    if args.guidance_range is not None and (fsdp is not None or deepspeed is not None):
+        raise ValueError(
+            f"guidance_scale={args.guidance_scale} with FSDP or DeepSpeed, which save weights without the table of γ: "
+            "train on one process or with DDP, or set one number"
         )
     if fsdp is not None and args.rollout_backend != "fast":
         raise ValueError(

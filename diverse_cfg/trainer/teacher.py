@@ -13,11 +13,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from diverse_cfg.config import CFGDiversityConfig
+from diverse_cfg.config import CFGDiversityConfig, MusicSFTConfig
 from diverse_cfg.functional.distillation import GuidedTeacher
+from diverse_cfg.functional.guidance import guided_logits
 from diverse_cfg.policies.loading import is_distilled, load_policy
 from diverse_cfg.policies.policy import Policy, as_policy, plain
 from diverse_cfg.policies.sampler.weights import whole_weights
+from diverse_cfg.policies.shift import SHIFT
 from diverse_cfg.policies.stored import is_adapter, same_base
 from diverse_cfg.types import TextCondition
 
@@ -28,13 +30,13 @@ def check_teacher(model: str | os.PathLike | nn.Module, args: CFGDiversityConfig
     Raises:
         ValueError: the teacher is a student, a merge or an adapter of one, and γ > 1.
     """
-    if args.guidance_scale == 1:
+    if args.reference_guidance == 1:
         return
     if args.teacher_model is not None:
         if is_distilled(args.teacher_model):
             raise ValueError(
                 f"teacher_model={args.teacher_model} is distilled already, and guidance_scale="
-                f"{args.guidance_scale:g} would guide it twice: name its base, or set guidance_scale to 1"
+                f"{args.reference_guidance:g} would guide it twice: name its base, or set guidance_scale to 1"
             )
         return
     if isinstance(model, nn.Module):
@@ -69,7 +71,7 @@ def sampler_share(args: CFGDiversityConfig, is_teacher: bool) -> float:
     return share if is_teacher else 1 - share
 
 
-def rollout_dtype(args: CFGDiversityConfig) -> torch.dtype | None:
+def rollout_dtype(args: CFGDiversityConfig | MusicSFTConfig) -> torch.dtype | None:
     """Of the matrices that a rollout multiplies with; None for the model's own."""
     return torch.bfloat16 if args.bf16 else None
 
@@ -98,6 +100,7 @@ def fingerprint(policy: Policy, ignored: tuple[str, ...] = ()) -> dict[str, int]
     530 million weights of musicgen-small take 0.06 s on one CPU thread. Adapters do not count: the layers below
     them keep the names that they had before.
     """
+    ignored = (f"{SHIFT}.", *ignored)  # of the student alone
     return {
         name.replace(".base_layer", "").replace(".original_module", ""): int(
             parameter.detach().view(_BITS[parameter.itemsize]).sum(dtype=torch.int32)
@@ -165,7 +168,8 @@ class Teacher:
 
     Args:
         policy: a frozen one; or, with LoRA, the student's.
-        guidance_scale: γ, or one for each of T frames.
+        guidance_scale: γ, or one for each of T frames; where the rows are told theirs, the reference γ.
+        reference: the γ that `guidance_scale` is made of.
         negative: condition of the negative prompt [1, Lt, Dt]; None is the null prompt.
         adapted: with LoRA, the student, whose disabled adapters leave θ0.
     """
@@ -176,10 +180,12 @@ class Teacher:
         guidance_scale: float | tuple[float, ...],
         negative: TextCondition | None = None,
         adapted: PeftModel | None = None,
+        reference: float = 3.0,
     ):
         self.policy = policy
         self.adapted = adapted
         self.guidance_scale = guidance_scale
+        self.reference = reference
         self.negative = negative
 
     @property
@@ -207,15 +213,28 @@ class Teacher:
             codes: [N, K, T].
             condition: N rows.
         """
+        scale, condition = self.scales(condition), condition.told(None)
         with self.frozen() as policy:
             heads = policy.head_weights().detach()
-            if self.guidance_scale == 1:
+            if not isinstance(scale, Tensor) and scale == 1:
                 return GuidedTeacher(policy.hidden_states(codes, condition), None, heads, 1.0)
             rows = condition.cat(self.unconditional(condition))
             cond, uncond = policy.hidden_states(codes.repeat(2, 1, 1), rows).chunk(2)
-            scale = self.guidance_scale
-            scale = torch.tensor(scale, device=cond.device) if isinstance(scale, tuple) else scale
+            if isinstance(scale, Tensor) and scale.shape[-1] == 1:  # of a row: the heads are linear
+                return GuidedTeacher(guided_logits(cond, uncond, scale[:, 0]), None, heads, 1.0)
             return GuidedTeacher(cond, uncond, heads, scale)
+
+    def scales(self, condition: TextCondition) -> float | Tensor:
+        """γ, of every frame [T], or of every row and frame [N, 1, T or 1], where the rows are told theirs.
+
+        A schedule says which share of γ − 1 a frame has.
+        """
+        scale, told = self.guidance_scale, condition.guidance
+        if isinstance(scale, tuple):
+            scale = torch.tensor(scale, device=condition.attention_mask.device)
+        if told is None:
+            return scale
+        return 1 + (told[:, None, None] - 1) * ((scale - 1) / (self.reference - 1))
 
 
 class Sampler:
@@ -272,6 +291,8 @@ class Sampler:
         weights = self.rollout_weights(is_teacher)
         if not len(condition):
             return sample_ids.new_empty(0, len(self.student.delays), num_frames)
+        if is_teacher and condition.guidance is not None:
+            return self._by_scale(condition, sample_ids, seed, names, num_frames)
         if guidance_scale is None:
             guidance_scale = self.teacher.guidance_scale if is_teacher else 1.0
         if isinstance(guidance_scale, tuple):
@@ -294,6 +315,27 @@ class Sampler:
                 names=names,
                 weights=weights,
             ).codes
+
+    def _by_scale(
+        self, condition: TextCondition, ids: Tensor, seed: int, names: list[str] | None, num_frames: int
+    ) -> Tensor:
+        """The teacher's clips where each row has its own γ: one batch for each."""
+        assert condition.guidance is not None
+        codes = ids.new_empty(len(ids), len(self.student.delays), num_frames)
+        for scale in condition.guidance.unique():
+            rows = (condition.guidance == scale).nonzero()[:, 0]
+            part = condition.select(rows)
+            scales = torch.as_tensor(self.teacher.scales(part))[0].flatten().tolist()
+            codes[rows] = self(
+                part.told(None),
+                ids[rows],
+                seed,
+                True,
+                guidance_scale=scales[0] if len(scales) == 1 else tuple(scales),
+                names=names and [names[row] for row in rows.tolist()],
+                num_frames=num_frames,
+            )
+        return codes
 
     def policy(self, is_teacher: bool) -> contextlib.AbstractContextManager[Policy]:
         """Whose clips they are."""

@@ -1,8 +1,9 @@
-"""Build RESULTS.md, every table and every figure of the experiment from the recorded numbers; nothing is run.
+"""Build every page, table and figure of the experiments from the recorded numbers; nothing is run.
 
     python recipes/nano/report.py
 
-Reads `results/experiment` (what `experiment.py` recorded), writes the figures beside it and RESULTS.md here.
+Reads `results/experiment` (what `experiment.py` recorded) and writes its figures and its page there; then RESULTS.md,
+the page on open prompts (`summary.py`).
 """
 
 from __future__ import annotations
@@ -392,8 +393,8 @@ def draw(found: dict[str, Results], arms: Arms, recorded: Path) -> None:
             trajectories(found["hacking"], x, y, recorded / "hacking" / "trajectories")
 
 
-def build(recorded: Path, page: Path, recipes: Path, readme: Path) -> None:
-    """Write the figures into `recorded`, the page to `page`, a table each into `recipes` and `readme`."""
+def build(recorded: Path, page: Path, recipes: Path) -> None:
+    """Write the figures into `recorded`, the page to `page`, and a table into `recipes`."""
     arms = draw_training(recorded, recipes)
     found = {path.parent.name: Results.load(path.parent) for path in sorted(recorded.glob("*/metrics.json"))}
     if "test" not in found:
@@ -423,7 +424,7 @@ def build(recorded: Path, page: Path, recipes: Path, readme: Path) -> None:
         "training_table": training_table, "alarms": alarms, "chosen_on": chosen_on, "corners": corners,
         "dominated": dominated, "number": number, "ratio": ratio,
     }  # fmt: skip
-    text = environment.get_template("RESULTS.md.j2").render(
+    text = environment.get_template("experiment.md.j2").render(
         found=found, test=test, runs=runs, arms=arms, far=far, chosen=chosen["diverse"], forward=forward,
         verdicts=verdicts(findings), evidence=evidence(findings), measured_by=measured_by(found, recorded),
         hours=sum(run["seconds"] for run in runs) / 3600,
@@ -431,20 +432,17 @@ def build(recorded: Path, page: Path, recipes: Path, readme: Path) -> None:
         seeds={run["seed"] for run in runs if run["arm"] == "beta-80"},
     )  # fmt: skip
     write_text(page, text)
-    shown = [far.base, far.guided, far.quality, *arms_of, "LERP λ=0.5"]
-    write_section(readme, "results", table(test, shown, ("adherence", "diversity_heldout", "decoder_rows")))
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--recorded", type=Path, default=RECORDED)
-    parser.add_argument("--page", type=Path, default=HERE / "RESULTS.md")
-    parser.add_argument("--recipes", type=Path, default=HERE.parent / "README.md")
-    parser.add_argument("--readme", type=Path, default=HERE.parents[1] / "README.md")
-    arguments = parser.parse_args(argv)
-    build(arguments.recorded, arguments.page, arguments.recipes, arguments.readme)
+    parser.parse_args(argv)
+    import summary
+
+    build(RECORDED, RECORDED / "README.md", HERE.parent / "README.md")
+    summary.build(RECORDED.parent, HERE / "RESULTS.md", HERE.parents[1] / "README.md")
     return 0
 
 

@@ -9,6 +9,7 @@ import torch
 from diverse_cfg.functional.diversity import (
     diversity_advantages,
     diversity_reward,
+    farthest_points,
     leave_one_out_advantages,
     pairwise_cosine_distance,
     vendi_score,
@@ -151,3 +152,20 @@ def test_half_precision_is_widened():
     embeddings = (torch.ones(1, 4, 64) + 0.05 * torch.randn(1, 4, 64)).bfloat16()
     assert torch.equal(diversity_reward(embeddings), diversity_reward(embeddings.float()))
     assert diversity_advantages(diversity_reward(embeddings.double())).dtype == torch.float64
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_farthest_points_are_at_least_half_as_far_as_any_others(seed):
+    """Catches a sum of distances, or the nearest, in place of the smallest distance; and a point chosen twice."""
+    points = np.random.default_rng(seed).normal(size=(8, 2))
+    points[3] = points[5]
+    distances = np.linalg.norm(points[:, None] - points, axis=2)
+    chosen = farthest_points(torch.from_numpy(distances), 4)
+    assert chosen[0] == 0 and chosen[1] == int(distances[0].argmax()) and len(set(chosen)) == 4
+
+    def smallest(some):
+        return min(distances[i, j] for i, j in itertools.combinations(some, 2))
+
+    assert smallest(chosen) >= 0.5 * max(map(smallest, itertools.combinations(range(8), 4)))
+    assert sorted(farthest_points(torch.from_numpy(distances), 8)) == list(range(8))
+    assert farthest_points(torch.zeros(3, 3), 3) == [0, 1, 2]

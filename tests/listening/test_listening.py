@@ -19,7 +19,8 @@ import yaml
 from diverse_cfg.evaluation.cache import Cache
 from diverse_cfg.evaluation.results import Results
 from diverse_cfg.evaluation.systems import System, single
-from diverse_cfg.listening.app import _build_app, _Doorkeeper, _view, serve
+from diverse_cfg.listening.app import _build_app, _view, serve
+from diverse_cfg.listening.doorkeeper import Doorkeeper
 from diverse_cfg.listening.study import (
     KEY_FILE,
     VOTES_FILE,
@@ -460,7 +461,7 @@ def require_guarded(port):
 def test_the_page_answers_to_its_names(host, names, asked, welcome):
     """A browser never takes an address for another site's name, so that addresses are safe."""
     scope = {"type": "http", "path": "/", "headers": [(b"host", asked.encode())]}
-    assert (_Doorkeeper(None, host, names)._refusal(scope) is None) == welcome
+    assert (Doorkeeper(None, host, names)._refusal(scope) is None) == welcome
 
 
 def test_the_page_is_served_and_keeps_its_key(study, monkeypatch):

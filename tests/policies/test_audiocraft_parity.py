@@ -4,6 +4,7 @@
 installed; here AudioCraft also has to read what we write.
 """
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -20,11 +21,13 @@ from diverse_cfg.policies.audiocraft import (
     import_audiocraft,
     load_audiocraft,
     to_audiocraft,
+    without_null_rows,
 )
 from diverse_cfg.policies.loading import load_policy, load_processor
 from diverse_cfg.policies.musicgen.model import codebook_delays
 from diverse_cfg.provenance import read_provenance
 from tests.policies.audiocraft_world import (
+    GUIDANCE_SCALE,
     MONO,
     PROMPTS,
     STEREO,
@@ -115,6 +118,37 @@ def test_live_models_out(world):
     )
     assert live.generation_params["top_k"] == 0
     assert live.generate(PROMPTS[:1]).shape[-1] == 20 * 64
+
+
+@pytest.mark.parametrize("two_step", [False, True])
+def test_a_student_takes_one_row_per_clip(world, two_step):
+    """Faults: null rows that are computed at cfg_coef=1; other codes without them; a copy that plays the original's
+    weights; guidance that is lost where it is asked for."""
+    folder, *_ = world
+    theirs, ours = open_audiocraft(folder), without_null_rows(without_null_rows(open_audiocraft(folder)))
+
+    def play(live, scale, two_step=two_step):
+        rows = []
+        hook = live.lm.transformer.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+        live.set_generation_params(use_sampling=False, duration=0.4, cfg_coef=scale, two_step_cfg=two_step)
+        codes, steps = live.generate(PROMPTS, return_tokens=True)[1], live.frame_rate * 0.4
+        hook.remove()
+        return codes, sum(rows) / len(PROMPTS) / (steps + 3)
+
+    plain, twice = play(
+        theirs, 1.0, two_step=False
+    )  # in two steps AudioCraft takes the model's own coefficient
+    alone, once = play(ours, 1.0)
+    assert torch.equal(alone, plain) and 1.9 < twice < 2.1 and 0.9 < once < 1.1
+    guided, guided_rows = play(ours, GUIDANCE_SCALE)
+    assert torch.equal(guided, play(theirs, GUIDANCE_SCALE)[0]) and 1.9 < guided_rows < 2.1
+    assert not torch.equal(guided, alone)
+    other = copy.copy(ours)
+    other.lm = copy.deepcopy(ours.lm)
+    with torch.no_grad():
+        other.lm.linears[0].weight.zero_()
+    assert not torch.equal(play(other, 1.0)[0], alone) and torch.equal(play(ours, 1.0)[0], alone)
+    assert from_audiocraft(ours)[0].num_parameters() > 0
 
 
 def test_checkpoints_out(world, tmp_path):

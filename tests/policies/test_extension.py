@@ -1,13 +1,17 @@
 """Clips that begin with given codes: one model after another, and longer music window by window."""
 
+import numpy as np
 import pytest
 import torch
+from transformers.modeling_outputs import BaseModelOutput
 
 from diverse_cfg.policies.loading import load_policy
 from diverse_cfg.policies.musicgen.model import code_logits, encode_text
 from diverse_cfg.policies.sampler import rollout
-from diverse_cfg.policies.sampler.extension import extend
+from diverse_cfg.policies.sampler.draws import keyed_noise
+from diverse_cfg.policies.sampler.extension import extend, hybrid_generate
 from diverse_cfg.policies.sampler.rollout import fast_generate, sample_codes
+from tests import oracles
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
 
 
@@ -67,6 +71,140 @@ def test_extension_is_what_every_window_computes(model):
         wanted = torch.cat([wanted, part.codes[..., 3:]], dim=-1)
     assert torch.equal(clips.codes, wanted)
     assert clips.waveforms.shape[-1] == 17 * 64 and torch.isfinite(clips.waveforms).all()
+
+
+@torch.no_grad()
+def slow_clip(models, scales, text, num_frames, noise, negative=None, adaptive=(0.0, 1)):
+    """One clip by stock forward passes over all that was drawn, in float64 from the logits on.
+
+    Args:
+        models: stock models; the one of step s is `models[s]`.
+        scales: γ of every step.
+        text: the prompt.
+        num_frames: T.
+        noise: [K, T, M].
+        negative: a text in the place of none.
+        adaptive: (ε, n).
+
+    Returns:
+        Codes [K, T], and how many steps were guided.
+    """
+    shape = models[0].config.decoder
+    stereo = shape.audio_channels == 2
+    delays = [codebook // 2 if stereo else codebook for codebook in range(shape.num_codebooks)]
+    texts = [tiny_processor()(text=[one], return_tensors="pt") for one in (text, negative or text)]
+    agreed = guided_steps = 0
+    grid = torch.full((len(delays), 1 + num_frames + max(delays)), shape.vocab_size)
+    codes = torch.zeros(len(delays), num_frames, dtype=torch.long)
+    width = next(size for size in range(int(shape.vocab_size**0.5), 0, -1) if shape.vocab_size % size == 0)
+    groups = shape.vocab_size // width
+    for step in range(num_frames + max(delays)):
+        model, logits = models[step].eval(), []
+        for inputs, seen in zip(texts, (1, negative is not None), strict=True):  # the prompt, then none
+            hidden, mask = model.text_encoder(**inputs).last_hidden_state, inputs["attention_mask"]
+            known = {"encoder_outputs": BaseModelOutput(hidden * seen), "attention_mask": mask * seen}
+            out = model(**known, decoder_input_ids=grid[:, : step + 1], use_cache=False).logits
+            logits.append(out[:, -1].double().numpy())
+        guided = logits[1] + scales[step] * (logits[0] - logits[1])
+        if agreed < adaptive[1]:
+            guided_steps += 1
+            there = [book for book, delay in enumerate(delays) if 0 <= step - delay < num_frames]
+            apart = [
+                0.5 * np.abs(oracles.softmax(logits[0][book]) - oracles.softmax(logits[1][book])).sum()
+                for book in there
+            ]
+            agreed = agreed + 1 if np.mean(apart) < adaptive[0] else 0
+        else:
+            guided = logits[0]
+        for codebook, delay in enumerate(delays):
+            frame = step - delay
+            if not 0 <= frame < num_frames:
+                continue
+            p = np.exp(guided[codebook] - guided[codebook].max())
+            table = (p / p.sum()).reshape(width, groups)
+            of_group, of_member = np.split(noise[codebook, frame].double().numpy(), [groups])
+            group = int((table.sum(0) / of_group).argmax())
+            member = int((table[:, group] / of_member).argmax())
+            codes[codebook, frame] = grid[codebook, step + 1] = member * groups + group
+    return codes, guided_steps
+
+
+@pytest.mark.parametrize(
+    ("frames", "scales"), [(4, (1.0, 1.0)), (1, (3.0, 1.0)), (8, (1.0, 3.0)), (4, (3.0, 2.0))]
+)
+def test_one_model_begins_and_another_goes_on(model, scales, frames):
+    """Every code against stock forward passes, clip by clip. Faults: codes of the first model that the second draws
+    anew or never hears, a switch that is one step off, γ of the wrong model, null rows that nobody counts."""
+    channels, length, steps = model.config.decoder.audio_channels, 9, 12
+    second = load_policy(tiny_musicgen(channels))
+    second.decoder.load_state_dict(tiny_musicgen(channels, seed=1).decoder.state_dict())
+    texts = PROMPTS[:3]
+    how = {"processor": tiny_processor(), "num_frames": length, "seed": 3, "decode": False}
+    settings = how | {"first_frames": frames, "first_guidance_scale": scales[0], "guidance_scale": scales[1]}
+    clips = hybrid_generate(model, second, texts, batch_size=2, **settings)
+    noise = keyed_noise(3, range(len(texts)), 4 * channels, length, 16)
+    for row, text in enumerate(texts):
+        turns = [0] * frames + [1] * (steps - frames)
+        wanted, _ = slow_clip(
+            [(model, second)[turn] for turn in turns],
+            [scales[turn] for turn in turns],
+            text,
+            length,
+            noise[row],
+        )
+        assert torch.equal(clips.codes[row], wanted)
+    cost = (frames + 3) * (1 + (scales[0] > 1)) + steps * (1 + (scales[1] > 1))
+    assert clips.decoder_rows.tolist() == [cost] * len(texts)
+    alone = sample_codes(
+        second, encode_text(second, tiny_processor(), texts), length, seed=3, guidance_scale=scales[1]
+    )
+    again = hybrid_generate(
+        second, second, texts, **settings | {"first_guidance_scale": scales[1]}
+    )  # which follows itself
+    assert torch.equal(again.codes, alone.codes)
+
+
+@pytest.mark.parametrize("negative", [None, "sad drum"])
+@pytest.mark.parametrize("mode", ["eager", "static"])
+def test_null_rows_end_when_they_have_agreed(model, mode, negative, monkeypatch):
+    """Every code against stock forward passes, clip by clip. Faults: one clip's agreement taken for another's, null
+    rows that change places in the cache, cells without a code that count, an end one step too early or too late."""
+    monkeypatch.setattr(rollout, "default_mode", lambda device: mode)
+    channels, length = model.config.decoder.audio_channels, 14
+    adaptive = (0.2 if channels == 1 else 0.15, 2)
+    settings = {"processor": tiny_processor(), "num_frames": length, "seed": 3, "guidance_scale": 3.0}
+    settings |= {"adaptive_guidance": adaptive, "negative_prompt": negative, "decode": False}
+    clips = fast_generate(model, PROMPTS, batch_size=3, **settings)
+    noise, steps = keyed_noise(3, range(len(PROMPTS)), 4 * channels, length, 16), length + 3
+    ends = []
+    for row, text in enumerate(PROMPTS):
+        wanted, guided_steps = slow_clip(
+            [model] * steps, [3.0] * steps, text, length, noise[row], negative, adaptive
+        )
+        assert torch.equal(clips.codes[row], wanted)
+        ends.append(guided_steps)
+    assert len(set(ends)) > 2 and min(ends) < 8  # or the test sees nothing
+    null_rows = torch.tensor(ends) if mode == "eager" else steps  # a GPU computes them in vain
+    assert torch.equal(clips.decoder_rows, steps + torch.zeros(4).long() + null_rows)
+    again = fast_generate(model, PROMPTS, **settings)
+    assert torch.equal(again.codes, clips.codes) and torch.equal(again.decoder_rows, clips.decoder_rows)
+
+
+def test_models_that_cannot_follow_each_other_are_refused(model):
+    """Fault: codes looked up in another codebook, or a first part that is none."""
+    channels = model.config.decoder.audio_channels
+    how = {"processor": tiny_processor(), "num_frames": 9, "seed": 0, "first_frames": 4}
+    for other in (load_policy(tiny_musicgen(3 - channels)), load_policy(tiny_musicgen(channels, seed=1))):
+        with pytest.raises(ValueError, match="codes of another codec"):
+            hybrid_generate(other, model, PROMPTS, **how)
+    for change, said in (
+        ({"first_frames": 9}, "first_frames=9 must be an integer of at least 1 and below the clip's 9"),
+        ({"first_frames": 0}, "first_frames=0 must"),
+        ({"rollout_backend": "transformers"}, "a first model needs rollout_backend='fast'"),
+        ({"negative_prompt": "sad drum"}, "needs guidance"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            hybrid_generate(model, model, PROMPTS, **how | change)
 
 
 @pytest.mark.parametrize(

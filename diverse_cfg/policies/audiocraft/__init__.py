@@ -6,7 +6,12 @@ The policy that is trained is always transformers' class; AudioCraft is a format
 
 from diverse_cfg.policies.audiocraft.folders import is_audiocraft, load_audiocraft, transformers_folder
 from diverse_cfg.policies.audiocraft.importing import import_audiocraft
-from diverse_cfg.policies.audiocraft.live import from_audiocraft, is_live_audiocraft, to_audiocraft
+from diverse_cfg.policies.audiocraft.live import (
+    from_audiocraft,
+    is_live_audiocraft,
+    to_audiocraft,
+    without_null_rows,
+)
 from diverse_cfg.policies.audiocraft.writing import export_audiocraft
 
 __all__ = [
@@ -18,4 +23,5 @@ __all__ = [
     "load_audiocraft",
     "to_audiocraft",
     "transformers_folder",
+    "without_null_rows",
 ]

@@ -5,6 +5,7 @@ Only `to_audiocraft` needs the package; taking an object in works on the object.
 
 import contextlib
 import copy
+import functools
 import importlib
 from collections.abc import Iterator
 from typing import Any
@@ -110,7 +111,8 @@ def to_audiocraft(model: nn.Module, processor: Any = None) -> Any:
 
     Returns:
         The object, on the model's device, set to play as the model does. A distilled model thus comes with
-        `cfg_coef=1`; AudioCraft's own default would guide it a second time.
+        `cfg_coef=1`, at which it takes one decoder row per clip (`without_null_rows`); AudioCraft's own default would
+        guide it a second time.
 
     Raises:
         ImportError: audiocraft is not installed.
@@ -147,7 +149,55 @@ def to_audiocraft(model: nn.Module, processor: Any = None) -> Any:
         duration=_seconds(frames, musicgen.frame_rate) if frames else musicgen.max_duration,
         cfg_coef=float(generation.guidance_scale or 1.0),
     )
-    return musicgen
+    return without_null_rows(musicgen)
+
+
+def without_null_rows(music: Any) -> Any:
+    """Let an `audiocraft.models.MusicGen` leave out the null prompt's rows where `cfg_coef` is 1.
+
+    AudioCraft computes them always, also where the guided logits are the conditional ones: two decoder rows per
+    clip. With this it is one, and the codes are the same up to rounding. Any other `cfg_coef` guides as before.
+
+    Returns:
+        The same object.
+    """
+    if not hasattr(music.lm, "skips_null_rows"):
+        music.lm.__class__ = _one_row(type(music.lm))
+    return music
+
+
+@functools.cache
+def _one_row(kind: type) -> type:
+    """The class of an AudioCraft LMModel, with a step that has no null rows at `cfg_coef` 1."""
+
+    class OneRow(kind):
+        skips_null_rows = True
+
+        def _sample_next_token(
+            self, sequence, cfg_conditions, *args, cfg_coef=None, two_step_cfg=None, **kwargs
+        ):
+            step = super()._sample_next_token
+            coefficient = self.cfg_coef if cfg_coef is None else cfg_coef
+            if coefficient != 1 or not cfg_conditions:
+                return step(
+                    sequence, cfg_conditions, *args, cfg_coef=cfg_coef, two_step_cfg=two_step_cfg, **kwargs
+                )
+            if isinstance(cfg_conditions, tuple):  # two_step_cfg: conditional and null apart
+                conditions = cfg_conditions[0]
+            else:
+                rows = len(sequence)
+                conditions = {name: (x[:rows], mask[:rows]) for name, (x, mask) in cfg_conditions.items()}
+            # Without conditions AudioCraft computes one row per clip; they come in at the model's own door.
+            hook = self.register_forward_pre_hook(
+                lambda _, given, named: (given, named | {"condition_tensors": conditions}), with_kwargs=True
+            )
+            try:
+                return step(sequence, {}, *args, cfg_coef=1.0, two_step_cfg=False, **kwargs)
+            finally:
+                hook.remove()
+
+    OneRow.__name__, OneRow.__qualname__ = kind.__name__, kind.__qualname__
+    return OneRow
 
 
 def _seconds(frames: int, frame_rate: float) -> float:

@@ -31,6 +31,7 @@ class MusicGen(Family):
     model_class = MusicgenForConditionalGeneration
     policy_class = MusicGenPolicy
     codec_prefix = "audio_encoder."
+    guidance_bias = "enc_to_dec_proj.bias"
     processor_needs = Family.processor_needs | {
         "processor": ("processor_config.json", "preprocessor_config.json")
     }

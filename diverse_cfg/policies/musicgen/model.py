@@ -18,6 +18,7 @@ from transformers import MusicgenForConditionalGeneration
 from diverse_cfg.functional.codebooks import apply_delay_pattern
 from diverse_cfg.policies.layers import effective_weight, evaluating
 from diverse_cfg.policies.policy import require_prompts
+from diverse_cfg.policies.shift import SHIFT
 from diverse_cfg.types import TextCondition
 
 LORA_TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
@@ -93,12 +94,16 @@ def frame_rate(model: nn.Module) -> float:
     return codec.sampling_rate / codec.hop_length
 
 
-def usual_seconds(model: nn.Module) -> float:
-    """Length of a clip where nobody names one: what the model's own generation settings ask for, at most 10 s."""
+def own_frames(model: nn.Module) -> int:
+    """Length of the clips that the model's own generation settings ask for, in frames; not above 0 if they do not."""
     own = unwrap(model).generation_config
     # Read from a generation config, both count the steps after the start column.
-    steps = own.max_new_tokens or own.max_length or 0
-    seconds = (steps - max(delays(model))) / frame_rate(model)
+    return (own.max_new_tokens or own.max_length or 0) - max(delays(model))
+
+
+def usual_seconds(model: nn.Module) -> float:
+    """Length of a clip where nobody names one: what the model's own generation settings ask for, at most 10 s."""
+    seconds = own_frames(model) / frame_rate(model)
     return min(seconds, _LONGEST_USUAL) if seconds > 0 else _LONGEST_USUAL
 
 
@@ -134,6 +139,40 @@ def encode_text(model: nn.Module, tokenizer: Any, prompts: Sequence[str]) -> Tex
     return TextCondition(torch.cat(hidden), tokens.attention_mask).select(
         [index[prompt] for prompt in prompts]
     )
+
+
+@torch.no_grad()
+def encode_audio(model: nn.Module, waveforms: Tensor) -> Tensor:
+    """Turn audio into codes with the policy's codec.
+
+    Args:
+        model: the policy.
+        waveforms: at the codec's rate, mono [N, L], stereo [N, 2, L].
+
+    Returns:
+        Codes [N, K, T], T = ⌈L / hop⌉; stereo has left and right codebooks in turn.
+
+    Raises:
+        ValueError: another number of channels, or a codec that cuts audio into chunks or has too few codebooks.
+    """
+    policy = unwrap(model)
+    config, codec = policy.decoder.config, policy.audio_encoder
+    audio = waveforms[:, None] if waveforms.ndim == 2 else waveforms
+    if audio.ndim != 3 or audio.shape[1] != config.audio_channels:
+        raise ValueError(
+            f"waveforms of shape {tuple(waveforms.shape)} are not [N, {config.audio_channels} channel(s), L]"
+        )
+    audio = audio.to(codec.device, codec.dtype)
+    bandwidth = max(codec.config.target_bandwidths)  # of which the released codecs have one
+    with evaluating(codec), torch.autocast(codec.device.type, enabled=False):
+        chunks = [codec.encode(channel, bandwidth=bandwidth).audio_codes for channel in audio.split(1, dim=1)]
+    codes = torch.stack(chunks, dim=3).flatten(2, 3)[0]  # [1, N, K / C, C, T], pairs of one delay adjacent
+    if len(chunks[0]) != 1 or codes.shape[1] != config.num_codebooks:
+        raise ValueError(
+            f"the codec gives {len(chunks[0])} chunk(s) with {codes.shape[1]} codebooks, the decoder reads one "
+            f"with {config.num_codebooks}"
+        )
+    return codes
 
 
 def code_hidden_states(model: nn.Module, codes: Tensor, condition: TextCondition | None) -> Tensor:
@@ -174,12 +213,17 @@ def code_hidden_states(model: nn.Module, codes: Tensor, condition: TextCondition
 
 
 def project_text(model: nn.Module, condition: TextCondition) -> Tensor:
-    """Text-encoder output in the decoder's width, padding zeroed, as the full model does it [B, Lt, D]."""
+    """Text-encoder output in the decoder's width, padding zeroed, as the full model does it [B, Lt, D].
+
+    Where the condition tells γ, the shift that the model has learnt for it is added.
+    """
     policy = unwrap(model)
     hidden = condition.hidden_states
     projection = getattr(policy, "enc_to_dec_proj", None)
     if projection is not None:
         hidden = projection(hidden)
+    if condition.guidance is not None:
+        hidden = hidden + getattr(policy, SHIFT)(condition.guidance)[:, None]
     return hidden * condition.attention_mask[..., None].to(hidden.dtype)
 
 

@@ -12,13 +12,15 @@ from diverse_cfg.policies.musicgen import model as musicgen
 from diverse_cfg.policies.policy import Policy
 from diverse_cfg.policies.sampler import batches
 from diverse_cfg.policies.sampler.rollout import RolloutWeights, decode_codes, sample_codes
+from diverse_cfg.policies.shift import SHIFT
 from diverse_cfg.types import Clips, TextCondition
 
 
 class MusicGenPolicy(Policy):
-    """A `MusicgenForConditionalGeneration` (arXiv 2306.05284): its decoder and the projection into it are trained."""
+    """A `MusicgenForConditionalGeneration` (arXiv 2306.05284): its decoder and the projection into it are trained, and
+    what it adds for a γ that it is told."""
 
-    trained = ("decoder.", "enc_to_dec_proj.")
+    trained = ("decoder.", "enc_to_dec_proj.", f"{SHIFT}.")
     shared = ("text_encoder", "audio_encoder")
     lora_targets = musicgen.LORA_TARGET_MODULES
 
@@ -64,6 +66,13 @@ class MusicGenPolicy(Policy):
 
     def decode(self, codes: Tensor) -> Tensor:
         return decode_codes(self.model, codes)
+
+    @property
+    def audio_channels(self) -> int:
+        return self.model.config.decoder.audio_channels
+
+    def encode(self, waveforms: Tensor) -> Tensor:
+        return musicgen.encode_audio(self.model, waveforms)
 
     def snapshot(self, dtype: torch.dtype | None = None) -> RolloutWeights:
         return RolloutWeights.from_model(self.model, dtype)

@@ -9,6 +9,8 @@ What has to be checked (were the logits finite?) is written down on the way and 
 """
 
 import logging
+from collections.abc import Callable
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -26,6 +28,10 @@ BUCKET = 256
 """Contexts are rounded up to a multiple of this in the static body: few graphs, and little masked work."""
 
 ALIGNMENT = 16
+
+WATCHER: ContextVar[Callable[[int, int], None]] = ContextVar("watcher", default=lambda step, num_steps: None)
+"""Is called before every step of this context's loops, with its number and how many there are; what it raises ends the
+loop: for a progress bar, and to cancel."""
 
 _failed_captures: set[str] = set()
 
@@ -82,7 +88,8 @@ class DecodeLoop:
         guidance = settings.guidance_scale if settings.guided else None
         if isinstance(guidance, tuple):
             guidance = torch.tensor(guidance, device=device)[frame.clamp(0, num_frames - 1)]
-        self.decoder = decoder(weights, num_clips, self.context, condition, guidance)
+        adaptive = settings.adaptive_guidance and (*settings.adaptive_guidance, ~self.no_code[:, 0])
+        self.decoder = decoder(weights, num_clips, self.context, condition, guidance, adaptive)
         self.noise = torch.ones(
             *cells, sum(group_sizes(shape.vocab_size)), dtype=torch.float32, device=device
         )
@@ -96,6 +103,13 @@ class DecodeLoop:
     def nbytes(self) -> int:
         """Size of the caches of keys and values."""
         return sum(cache.nbytes for cache in self.decoder.cache)
+
+    @property
+    def decoder_rows(self) -> Tensor:
+        """Rows that each clip of the last run took [N]."""
+        if self.settings.adaptive_guidance is not None:
+            return self.num_steps + self.decoder.null_rows
+        return torch.full((self.num_clips,), self.num_steps * (1 + self.settings.guided))
 
     def reset(self, condition: TextCondition) -> None:
         """Take another batch: same number of clips, frames and text tokens."""
@@ -120,8 +134,10 @@ class DecodeLoop:
         if self.mode == "graph" and not self._graphs:
             self._capture()
         self._rewind()
+        watch = WATCHER.get()
         with SAMPLING.measured(self.position.device.type) as done:
             for step in range(self.num_steps):
+                watch(step, self.num_steps)
                 if self.mode == "graph":
                     self._graphs[self._bucket(step)].replay()
                 elif self.mode == "static":
@@ -159,6 +175,8 @@ class DecodeLoop:
     def _rewind(self) -> None:
         self.position.zero_()
         self.ids.fill_(self.pad)
+        self.decoder.agreed.zero_()
+        self.decoder.null_rows.zero_()
 
     def _bucket(self, step: int) -> int:
         return min(_round_up(step + 1, BUCKET), self.context)

@@ -23,6 +23,7 @@ from diverse_cfg.functional.codebooks import num_decoder_steps
 from diverse_cfg.policies.layers import evaluating
 from diverse_cfg.policies.musicgen.model import delays, pad_token_id, unwrap
 from diverse_cfg.policies.sampler.draws import SamplingSettings, not_finite, race
+from diverse_cfg.policies.shift import SHIFT
 from diverse_cfg.types import TextCondition
 
 # One call at a time: the codec's method and the generation config are replaced for the while.
@@ -76,6 +77,7 @@ def generate_codes(
         evaluating(policy),
         _generation_config(policy, num_steps, settings),
         _caught_codes(policy) as caught,
+        _told(policy, condition),
         draws,
     ):
         policy.generate(
@@ -86,6 +88,20 @@ def generate_codes(
         )
     codes = torch.stack(caught, dim=2).flatten(1, 2) if config.audio_channels == 2 else caught[0]
     return codes, draws.logps
+
+
+@contextmanager
+def _told(policy: Any, condition: TextCondition) -> Iterator[None]:
+    """Let every row be told its γ: stock MusicGen projects the text of all rows at every step."""
+    if condition.guidance is None:
+        yield
+        return
+    shift = getattr(policy, SHIFT)(condition.guidance)[:, None]
+    hook = policy.enc_to_dec_proj.register_forward_hook(lambda module, given, text: text + shift)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class _KeyedMultinomial(TorchFunctionMode):

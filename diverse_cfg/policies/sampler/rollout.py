@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diverse_cfg.functional.codebooks import num_decoder_steps, revert_delay_pattern
 from diverse_cfg.policies.musicgen.model import delays, encode_text, frame_rate, unwrap
-from diverse_cfg.policies.policy import require_prompts
+from diverse_cfg.policies.policy import as_policy, require_prompts
 from diverse_cfg.policies.sampler.batches import automatic_batch, in_batches, may_be_kept
 from diverse_cfg.policies.sampler.draws import SamplingSettings, keyed_noise, not_finite, require_64_bits
 from diverse_cfg.policies.sampler.loop import DecodeLoop, default_mode
@@ -46,6 +46,7 @@ def fast_generate(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    adaptive_guidance: tuple[float, int] | None = None,
     seed: int | None = None,
     num_generations: int = 1,
     batch_size: int | None = None,
@@ -57,6 +58,7 @@ def fast_generate(
     weights: RolloutWeights | None = None,
     dtype: torch.dtype | None = None,
     prefix: Tensor | None = None,
+    student_guidance: float | None = None,
 ) -> Clips:
     """Generate clips for prompts.
 
@@ -72,6 +74,8 @@ def fast_generate(
         top_k: keep this many codes; 0 keeps all.
         top_p: keep the most likely codes up to this mass; 1 keeps all.
         min_p: drop codes less likely than this fraction of the likeliest; 0 keeps all.
+        adaptive_guidance: (ε, n): no null rows any more once prompt and null prompt have agreed to ε for n steps; see
+            `functional.guidance.adaptive_guidance`. On a GPU they are computed and have no effect.
         seed: same seed, same clips; None takes one from torch's global generator (`torch.manual_seed`).
         num_generations: G clips per prompt.
         batch_size: clips at once; by default up to 64 on a CPU and 256 on a GPU, fewer when their caches
@@ -86,7 +90,9 @@ def fast_generate(
         dtype: of a snapshot taken now, the model's by default; bfloat16 is faster where the hardware has it, but
             rounds differently in batches of different size, so that a clip may depend on its batch.
         prefix: codes that the clips begin with [N, K, Tp], of this or another model with the same codec; what
-            follows is sampled.
+            follows is sampled, and what is −1.
+        student_guidance: γ that the model is told, of a student that was trained for a range of them; by default
+            it plays its reference γ. One row per clip, whatever it is.
 
     Returns:
         N = P·G clips on the model's device, those of one prompt adjacent.
@@ -106,7 +112,7 @@ def fast_generate(
             "fast_generate needs processor=: what load_processor(folder) returns, or a tokenizer"
         )
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    settings = SamplingSettings(guidance_scale, temperature, top_k, top_p, min_p)
+    settings = SamplingSettings(guidance_scale, temperature, top_k, top_p, min_p, adaptive_guidance)
     check_request(
         model,
         processor,
@@ -120,6 +126,8 @@ def fast_generate(
         dtype=dtype,
     )
     _check_weights(model, weights, dtype)
+    if student_guidance is not None:
+        as_policy(model).require_guidance(student_guidance)
     if getattr(unwrap(model), "is_distilled", False):
         warn_if_guided(settings.strongest, stacklevel=3)
     texts = [prompt for prompt in prompts for _ in range(num_generations)]
@@ -128,7 +136,7 @@ def fast_generate(
     # The caller's autocast must not reach in: dtypes are those of the model and of the rollout's weights.
     with torch.autocast(unwrap(model).device.type, enabled=False):
         avoided = [] if negative_prompt is None else [negative_prompt]
-        encoded = encode_text(model, processor, prompts + avoided)
+        encoded = encode_text(model, processor, prompts + avoided).told(student_guidance)
         clips = sample_codes(
             model,
             encoded.select(slice(0, len(prompts))).repeat_interleave(num_generations),
@@ -210,6 +218,9 @@ def sample_codes(
             raise ValueError("negative_condition needs guidance: set guidance_scale above 1")
     _check_counts(batch_size=batch_size)
     _check_weights(model, weights, dtype)
+    if condition.guidance is not None:
+        for scale in condition.guidance.aminmax():
+            as_policy(model).require_guidance(scale.item())
     sample_ids = range(len(condition)) if sample_ids is None else sample_ids
     names = names or [f"row {row} of the condition" for row in range(len(condition))]
     for kind, given in (("sample_ids", sample_ids), ("names", names)):
@@ -227,20 +238,29 @@ def sample_codes(
     policy = unwrap(model)
     size = policy.decoder.config.num_codebooks, num_frames, policy.decoder.config.vocab_size
 
-    def sample(rows: slice) -> tuple[Tensor, Tensor]:
+    num_steps = num_decoder_steps(num_frames, delays(model))
+
+    def sample(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         avoided = None if negative_condition is None else negative_condition.select(rows)
         text = condition.select(rows)
         noise = keyed_noise(seed, sample_ids[rows], *size).to(policy.device)
         if snapshot is None:
-            return generate_codes(model, text, num_frames, settings, noise, avoided, names[rows])
+            played = generate_codes(model, text, num_frames, settings, noise, avoided, names[rows])
+            return *played, torch.full((len(text),), num_steps * (1 + settings.guided))
         begun = None if prefix is None else prefix[rows].to(snapshot.device)
         return _sample(snapshot, text, num_frames, settings, noise, avoided, names[rows], begun)
 
-    codes, logps = _batched(model, snapshot, len(condition), num_frames, settings, batch_size, sample)
+    codes, logps, rows = _batched(model, snapshot, len(condition), num_frames, settings, batch_size, sample)
     if snapshot is not None and weights is None:
         snapshot.loops.clear()  # nobody will use its graphs again
     rate = policy.config.audio_encoder.sampling_rate
-    return Clips(codes, rate, logps if return_logps else None, condition=condition)
+    return Clips(
+        codes,
+        rate,
+        logps if return_logps else None,
+        condition=condition,
+        decoder_rows=rows,
+    )
 
 
 @torch.no_grad()
@@ -333,8 +353,8 @@ def _batched(
     num_frames: int,
     settings: SamplingSettings,
     batch_size: int | None,
-    sample: Callable[[slice], tuple[Tensor, Tensor]],
-) -> tuple[Tensor, Tensor]:
+    sample: Callable[[slice], tuple[Tensor, Tensor, Tensor]],
+) -> tuple[Tensor, Tensor, Tensor]:
     """All clips, in batches of the size that was asked for, or that fits and has fitted before."""
     sizes = {} if weights is None else weights.batch_sizes
     key = (num_frames, settings.guided, batch_size)
@@ -342,12 +362,12 @@ def _batched(
         dtype = unwrap(model).decoder.dtype if weights is None else weights.dtype
         sizes[key] = batch_size or automatic_batch(model, num_frames, settings.guided, dtype)
     batches = in_batches(num_clips, sizes[key], sample, lambda size: sizes.update({key: size}))
-    codes, logps = zip(*batches, strict=True)
+    codes, logps, rows = zip(*batches, strict=True)
     if weights is not None:
         nbytes = sum(loop.nbytes for loop in weights.loops.values())
         if not may_be_kept(nbytes, weights.device):
             weights.loops.clear()
-    return torch.cat(codes), torch.cat(logps)
+    return torch.cat(codes), torch.cat(logps), torch.cat(rows)
 
 
 @torch.no_grad()
@@ -360,8 +380,8 @@ def _sample(
     negative: TextCondition | None,
     names: Sequence[str],
     prefix: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """One batch through the loop: codes and log-probabilities [N, K, T]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One batch through the loop: codes and log-probabilities [N, K, T], and what each clip took [N]."""
     num_clips = len(condition)
     # The caller's autocast must not reach in: the dtype of the rollout is that of its weights.
     with torch.autocast(weights.device.type, enabled=False):
@@ -381,7 +401,7 @@ def _sample(
         revert_delay_pattern(grid[:, :num_clips].permute(1, 2, 0), num_frames, weights.shape.delays)
         for grid in (loop.codes, loop.logps)
     )
-    return codes, logps
+    return codes, logps, loop.decoder_rows[:num_clips].cpu()
 
 
 def _loop_for(
@@ -449,7 +469,7 @@ def _check_prefix(
         )
     if not 0 < prefix.shape[-1] < num_frames:
         raise ValueError(f"prefix has {prefix.shape[-1]} frames, the clips {num_frames}: it must be shorter")
-    if prefix.is_floating_point() or not 0 <= int(prefix.min()) <= int(prefix.max()) < config.vocab_size:
+    if prefix.is_floating_point() or not -1 <= int(prefix.min()) <= int(prefix.max()) < config.vocab_size:
         raise ValueError(f"prefix must hold codes from 0 to {config.vocab_size - 1}: is it of another codec?")
     if return_logps or rollout_backend != "fast":
         raise ValueError("prefix needs rollout_backend='fast', and no return_logps: nobody drew its codes")
@@ -477,6 +497,8 @@ def _check_clips(model: nn.Module, num_frames: int, settings: SamplingSettings, 
         raise ValueError(
             f"guidance_scale has {len(scales)} numbers, one per frame, but the clips have {num_frames} frames"
         )
+    if settings.adaptive_guidance is not None and rollout_backend != "fast":
+        raise ValueError(f"adaptive_guidance needs rollout_backend='fast', not {rollout_backend!r}")
     if isinstance(scales, tuple) and rollout_backend != "fast":
         raise ValueError(
             f"a schedule of guidance_scale needs rollout_backend='fast': rollout_backend={rollout_backend!r} has one γ"

@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from diverse_cfg.policies.layers import base_layer, effective_weight
 from diverse_cfg.policies.musicgen.model import delays, unwrap
+from diverse_cfg.policies.shift import SHIFT, interpolate
 from diverse_cfg.types import TextCondition
 
 # They all compute softmax attention, which is what the loop computes; another name may mean another function.
@@ -59,6 +60,8 @@ class _DecoderShape:
     ffn_size: int
     text_size: int | None
     """Width of the text encoder, where it is projected into the decoder's."""
+    knots: tuple[float, ...] = ()
+    """γ of the table of a student that is told γ."""
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
@@ -78,6 +81,7 @@ class _DecoderShape:
             num_layers=len(decoder.layers),
             ffn_size=config.ffn_dim,
             text_size=policy.text_encoder.config.hidden_size if projected else None,
+            knots=getattr(policy, SHIFT).guidance.knots if hasattr(policy, SHIFT) else (),
         )
 
     @property
@@ -227,7 +231,11 @@ class RolloutWeights:
         """Text in the decoder's width, padding zeroed [B, Lt, D]."""
         hidden = condition.hidden_states.to(self.device, self.tensors["norm"].dtype)
         if "text.weight" in self.tensors:
-            hidden = torch.matmul(hidden, self.tensors["text.weight"]) + self.tensors["text.bias"]
+            bias = self.tensors["text.bias"]
+            if condition.guidance is not None:
+                told = condition.guidance.to(self.device)
+                bias = (bias + interpolate(self.tensors["text.shift"], self.shape.knots, told))[:, None]
+            hidden = torch.matmul(hidden, self.tensors["text.weight"]) + bias
         return hidden * condition.attention_mask.to(hidden)[..., None]
 
 
@@ -382,6 +390,8 @@ def _fused(policy: Any, shape: _DecoderShape) -> Iterator[tuple[str, Tensor]]:
     if shape.text_size is not None:
         yield "text.weight", weight_of(policy.enc_to_dec_proj).T
         yield "text.bias", policy.enc_to_dec_proj.bias
+        if shape.knots:
+            yield "text.shift", getattr(policy, SHIFT).rows()
     for index, layer in enumerate(decoder.layers):
         own, cross = layer.self_attn, layer.encoder_attn
         yield f"layers.{index}.self_norm", weight_of(layer.self_attn_layer_norm)
