@@ -346,6 +346,7 @@ class MusicSFTConfig(TrainingArguments):
 
     # What the parts that this trainer shares with the other one ask for.
     teacher_model: ClassVar[None] = None
+    guidance_range: ClassVar[None] = None
     rollout_backend: ClassVar[str] = "fast"
     rollout_batch_size: ClassVar[None] = None
     ema_decay: ClassVar[float] = 0.0
