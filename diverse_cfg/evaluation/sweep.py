@@ -256,8 +256,8 @@ def write_audio(
 ) -> dict[tuple[str, int], list[str]]:
     """Write the first clips of the first prompts of every system as WAV files of one loudness.
 
-    Beside each lies its picture (`piano_roll`). Nothing is generated: the clips are those that were measured. Files that are there already are kept: they
-    are named after the content of their clips.
+    Beside each lies its picture (`piano_roll`). Nothing is generated: the clips are those that were measured. Files
+    that are there already are kept: they are named after the content of their clips.
 
     Args:
         results: of the sweep; failed systems have no clips.
