@@ -23,7 +23,7 @@ def recordings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("music")
     lengths = (1.0, 1.3, 0.7, 0.2, 2.1, 1.0)
     return [
-        Recording(f"{i}", PROMPTS[i % 4], write(folder / f"{i}.wav", music(seconds, seed=i)))
+        Recording(f"{i}", PROMPTS[i % 4], write(folder / f"{i}.flac", music(seconds, seed=i)))
         for i, seconds in enumerate(lengths)
     ]
 
@@ -176,8 +176,7 @@ def test_a_killed_run_goes_on_to_the_bit(tmp_path, recordings, lora):
         return trainer
 
     straight = run()
-    per_epoch = len(straight.train_dataset) / 2
-    assert 4 < per_epoch <= 6  # the checkpoints lie within the first epoch, and at its end or in the second
+    assert 2 < len(straight.train_dataset) / 2 < 6  # checkpoints lie within the first epoch and behind it
     for step in (2, 6):
         resumed = run(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert largest_difference(trained(resumed), trained(straight)) == 0
