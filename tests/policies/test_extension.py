@@ -12,6 +12,7 @@ from diverse_cfg.policies.sampler.draws import keyed_noise
 from diverse_cfg.policies.sampler.extension import extend, hybrid_generate
 from diverse_cfg.policies.sampler.rollout import fast_generate, sample_codes
 from tests import oracles
+from tests.policies.test_shift import told_musicgen
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
 
 
@@ -188,6 +189,17 @@ def test_null_rows_end_when_they_have_agreed(model, mode, negative, monkeypatch)
     assert torch.equal(clips.decoder_rows, steps + torch.zeros(4).long() + null_rows)
     again = fast_generate(model, PROMPTS, **settings)
     assert torch.equal(again.codes, clips.codes) and torch.equal(again.decoder_rows, clips.decoder_rows)
+
+
+def test_a_student_of_a_range_is_told_its_guidance_when_it_goes_on():
+    """Fault: the model that begins is told too, which it refuses, or neither is."""
+    student, base = told_musicgen().model, load_policy(tiny_musicgen())
+    how = {"processor": tiny_processor(), "num_frames": 9, "seed": 3, "first_frames": 4, "decode": False}
+    found = hybrid_generate(base, student, PROMPTS, student_guidance=2.0, **how).codes
+    folded = told_musicgen()
+    folded.fold_guidance(2.0)
+    assert torch.equal(found, hybrid_generate(base, folded.model, PROMPTS, **how).codes)
+    assert not torch.equal(found, hybrid_generate(base, student, PROMPTS, student_guidance=4.0, **how).codes)
 
 
 def test_models_that_cannot_follow_each_other_are_refused(model):

@@ -131,6 +131,7 @@ def hybrid_generate(
     guidance_scale: float | Sequence[float] = 1.0,
     negative_prompt: str | None = None,
     adaptive_guidance: tuple[float, int] | None = None,
+    student_guidance: float | None = None,
     decode: bool = True,
     first_weights: RolloutWeights | None = None,
     weights: RolloutWeights | None = None,
@@ -153,6 +154,7 @@ def hybrid_generate(
         guidance_scale: γ of the second.
         negative_prompt: for whichever of the two is guided.
         adaptive_guidance: likewise.
+        student_guidance: that the second is told, of a student of a range.
         decode: also make waveforms.
         first_weights: a snapshot of the first model to sample from.
         weights: one of the second.
@@ -185,6 +187,7 @@ def hybrid_generate(
         decode=decode,
         weights=weights,
         prefix=begun.codes.masked_fill(~known, -1),
+        student_guidance=student_guidance,
         **(guidance if guided[1] or not guided[0] else {}),
         **options,
     )
