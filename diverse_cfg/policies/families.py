@@ -261,8 +261,8 @@ def _require_unquantised(path: Path) -> None:
         isinstance(part, dict) and part.get("quantization_config") for part in (content, *content.values())
     ):
         raise ValueError(
-            f"{path.parent} was quantised by another program (quantization_config in {path.name}), and its weights cannot "
-            "be read as they are meant: use the checkpoint that it was made of, in float32, float16 or bfloat16"
+            f"{path.parent} was quantised by another program (quantization_config in {path.name}), and its weights "
+            "cannot be read as they are meant: use the checkpoint that it was made of, in float32, float16 or bfloat16"
         )
 
 
