@@ -14,7 +14,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 OFFLINE = HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick test-lowest lint format hooks house build clean
+.PHONY: help setup demo test test-quick test-lowest lint format hooks house build docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -74,6 +74,10 @@ house: $(STAMP)  ## how much there is to read: lines, definitions, the files of 
 
 build: $(STAMP)  ## sdist and wheel in dist/
 	$(BIN)/python -m build --no-isolation --outdir dist .
+
+docs: $(STAMP)  ## the site in build/site, strictly: the Markdown that is here, and a reference from the code
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[docs]"
+	$(OFFLINE) NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build $(ARGS)
 
 clean:  ## remove .venv, caches and dist/
 	rm -rf $(VENV) $(VENV)-lowest dist build .pytest_cache .ruff_cache

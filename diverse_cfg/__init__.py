@@ -18,6 +18,8 @@ _PUBLIC = {
     "CFGDiversityTrainer": "diverse_cfg.trainer",
     "DiversityReward": "diverse_cfg.rewards",
     "FacetReward": "diverse_cfg.facets",
+    "MusicSFTConfig": "diverse_cfg.config",
+    "MusicSFTTrainer": "diverse_cfg.trainer",
     "RolloutWeights": "diverse_cfg.policies.sampler.weights",
     "export_audiocraft": "diverse_cfg.policies.audiocraft",
     "diverse_subset": "diverse_cfg.subset",
@@ -45,6 +47,8 @@ __all__ = [
     "CFGDiversityTrainer",
     "DiversityReward",
     "FacetReward",
+    "MusicSFTConfig",
+    "MusicSFTTrainer",
     "RolloutWeights",
     "__version__",
     "diverse_subset",
@@ -70,7 +74,7 @@ __all__ = [
 
 if TYPE_CHECKING:  # the same names, for type checkers and editors
     from diverse_cfg.assets import nano_path
-    from diverse_cfg.config import CFGDiversityConfig
+    from diverse_cfg.config import CFGDiversityConfig, MusicSFTConfig
     from diverse_cfg.embeddings import load_embedder
     from diverse_cfg.facets import FacetReward
     from diverse_cfg.merging import inspect_checkpoint, load_slider, merge_checkpoints
@@ -90,7 +94,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from diverse_cfg.prompts import load_prompts
     from diverse_cfg.rewards import DiversityReward
     from diverse_cfg.subset import diverse_subset
-    from diverse_cfg.trainer import CFGDiversityTrainer
+    from diverse_cfg.trainer import CFGDiversityTrainer, MusicSFTTrainer
 
 
 def __getattr__(name: str) -> Any:

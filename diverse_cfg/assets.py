@@ -16,7 +16,13 @@ _NANO = Path(__file__).parent / "assets" / "nano"
 _RECIPES = Path(__file__).parent / "assets" / "recipes"
 if not _RECIPES.is_dir():
     _RECIPES = Path(__file__).parent.parent / "recipes"
-_STAGES = ("quality", "diversity", "merge", "evaluate")  # a recipe's name begins with the command's work
+_STAGES = (
+    "finetune",
+    "quality",
+    "diversity",
+    "merge",
+    "evaluate",
+)  # a recipe's name begins with the command's work
 _TRLS_NAMES = {"multi_gpu": "ddp", "fsdp2": "fsdp", "zero2": "deepspeed_zero2"}
 # What a part cannot do without; the others are checked by whoever loads them.
 _REQUIRED = {"base": ("config.json", "generation_config.json", "model.safetensors")}

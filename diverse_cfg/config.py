@@ -15,8 +15,9 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
+from transformers import TrainingArguments
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy
 from trl import RLOOConfig
 
 from diverse_cfg.effects import idle_settings, refused_settings, unfinished_warmup
@@ -216,23 +217,18 @@ class CFGDiversityConfig(RLOOConfig):
         if isinstance(self.guidance_scale, str):  # of a command line
             text = f"guidance_scale: {self.guidance_scale}"
             self.guidance_scale = parse_settings(text, "guidance_scale")["guidance_scale"]
-        for name in self._VALID_DICT_FIELDS:  # of a command line; transformers does not name them
-            if isinstance(value := getattr(self, name), str) and value.startswith("{"):
-                try:
-                    json.loads(value)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{name}={value!r} is not JSON: {error}") from error
+        _check_json(self)
         self._check_values()
         if self.eval_strategy != "no" or self.eval_on_start or self.do_eval:
             self.check_evaluation()
         # TRL reads an integer in a few places; the trainer sets it to the codes of a clip.
         self.max_completion_length = 1
-        self._choose_bf16()
-        self._check_optim_args()
+        _choose_bf16(self)
+        _check_optim_args(self)
         super().__post_init__()
         self.guards = GuardConfig.from_dict(self.guards)
         self._check_groups()
-        self._check_schedule()
+        _check_schedule(self)
         idle = idle_settings(self) + idle_settings(self.guards) + unfinished_warmup(self)
         if self.process_index == 0 and idle:
             warnings.warn("; ".join(idle), UserWarning, stacklevel=3)
@@ -256,30 +252,8 @@ class CFGDiversityConfig(RLOOConfig):
         values["guards"] = dict(vars(GuardConfig.from_dict(values["guards"])))
         return values
 
-    def _choose_bf16(self) -> None:
-        """bfloat16 where the hardware multiplies it fast: a GPU, or a CPU with AVX512-BF16 or AMX."""
-        if self.bf16 is not None or self.fp16:
-            return
-        if torch.cuda.is_available() and not self.use_cpu:
-            self.bf16 = torch.cuda.is_bf16_supported()
-        elif torch.backends.mps.is_available() and not self.use_cpu:
-            self.bf16 = False
-        else:
-            cpu = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-            self.bf16 = bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
-        if self.bf16 and not torch.cuda.is_available():
-            self.use_cpu = True  # transformers refuses bf16 without a GPU unless the CPU is chosen outright
-
     def _check_values(self) -> None:
-        for name, annotation in field_types(CFGDiversityConfig).items():
-            # Guards check themselves; of `debug`, transformers' own parser makes None.
-            if name not in ("guards", "debug"):
-                require_type(name, getattr(self, name), annotation)
-        for names, (holds, wanted) in _RANGES.items():
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not holds(value):
-                    raise ValueError(f"{name}={value!r} must be {wanted}")
+        _check_types(self, CFGDiversityConfig)
         _ = self.guidance_range
         if self.diversity_coef == 0 and self.distillation_coef == 0:
             raise ValueError("diversity_coef and distillation_coef are both 0: there is nothing to train")
@@ -299,45 +273,6 @@ class CFGDiversityConfig(RLOOConfig):
                 f"sequence_score=True with rollout_source={self.rollout_source!r}: only the student's own "
                 "clips have a gradient through the sampling; use rollout_source='student'"
             )
-
-    def _check_optim_args(self) -> None:
-        """Refuse what transformers cannot read of `optim_args`, or passes over without a word."""
-        entries = self.optim_args.replace(" ", "").split(",") if self.optim_args else []
-        if wrong := [entry for entry in entries if not re.fullmatch("[^=]+=[^=]+", entry)]:
-            raise ValueError(f"optim_args={self.optim_args!r}: {wrong[0]!r} must be name=value")
-        optim = getattr(self.optim, "value", self.optim)
-        own = _OPTIMIZERS.get(optim)
-        if own is None and optim not in ("adamw_torch", "adamw_torch_fused"):
-            return  # those have names of their own
-        optimizers = [own] if own else _OPTIMIZERS.values()  # AdamW reads none, of which `effects` warns
-        known = {name for one in optimizers for name in inspect.signature(one).parameters}
-        for name, _, value in [entry.partition("=") for entry in entries]:
-            if name not in known:
-                raise ValueError(f"optim_args={self.optim_args!r}: optim={optim} has no {name}; leave it out")
-            if name in ("nesterov", "centered"):
-                continue
-            try:
-                float(value)
-            except ValueError as error:
-                raise ValueError(f"optim_args={self.optim_args!r}: {name} must be a number") from error
-
-    def _check_schedule(self) -> None:
-        """Refuse a schedule that could not be built after the model was loaded."""
-        name, given, steps = self.lr_scheduler_type, self.lr_scheduler_kwargs, max(self.max_steps, 1)
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.learning_rate)
-        try:
-            get_scheduler(name, optimizer, self.get_warmup_steps(steps), steps, given)
-        except (TypeError, ValueError) as error:
-            known = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
-            takes = [
-                one
-                for one in inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[name]).parameters
-                if one not in known
-            ]
-            raise ValueError(
-                f"lr_scheduler_type={getattr(name, 'value', name)} with lr_scheduler_kwargs={given}: {error}; "
-                f"set lr_scheduler_kwargs, which may hold {', '.join(takes) or 'nothing'}"
-            ) from error
 
     def check_evaluation(self, pairs: bool | None = None) -> None:
         """Refuse evaluations that would fail when their turn comes: every process takes whole prompt groups.
@@ -374,6 +309,153 @@ class CFGDiversityConfig(RLOOConfig):
             )
 
 
+@dataclass
+class MusicSFTConfig(TrainingArguments):
+    """Settings of `MusicSFTTrainer`: transformers', some with other defaults, and these.
+
+    Args:
+        clip_seconds: length of the training clips, which are cut out of the recordings at random. None: the model's
+            own length, at most 10 s. Memory and time grow with it.
+        text_dropout: share of the clips that are trained on without their text, so that guidance still works.
+        held_out: share of the recordings that are not trained on; `eval_loss` is measured on them. 0 is none.
+        quick: overfit the beginning of the first recording on purpose, to see that everything works: 200 steps at
+            ten times the usual learning rate, unless they are set; nothing is held out.
+        audio_samples: clips generated at every evaluation, with the model's own guidance, for captions of held-out
+            recordings; written to disk and to the trackers.
+        loss_chunk_size: decoder steps whose distributions are held at once.
+    """
+
+    learning_rate: float = 1e-5
+    adam_beta2: float = 0.95
+    bf16: bool | None = None
+    logging_steps: float = 10
+    eval_strategy: IntervalStrategy | str = "epoch"
+    eval_on_start: bool = True
+    save_strategy: SaveStrategy | str = "epoch"
+    save_total_limit: int | None = 2
+    remove_unused_columns: bool | None = False
+    hub_private_repo: bool | None = True
+    hub_strategy: HubStrategy | str = "end"
+
+    clip_seconds: float | None = None
+    text_dropout: float = 0.1
+    held_out: float = 0.1
+    quick: bool = False
+    audio_samples: int = 2
+    loss_chunk_size: int = 256
+
+    # What the parts that this trainer shares with the other one ask for.
+    teacher_model: ClassVar[None] = None
+    guidance_range: ClassVar[None] = None
+    rollout_backend: ClassVar[str] = "fast"
+    rollout_batch_size: ClassVar[None] = None
+    ema_decay: ClassVar[float] = 0.0
+    guidance_range: ClassVar[None] = None
+
+    def __post_init__(self):
+        self.remove_unused_columns = False  # transformers would take captions for one
+        if self.push_to_hub:
+            raise ValueError(
+                "push_to_hub=True: a fine-tuned base is not pushed; upload its folder with hf upload"
+            )
+        if refused := refused_settings(self):
+            raise ValueError("; ".join(refused))
+        _check_json(self)
+        _check_types(self, MusicSFTConfig)
+        if self.quick:
+            self.held_out = self.text_dropout = 0.0
+            self.eval_strategy = self.save_strategy = "no"
+            self.max_steps = self.max_steps if self.max_steps > 0 else 200
+            usual = self.learning_rate == MusicSFTConfig.learning_rate
+            self.learning_rate *= 10 if usual else 1
+        _choose_bf16(self)
+        _check_optim_args(self)
+        super().__post_init__()
+        _check_schedule(self)
+        if self.process_index == 0 and (idle := idle_settings(self) + unfinished_warmup(self)):
+            warnings.warn("; ".join(idle), UserWarning, stacklevel=3)
+
+
+# ---- what is checked for every trainer ------------------------------------------------------------------
+
+
+def _check_json(args: TrainingArguments) -> None:
+    """Settings by name that a command line gives as text; transformers does not name the one that is wrong."""
+    for name in args._VALID_DICT_FIELDS:
+        if isinstance(value := getattr(args, name), str) and value.startswith("{"):
+            try:
+                json.loads(value)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{name}={value!r} is not JSON: {error}") from error
+
+
+def _choose_bf16(args: TrainingArguments) -> None:
+    """bfloat16 where the hardware multiplies it fast: a GPU, or a CPU with AVX512-BF16 or AMX."""
+    if args.bf16 is not None or args.fp16:
+        return
+    if torch.cuda.is_available() and not args.use_cpu:
+        args.bf16 = torch.cuda.is_bf16_supported()
+    elif torch.backends.mps.is_available() and not args.use_cpu:
+        args.bf16 = False
+    else:
+        cpu = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        args.bf16 = bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+    if args.bf16 and not torch.cuda.is_available():
+        args.use_cpu = True  # transformers refuses bf16 without a GPU unless the CPU is chosen outright
+
+
+def _check_types(args: TrainingArguments, owner: type) -> None:
+    """Types of all settings of a class, and ranges of those that `_RANGES` names."""
+    for name, annotation in field_types(owner).items():
+        # Guards check themselves; of `debug`, transformers' own parser makes None.
+        if name not in ("guards", "debug"):
+            require_type(name, getattr(args, name), annotation)
+    for names, (holds, wanted) in _RANGES.items():
+        for name in names.split():
+            value = getattr(args, name, None)
+            if value is not None and not holds(value):
+                raise ValueError(f"{name}={value!r} must be {wanted}")
+
+
+def _check_optim_args(args: TrainingArguments) -> None:
+    """Refuse what transformers cannot read of `optim_args`, or passes over without a word."""
+    entries = args.optim_args.replace(" ", "").split(",") if args.optim_args else []
+    if wrong := [entry for entry in entries if not re.fullmatch("[^=]+=[^=]+", entry)]:
+        raise ValueError(f"optim_args={args.optim_args!r}: {wrong[0]!r} must be name=value")
+    optim = getattr(args.optim, "value", args.optim)
+    own = _OPTIMIZERS.get(optim)
+    if own is None and optim not in ("adamw_torch", "adamw_torch_fused"):
+        return  # those have names of their own
+    optimizers = [own] if own else _OPTIMIZERS.values()  # AdamW reads none, of which `effects` warns
+    known = {name for one in optimizers for name in inspect.signature(one).parameters}
+    for name, _, value in [entry.partition("=") for entry in entries]:
+        if name not in known:
+            raise ValueError(f"optim_args={args.optim_args!r}: optim={optim} has no {name}; leave it out")
+        if name in ("nesterov", "centered"):
+            continue
+        try:
+            float(value)
+        except ValueError as error:
+            raise ValueError(f"optim_args={args.optim_args!r}: {name} must be a number") from error
+
+
+def _check_schedule(args: TrainingArguments) -> None:
+    """Refuse a schedule that could not be built after the model was loaded."""
+    name, given, steps = args.lr_scheduler_type, args.lr_scheduler_kwargs, max(args.max_steps, 1)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
+    try:
+        get_scheduler(name, optimizer, args.get_warmup_steps(steps), steps, given)
+    except (TypeError, ValueError) as error:
+        known = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+        takes = [
+            one for one in inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[name]).parameters if one not in known
+        ]
+        raise ValueError(
+            f"lr_scheduler_type={getattr(name, 'value', name)} with lr_scheduler_kwargs={given}: {error}; "
+            f"set lr_scheduler_kwargs, which may hold {', '.join(takes) or 'nothing'}"
+        ) from error
+
+
 def _explain(owner: type) -> None:
     """Give the fields of a class the texts of its docstring, which `--help` shows."""
     entries = re.findall(r"^ {8}(\w+): (.+(?:\n {9,}.+)*)", owner.__doc__ or "", re.MULTILINE)
@@ -384,6 +466,7 @@ def _explain(owner: type) -> None:
 
 
 _explain(CFGDiversityConfig)
+_explain(MusicSFTConfig)
 
 
 def _is_schedule(value: str) -> bool:
@@ -411,7 +494,10 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "clip_seconds": (lambda value: value > 0, "a positive number of seconds"),
     "diversity_codebooks": (lambda value: value >= 1, "at least 1, or unset (all)"),
     "prefix_lambda": (lambda value: 0 <= value <= 1, "between 0 and 1"),
-    "ema_decay adam_beta1 adam_beta2": (lambda value: 0 <= value < 1, "at least 0 (off) and below 1"),
+    "held_out text_dropout ema_decay adam_beta1 adam_beta2": (
+        lambda value: 0 <= value < 1,
+        "at least 0 (off) and below 1",
+    ),
     "adaptive_clip temperature adam_epsilon num_train_epochs logging_steps eval_steps save_steps": (
         lambda value: value > 0,
         "positive",

@@ -111,7 +111,9 @@ def test_a_folder_of_ones_own_comes_first(tmp_path, monkeypatch):
     """Fault: somebody's folder called nano is silently another model, or other prompts."""
     monkeypatch.chdir(tmp_path)
     assert assets.shipped("nano") == str(assets.nano_path())
-    assert assets.shipped_embedder("eval-encoder") == str(assets.nano_path("eval-encoder"))
+    for part in ("reward-encoder", "within-encoder", "eval-encoder"):
+        assert assets.shipped_embedder(part) == str(assets.nano_path(part))
+    assert assets.shipped_embedder("someone/eval-encoder") == "someone/eval-encoder"
     for name in ("nano", "eval-encoder"):
         (tmp_path / name).mkdir()
         assert assets.shipped(name) == assets.shipped_embedder(name) == name

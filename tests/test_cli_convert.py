@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diverse_cfg.cli import main
+from diverse_cfg.functional.guidance import GuidanceRange
 from diverse_cfg.policies.loading import is_distilled, load_policy
+from diverse_cfg.policies.shift import GuidanceShift, read_shift
 from diverse_cfg.provenance import Provenance, write_provenance
 
 DATA = Path(__file__).parent / "policies" / "data" / "audiocraft" / "mono"
@@ -180,3 +182,17 @@ def test_evaluation_knows_the_checkpoint_by_its_content(tmp_path):
     package["best_state"]["linears.0.weight"].add_(1)
     torch.save(package, folder / "state_dict.bin")
     assert content_digest(folder) != first
+
+
+def test_a_table_of_guidance_travels(student, tmp_path):
+    """Fault: `diverse_cfg.json` tells of a range in a folder that has lost its table."""
+    width = load_policy(student).config.decoder.hidden_size
+    guidance = GuidanceRange.of({"low": 1, "high": 5})
+    GuidanceShift.of(guidance, torch.randn(5, width)).save(student)
+    content = json.loads((student / "diverse_cfg.json").read_text()) | {"guidance_range": [1, 5]}
+    (student / "diverse_cfg.json").write_text(json.dumps(content))
+    for source, kind in ((student, "transformers"), (tmp_path / "transformers", "audiocraft")):
+        assert main(["convert", str(source), "--to", kind, "--output", str(tmp_path / kind)]) == 0
+        found = load_policy(tmp_path / kind).guidance_shift
+        assert found.guidance == guidance
+        assert torch.equal(found.table, read_shift(student).table)

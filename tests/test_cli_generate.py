@@ -127,6 +127,8 @@ def test_guidance_that_changes_over_the_clip(called, tiny_folder, capsys):
     ]
     assert main([*arguments, "--guidance-schedule", "interval 0 0.5"]) == 0
     assert called[0][-1]["guidance_scale"] == (3.0, 3.0, 3.0, 1.0, 1.0)
+    assert main([*arguments, "--guidance-schedule", "adaptive 0.1 5"]) == 0
+    assert called[1][-1]["guidance_scale"] == 3.0 and called[1][-1]["adaptive_guidance"] == (0.1, 5)
     assert main([*arguments, "--guidance-schedule", "ramp"]) == 2
     assert "guidance_schedule='ramp' must be constant, linear" in capsys.readouterr().err
 
@@ -155,6 +157,14 @@ def test_a_student_plays_without_guidance_and_as_it_was_trained(called, student,
     settings = called[0][-1]
     assert (settings["guidance_scale"], settings["top_k"], settings["temperature"]) == (1.0, 0, 0.9)
     assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", [["--guidance-schedule", "linear"], ["--negative-prompt", "noise"]])
+def test_guidance_that_a_student_does_not_have_is_refused(called, student, refused, flag):
+    """Fault: the schedule of a model's own γ = 1 does nothing, and nothing says so."""
+    words = ["generate", "--model", student, "--prompt", PROMPT, "--output", "out"]
+    assert f"{' '.join(flag)} has no effect for a model that plays with γ = 1" in refused(*words, *flag)
+    assert not called
 
 
 def test_a_student_that_is_guided_all_the_same(student, tmp_path, capsys):

@@ -190,11 +190,11 @@ def config_for(output, resume=None, process_index=0):
 def test_where_training_continues(tmp_path, caplog):
     run = tmp_path / "run"
     caplog.set_level("INFO", "diverse_cfg")
-    assert command._checkpoint(config_for(run)) is None and not caplog.messages
-    assert command._checkpoint(config_for(run, "true")) is None  # nothing there yet: begin, and say so
+    assert command.checkpoint_of(config_for(run)) is None and not caplog.messages
+    assert command.checkpoint_of(config_for(run, "true")) is None  # nothing there yet: begin, and say so
     assert "run holds no complete checkpoint, so the run begins anew" in caplog.messages[0]
     run.mkdir()
-    assert command._checkpoint(config_for(run)) is None
+    assert command.checkpoint_of(config_for(run)) is None
     for step in (5, 10, 15):
         (run / f"checkpoint-{step}").mkdir()
         if step < 15:  # the last one was cut off while it was written
@@ -202,12 +202,12 @@ def test_where_training_continues(tmp_path, caplog):
     with pytest.raises(
         FileExistsError, match="not empty; add --resume_from_checkpoint true, or choose another"
     ):
-        command._checkpoint(config_for(run))
-    assert command._checkpoint(config_for(run, "False", process_index=1)) is None
-    assert command._checkpoint(config_for(run, "true")) == str(run / "checkpoint-10")
-    assert command._checkpoint(config_for(run, str(run / "checkpoint-5"))) == str(run / "checkpoint-5")
+        command.checkpoint_of(config_for(run))
+    assert command.checkpoint_of(config_for(run, "False", process_index=1)) is None
+    assert command.checkpoint_of(config_for(run, "true")) == str(run / "checkpoint-10")
+    assert command.checkpoint_of(config_for(run, str(run / "checkpoint-5"))) == str(run / "checkpoint-5")
     with pytest.raises(ValueError, match="is not a folder; pass true"):
-        command._checkpoint(config_for(run, "checkpoint-7"))
+        command.checkpoint_of(config_for(run, "checkpoint-7"))
 
 
 def test_reward_functions_by_name(monkeypatch):
@@ -283,3 +283,17 @@ def test_a_split_of_held_out_prompts_in_a_file_is_refused(tmp_path):
         command._held_out(args)
     args.dataset_test_split = None
     assert command._held_out(args)["prompt"] == ["a", "b"]
+
+
+@pytest.mark.parametrize("split", ["train", "test", None])
+def test_what_it_trains_on_is_not_held_out(tmp_path, split):
+    """Fault: the training prompts are evaluated on, by a split's name that says or means nothing."""
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    again = None if split else str(tmp_path)
+    args = command.TrainArguments("m", str(tmp_path), eval_dataset_name=again, dataset_test_split=split)
+    message = "evaluated on what it trains on" if split == "train" else "split='test': .* has no splits"
+    with pytest.raises(ValueError, match=message):
+        command._held_out(args)
+    args.eval_dataset_name = str(tmp_path / "prompts.txt")
+    args.dataset_test_split = None
+    assert command._held_out(args)["prompt"] == ["a", "b"], "asked for by another name"

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import pipeline
 
 from diverse_cfg.cards import render_card
 from diverse_cfg.cli import main
+from diverse_cfg.evaluation.sweep import kept_codes
+from diverse_cfg.evaluation.systems import System, single
 from diverse_cfg.functional.guidance import GuidanceRange
 from diverse_cfg.merging import format_report, inspect_checkpoint, load_slider, merge_checkpoints, merge_sweep
 from diverse_cfg.policies.loading import load_policy
@@ -18,7 +21,8 @@ from diverse_cfg.policies.shift import SHIFT_FILE, GuidanceShift
 from diverse_cfg.provenance import read_provenance
 from tests import checkpoints as made
 from tests.checkpoints import edit_json
-from tests.tiny import tiny_processor
+from tests.evaluation.worlds import small_sweep
+from tests.tiny import PROMPTS, tiny_processor
 
 BIAS = "enc_to_dec_proj.bias"
 RANGES = {"full1": {"low": 1, "high": 5}, "lora1": {"low": 1, "high": 5}, "lora2": [1, 3, 4]}
@@ -80,7 +84,7 @@ def test_a_merge_keeps_the_range(world, tmp_path, format):
     merge_checkpoints(pair, 0.3, tmp_path / "told", format=format)
     told = as_policy(load_policy(tmp_path / "told"), tiny_processor())
     assert read_provenance(tmp_path / "told").guidance_range == [1, 4]
-    assert told.shift.guidance.knots == (1, 1.5, 2, 2.5, 3, 3.5, 4)
+    assert told.shift.guidance.knots == (1, 2, 3, 4)
     codes = torch.zeros(1, 4, 6, dtype=torch.long)
     for scale in (1.0, 1.7, 3.0, 4.0):
         merge_checkpoints(pair, 0.3, tmp_path / f"baked{scale}", bake_guidance=scale)
@@ -126,11 +130,17 @@ def test_the_slider_over_the_grid_plays_the_baked_merges(world, tmp_path):
 
 
 def test_one_student_told_is_the_same_as_baked(world, tmp_path):
-    """`fast_generate(student_guidance)`, the command and the merge: the same codes."""
+    """`fast_generate(student_guidance)`, the command and the merge: the same codes; transformers plays the last."""
     baked = load_policy(merge_checkpoints([world["lora1"]], None, tmp_path / "baked", bake_guidance=2.3))
     settings = {"processor": tiny_processor(), "num_frames": 10, "seed": 0, "top_k": 250, "decode": False}
     found = fast_generate(load_policy(world["lora1"]), "sad cello", student_guidance=2.3, **settings)
     assert torch.equal(found.codes, fast_generate(baked, "sad cello", **settings).codes)
+    music, rows = pipeline("text-to-audio", model=str(tmp_path / "baked")), []
+    music.model.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    music("sad cello")
+    assert set(rows) == {4}, "a row for each codebook of one clip, and none for the null prompt"
     rest = ["--prompt", "sad cello", "--seconds", "0.2"]
     for name, model, more in (
         ("told", ["--model", str(world["lora1"])], ["--student-guidance", "2.3"]),
@@ -199,3 +209,19 @@ def test_what_it_says_of_itself(world, tmp_path):
     assert "plays γ = 3" in card
     folder = merge_checkpoints([world["full1"]], None, tmp_path / "baked", bake_guidance=2)
     assert "told" not in render_card(folder)
+
+
+def test_a_sweep_tells_a_student_its_guidance(world, tmp_path):
+    """Codes of a system are those of the told student; another γ is another entry of the cache."""
+    sweep = small_sweep(tmp_path)
+    lora = single(world["lora1"])
+    systems = [System(f"γ {scale}", lora, student_guidance=scale) for scale in (None, 2.3, 9.0)]
+    found = sweep.run(systems, progress=False)
+    model = load_policy(world["lora1"])
+    for system in systems[:2]:
+        told = fast_generate(
+            model, PROMPTS, processor=tiny_processor(), num_frames=12, seed=0, num_generations=3, decode=False,
+            student_guidance=system.student_guidance,
+        )  # fmt: skip
+        assert (kept_codes(system, sweep) == told.codes.numpy()).all()
+    assert "from 1 to 5" in found["γ 9.0"].error

@@ -21,6 +21,7 @@ from diverse_cfg.cli import (
     convert,
     demo,
     evaluate,
+    finetune,
     generate,
     inspect,
     listen,
@@ -37,18 +38,8 @@ from diverse_cfg.threads import available_cores
 from diverse_cfg.untrusted import plain
 
 _IN_ORDER = (
-    demo,
-    train,
-    generate,
-    merge,
-    evaluate,
-    play,
-    listen,
-    inspect,
-    convert,
-    publish,
-    train_embedder,
-    recipes,
+    *(demo, finetune, train, generate, merge, evaluate, play, listen, inspect, convert, publish),
+    *(train_embedder, recipes),
 )
 COMMANDS: tuple[Command, ...] = tuple(module.COMMAND for module in _IN_ORDER)
 

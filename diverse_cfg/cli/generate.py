@@ -73,7 +73,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--guidance-schedule",
         metavar="NAME",
-        help="γ over the clip: linear or cosine (down to 1), or 'interval A B' of places in [0, 1]",
+        help="γ over the clip: linear or cosine (down to 1), 'interval A B' of places in [0, 1], or 'adaptive E N': no "
+        "null rows once they have differed by less than E, a total variation, for N steps",
     )
     add("--negative-prompt", help="text to be guided away from, instead of no text")
     add("--temperature", type=float, help="default: the model's own, or 1; 0 is greedy")
@@ -110,7 +111,7 @@ def _run(args: argparse.Namespace) -> None:
         if Path(source).is_file():
             refuse_idle(args, "prompts_split", "for a file, which has no splits")
         split, column = args.prompts_split or "test", args.prompt_column
-        prompts = load_prompts(source, split=split, column=column)["prompt"]
+        prompts = load_prompts(source, split=split, column=column, default_split="test")["prompt"]
     args.num_generations = args.takes or args.num_generations
     if args.temperature == 0:
         refuse_idle(args, "seed top_k top_p min_p", "at temperature 0, which takes the most likely codes")
@@ -132,7 +133,7 @@ def _run(args: argparse.Namespace) -> None:
 
     import torch
 
-    from diverse_cfg.functional.guidance import guidance_schedule
+    from diverse_cfg.functional.guidance import adaptive_guidance, guidance_schedule
     from diverse_cfg.policies.files import generate_files
     from diverse_cfg.policies.loading import load_processor, torch_device
     from diverse_cfg.policies.policy import as_policy
@@ -141,7 +142,7 @@ def _run(args: argparse.Namespace) -> None:
 
     device = torch_device(args.device)
     if args.guidance_schedule is not None:
-        guidance_schedule(args.guidance_schedule, 2.0, 2)  # it is one
+        _ = adaptive_guidance(args.guidance_schedule) or guidance_schedule(args.guidance_schedule, 2.0, 2)
     SamplingSettings(**typed)  # in range
     if args.first_guidance_scale is not None:
         SamplingSettings(args.first_guidance_scale)
@@ -152,13 +153,18 @@ def _run(args: argparse.Namespace) -> None:
     sampling = {"guidance_scale": 1.0, "temperature": 1.0, "top_k": USUAL_TOP_K}
     own = {name: getattr(model.generation_config, name) for name in sampling}
     sampling |= {name: value for name, value in own.items() if value is not None} | typed
+    if sampling["guidance_scale"] == 1:
+        where = "for a model that plays with γ = 1 (name another with --guidance-scale)"
+        refuse_idle(args, "negative_prompt guidance_schedule", where)
     name = " + ".join([args.model, *args.adapter])
     if args.merge_weight:
         name += f" at {' '.join(f'{weight:g}' for weight in args.merge_weight)}"
     if args.student_guidance is not None:
         name += f", student γ {args.student_guidance:g}"
     num_frames = max(1, round((args.seconds or policy.usual_seconds) * policy.frame_rate))
-    if args.guidance_schedule is not None:
+    if adaptive := adaptive_guidance(args.guidance_schedule or ""):
+        sampling["adaptive_guidance"] = adaptive
+    elif args.guidance_schedule is not None:
         scale = sampling["guidance_scale"]
         sampling["guidance_scale"] = guidance_schedule(args.guidance_schedule, scale, num_frames)
     if args.extend:

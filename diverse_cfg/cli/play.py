@@ -3,7 +3,6 @@
 import argparse
 from pathlib import Path
 
-from diverse_cfg.assets import shipped_embedder
 from diverse_cfg.cli.command import Command, model_source, number
 from diverse_cfg.cli.quiet import quiet_libraries
 
@@ -42,8 +41,7 @@ def _run(args: argparse.Namespace) -> None:
     from diverse_cfg.playing.page import serve
     from diverse_cfg.playing.player import Player
 
-    encoder = shipped_embedder(args.encoder) if args.encoder else None
-    player = Player(models, base=base, device=args.device, encoder=encoder)
+    player = Player(models, base=base, device=args.device, encoder=args.encoder)
     serve(player, args.output, port=args.port, inbrowser=args.open)
 
 

@@ -9,9 +9,10 @@ import contextlib
 import difflib
 import importlib.util
 import logging
+import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,20 @@ _TRACKERS = {
 }
 
 
+@dataclass(kw_only=True)
+class LoraArguments:
+    """LoRA, named as in TRL's scripts."""
+
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter is lora_alpha / lora_r."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules to adapt. Default: the decoder's own projections."}
+    )
+
+
 @dataclass
-class TrainArguments:
+class TrainArguments(LoraArguments):
     """What `CFGDiversityConfig` does not hold: model, prompts and LoRA, named as in TRL's scripts."""
 
     model_name_or_path: str = field(
@@ -75,12 +88,6 @@ class TrainArguments:
             "With reward_weights, the diversity reward comes first; it and the facets have weight 1."
         },
     )
-    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter is lora_alpha / lora_r."})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Modules to adapt. Default: the decoder's own projections."}
-    )
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,35 +95,55 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    words = _words(args.rest)
-    if launch.wanted(words):
-        return launch.launch("train", words)
-    from trl import TrlParser
+    if launch.wanted(args.rest):
+        return launch.launch("train", recipes_as_files(args.rest))
 
     from diverse_cfg.config import CFGDiversityConfig
+
+    train_args, config = parse_settings("train", USAGE, TrainArguments, CFGDiversityConfig, args.rest)
+    train(train_args, config)
+    if config.process_index == 0:
+        print(config.output_dir)
+
+
+def parse_settings(command: str, usage: str, own: type, config: type, rest: list[str]) -> tuple[Any, Any]:
+    """Settings of a trainer from flags and a recipe, by TRL's parser.
+
+    Args:
+        command: its name.
+        usage: its first line of help.
+        own: dataclass of what the trainer's configuration does not hold.
+        config: the trainer's configuration.
+        rest: the command line.
+
+    Raises:
+        ValueError: a setting that does not exist, or a value of another type; or LoRA's settings without LoRA.
+    """
+    from trl import TrlParser
+
     from diverse_cfg.effects import idle_settings
     from diverse_cfg.settings import field_types, read_settings, require_type
 
     # TRL's annotation does not see that both are dataclasses.
-    kinds: Any = (TrainArguments, CFGDiversityConfig)
+    kinds: Any = (own, config)
+    prog = f"diverse-cfg {command}"
     parser = TrlParser(
         kinds,
-        prog="diverse-cfg train",
-        usage=USAGE,
+        prog=prog,
+        usage=usage,
         description=DESCRIPTION,
         allow_abbrev=False,
         formatter_class=_Help,
     )
-    _own_settings_first(parser, CFGDiversityConfig)
-    parser._option_string_actions[
-        "--guidance_scale"
-    ].type = str  # a number, or a range that the settings read
-    recipe = {}
+    _own_settings_first(parser, own, config)
+    if "--guidance_scale" in parser._option_string_actions:  # a number, or a range that the settings read
+        parser._option_string_actions["--guidance_scale"].type = str
+    words, recipe = recipes_as_files(rest), {}
     if "--config" in words:
         recipe = read_settings(words[words.index("--config") + 1])
     typed = [word.partition("=")[0] for word in words if word.startswith("--")]
-    _check_names([*typed, *(f"--{name}" for name in recipe if name != "env")], parser)
-    annotations = field_types(TrainArguments) | field_types(CFGDiversityConfig)
+    _check_names([*typed, *(f"--{name}" for name in recipe if name != "env")], parser, command)
+    annotations = field_types(own) | field_types(config)
     for name in [name for name in recipe if name != "env"]:
         if name not in annotations:  # another spelling of a command line
             spelling = parser._option_string_actions[f"--{name}"].dest
@@ -124,16 +151,14 @@ def _run(args: argparse.Namespace) -> None:
         require_type(name, recipe[name], annotations[name])
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)  # of settings without effect, also when asked for again
-        train_args, config = parser.parse_args_and_config(words)
-    _check_trackers(config.report_to or [])
-    if idle := idle_settings(train_args):  # LoRA's, without which all weights would be trained
+        own_args, settings = parser.parse_args_and_config(words)
+    _check_trackers(settings.report_to or [])
+    if idle := idle_settings(own_args):  # LoRA's, without which all weights would be trained
         raise ValueError("; ".join(idle))
-    train(train_args, config)
-    if config.process_index == 0:
-        print(config.output_dir)
+    return own_args, settings
 
 
-def _words(rest: list[str]) -> list[str]:
+def recipes_as_files(rest: list[str]) -> list[str]:
     """The command line as TRL's parser reads it, which knows neither `--config=FILE` nor recipes by name."""
     words = []
     for word in rest:
@@ -156,12 +181,12 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def _own_settings_first(parser: argparse.ArgumentParser, config_class: type) -> None:
+def _own_settings_first(parser: argparse.ArgumentParser, own: type, config: type) -> None:
     """What this method adds or changes before the two hundred settings of a trainer; `output_dir` is asked
     for."""
-    own = {*TrainArguments.__annotations__, *config_class.__annotations__, "output_dir"}
+    names = {"output_dir", *(item.name for item in fields(own)), *config.__annotations__}
     ours, theirs = parser.add_argument_group("this method"), parser._optionals
-    for action in [action for action in theirs._group_actions if action.dest in own]:
+    for action in [action for action in theirs._group_actions if action.dest in names]:
         theirs._group_actions.remove(action)
         ours._group_actions.append(action)
         action.required |= action.dest == "output_dir"
@@ -170,13 +195,13 @@ def _own_settings_first(parser: argparse.ArgumentParser, config_class: type) -> 
     parser._action_groups.insert(0, ours)
 
 
-def _check_names(names: list[str], parser: argparse.ArgumentParser) -> None:
+def _check_names(names: list[str], parser: argparse.ArgumentParser, command: str) -> None:
     known = {"--config", *parser._option_string_actions}
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            remedy = f"did you mean {near[0]}?" if near else "see diverse-cfg train --help"
-            raise ValueError(f"train has no setting {name}; {remedy}")
+            remedy = f"did you mean {near[0]}?" if near else f"see diverse-cfg {command} --help"
+            raise ValueError(f"{command} has no setting {name}; {remedy}")
 
 
 def _check_trackers(names: list[str]) -> None:
@@ -197,7 +222,7 @@ def train(args: TrainArguments, config, callbacks: Sequence[Any] = ()) -> None:
         config: a `CFGDiversityConfig`.
         callbacks: for the trainer; with any, logs are not printed beside what they show.
     """
-    config.resume_from_checkpoint = _checkpoint(config)  # before anything is loaded
+    config.resume_from_checkpoint = checkpoint_of(config)  # before anything is loaded
     with alone(config.output_dir) if config.process_index == 0 else contextlib.nullcontext():
         _train(args, config, callbacks)
 
@@ -219,20 +244,13 @@ def _train(args: TrainArguments, config, callbacks: Sequence[Any]) -> None:
             f"dataset_train_split={args.dataset_train_split}: the file {source} has no splits; leave it out"
         )
     prompts = load_prompts(source, split=args.dataset_train_split, column=args.dataset_prompt_column)
-    peft_config = None
-    if args.use_peft:
-        from peft import LoraConfig
-
-        peft_config = LoraConfig(
-            r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=args.lora_target_modules
-        )
     trainer = CFGDiversityTrainer(
         model,
         reward_funcs=_rewards(args, config, model),
         args=config,
         train_dataset=prompts,
         eval_dataset=_held_out(args),
-        peft_config=peft_config,
+        peft_config=lora_of(args),
         callbacks=list(callbacks),
     )
     if callbacks:
@@ -244,6 +262,15 @@ def _train(args: TrainArguments, config, callbacks: Sequence[Any]) -> None:
     # Left to the interpreter's exit, or while another process still talks, gloo's threads now and then abort.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+
+
+def lora_of(args: LoraArguments) -> Any:
+    """The adapter that is asked for; None for all weights."""
+    if not args.use_peft:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=args.lora_target_modules)
 
 
 def _resolve_nano(config) -> None:
@@ -290,10 +317,20 @@ def _held_out(args: TrainArguments):
         raise ValueError(
             f"dataset_test_split={args.dataset_test_split}: the file {source} has no splits; leave it out"
         )
-    return load_prompts(source, split=args.dataset_test_split or "test", column=args.dataset_prompt_column)
+    split = args.dataset_test_split or "test"
+    trains_on = prompt_source(args.dataset_name)
+    seen = os.path.realpath(source) == os.path.realpath(trains_on)
+    if seen and split == args.dataset_train_split:
+        raise ValueError(
+            f"dataset_test_split={split}: it would be evaluated on what it trains on, the same split of {source}; name "
+            "another, or held-out prompts with eval_dataset_name"
+        )
+    # Of what it trains on only a split of its own is held out.
+    usual = "train" if seen else "test"
+    return load_prompts(source, split=split, column=args.dataset_prompt_column, default_split=usual)
 
 
-def _checkpoint(config) -> str | None:
+def checkpoint_of(config) -> str | None:
     """Where to continue; None to begin. A folder with something in it is not written over by accident."""
     from diverse_cfg.reading import last_checkpoint
 

@@ -23,10 +23,11 @@ from diverse_cfg.embeddings import Embedder, audio
 from diverse_cfg.evaluation.cache import Cache, content_digest, digest, file_digest, weights_digest
 from diverse_cfg.evaluation.generations import Player, Progress
 from diverse_cfg.evaluation.systems import System
-from diverse_cfg.functional.guidance import guided_logits
+from diverse_cfg.functional.guidance import before_agreement, guided_logits, total_variation
 from diverse_cfg.nano import attributes, rules
 from diverse_cfg.policies.policy import Policy
 from diverse_cfg.policies.sampler.draws import SamplingSettings, sampling_logits
+from diverse_cfg.policies.sampler.extension import drawn_first
 from diverse_cfg.rewards import AestheticsReward, TextAdherenceReward
 from diverse_cfg.threads import EVALUATION
 from diverse_cfg.types import TextCondition
@@ -280,13 +281,20 @@ class DivergenceFeature:
         student, teacher = batch.player.policy, self.teacher.policy
         self._check(student, teacher)
         device = student.device
-        sampling = batch.system.sampling_of(batch.codes.shape[-1])
+        num_frames = batch.codes.shape[-1]
+        sampling = batch.system.sampling_of(num_frames)
+        first = None if batch.player.first is None else batch.player.first.policy
+        by_first = drawn_first(num_frames, batch.system.first_frames, student.delays)[..., None].to(device)
         of_student, of_teacher = (policy.encode_text(batch.prompts) for policy in (student, teacher))
         at_once = max(1, _LOGIT_BYTES // (8 * 4 * student.vocab_size * batch.codes[0].numel()))
         kl, entropy = [], []
         for rows in torch.arange(len(batch.codes)).split(at_once):
             codes, select = batch.codes[rows].to(device), rows.to(device)
             p = _distribution(student, codes, of_student.select(select), sampling)
+            if first is not None:
+                text = first.encode_text([batch.prompts[row] for row in rows])
+                begun = _distribution(first, codes, text, batch.system.first_sampling)
+                p = torch.where(by_first, begun, p)
             q = _distribution(teacher, codes, of_teacher.select(select), self.sampling)
             weight = p.exp()
             # 0·log 0 = 0: a filter's −inf belongs to a probability of 0.
@@ -322,7 +330,11 @@ def _distribution(
         null = policy.code_logits(codes, policy.null(condition))
         scale = sampling.guidance_scale
         scale = torch.tensor(scale, device=codes.device) if isinstance(scale, tuple) else scale
-        logits = guided_logits(logits, null, scale)
+        guided = guided_logits(logits, null, scale)
+        if sampling.adaptive_guidance is not None:
+            logits = torch.where(_before_agreement(policy, logits, null, sampling), guided, logits)
+        else:
+            logits = guided
     logits = sampling_logits(logits, sampling)
     if sampling.greedy:
         logits = logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True), -torch.inf)
@@ -374,6 +386,18 @@ def _computed(
         name: {column: np.concatenate([part[column] for part in of_feature]) for column in of_feature[0]}
         for name, of_feature in parts.items()
     }
+
+
+def _before_agreement(policy: Policy, cond: Tensor, null: Tensor, sampling: SamplingSettings) -> Tensor:
+    """Which codes of adaptive guidance were drawn under γ [B, K, T, 1]; a step holds codes of different frames."""
+    assert sampling.adaptive_guidance is not None
+    variation, delays, frames = total_variation(cond, null), policy.delays, cond.shape[2]
+    steps = variation.new_zeros(2, len(cond), frames + max(delays))
+    for codebook, delay in enumerate(delays):
+        steps[0, :, delay : delay + frames] += variation[:, codebook]
+        steps[1, :, delay : delay + frames] += 1
+    guided = before_agreement(steps[0] / steps[1], *sampling.adaptive_guidance)
+    return torch.stack([guided[:, delay : delay + frames] for delay in delays], dim=1)[..., None]
 
 
 def _floats(columns: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -178,6 +178,57 @@ def merge_curve(results: Results, series: str, metrics: Sequence[str], stem: str
         return save(figure, stem, pd.DataFrame(table))
 
 
+def surface(results: Results, series: str, metrics: Sequence[str], stem: str | os.PathLike) -> list[Path]:
+    """Metrics over the plane of γ and λ, of merges that are told γ: contour lines between the systems' dots.
+
+    Args:
+        results: of a sweep.
+        series: whose systems have a `student_guidance` and a `merge_weight`, in at least two values each.
+        metrics: one panel each.
+        stem: path without ending.
+
+    Raises:
+        ValueError: no such series.
+    """
+    rows = [
+        row for row in on_surface(results, series) if all(row.number(m).estimate is not None for m in metrics)
+    ]
+    if not rows:
+        raise ValueError(
+            f"series {series!r} has no grid of student_guidance and merge_weight: there is no surface"
+        )
+    places = [(row.system.student_guidance, row.system.merge_weight) for row in rows]
+    told, weights = zip(*places, strict=True)
+    table = [
+        {"system": row.system.name, "student_guidance": scale, "merge_weight": weight}
+        | _numbers(row, *metrics)
+        for row, (scale, weight) in zip(rows, places, strict=True)
+    ]
+    with matplotlib.rc_context(STYLE):
+        figure, panels = new_figure(len(metrics), height=2.2)
+        for axes, metric in zip(panels, metrics, strict=False):
+            values = [_value(row, metric) for row in rows]
+            axes.plot(told, weights, linestyle="none", marker=".", markersize=3, color="0.6")
+            if max(values) > min(values):
+                axes.clabel(
+                    axes.tricontour(told, weights, values, levels=6, cmap="viridis"), fontsize=_LABEL_SIZE
+                )
+            axes.set_title(METRICS[metric].axis)
+            axes.set_xlabel("γ that is told")
+            axes.set_ylabel("merge weight λ")
+        return save(figure, stem, pd.DataFrame(table))
+
+
+def on_surface(results: Results, series: str) -> list[SystemResult]:
+    """Systems of a series that lie on a grid of γ and λ; none where one of the two does not vary."""
+    rows = [row for row in results.usable if row.system.series == series]
+    rows = [r for r in rows if None not in (r.system.student_guidance, r.system.merge_weight) and not r.flags]
+    varied = [
+        len({getattr(r.system, name) for r in rows}) > 1 for name in ("student_guidance", "merge_weight")
+    ]
+    return rows if all(varied) and len(rows) > 3 else []
+
+
 def trajectories(
     results: Results, x: str, y: str, stem: str | os.PathLike, starts: Mapping[str, str] | None = None
 ) -> list[Path]:
@@ -326,14 +377,19 @@ def _label_points(
 
 
 def _short_label(row: SystemResult, varied: Mapping[str, bool]) -> str:
-    """λ of a merge; step of a checkpoint; γ, T and k where they vary along the series or are not neutral;
-    empty for a plain model."""
+    """λ of a merge; step of a checkpoint; n of a hybrid; γ, T and k where they vary along the series or are not
+    neutral; empty for a plain model."""
     system = row.system
     if system.step is not None:
         return f"@{system.step}"
+    told = [] if system.student_guidance is None else [f"γ {system.student_guidance:g}"]
     if system.merge_weight is not None:
-        return f"λ {_short(system.merge_weight)}"
-    parts = [f"γ {system.guidance_scale:g}"] if varied["γ"] or system.guidance_scale != 1 else []
+        return ", ".join([f"λ {_short(system.merge_weight)}", *told])
+    parts = [f"n {system.first_frames}"] if system.first else []
+    parts += told
+    parts += (
+        [f"γ {system.guidance_scale:g}"] if not told and (varied["γ"] or system.guidance_scale != 1) else []
+    )
     parts += [f"T {_short(system.temperature)}"] if varied["T"] or system.temperature != 1 else []
     parts += [f"k {system.top_k}"] if system.top_k else []
     return ", ".join(parts)

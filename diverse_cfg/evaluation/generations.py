@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,7 +24,9 @@ from diverse_cfg.evaluation.systems import Mixture, System
 from diverse_cfg.merging import merge_checkpoints
 from diverse_cfg.policies.loading import load_policy, load_processor
 from diverse_cfg.policies.policy import Policy, as_policy
+from diverse_cfg.policies.sampler.extension import hybrid_generate
 from diverse_cfg.policies.sampler.rollout import fast_generate
+from diverse_cfg.types import Clips
 
 _VERSION = 2  # of the description and of the sampler; raise it when either changes what is played
 _BATCH = 64
@@ -68,12 +70,20 @@ class Player:
         mixture: the model, or the merge that is made in a temporary folder.
         device: torch device.
         student_guidance: γ to fold into it, of a student of a range.
+        first: a model that begins, if the system has one.
     """
 
-    def __init__(self, mixture: Mixture, device: str = "cpu", student_guidance: float | None = None):
+    def __init__(
+        self,
+        mixture: Mixture,
+        device: str = "cpu",
+        student_guidance: float | None = None,
+        first: str = "",
+    ):
         self.mixture = mixture
         self.device = device
         self.student_guidance = student_guidance
+        self.first = Player(((first, 1.0),), device) if first else None
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
@@ -133,6 +143,12 @@ def describe(system: System, mixture: Mixture, clips: ClipSet, seed: int) -> dic
     backend |= {} if schedule == "constant" else {"guidance_schedule": schedule}
     told = system.student_guidance
     backend |= {} if told is None else {"student_guidance": float(told)}
+    if system.first:
+        backend |= {
+            "first": mixture_digest(((system.first, 1.0),)),
+            "first_frames": system.first_frames,
+            "first_guidance_scale": float(system.first_guidance_scale),
+        }
     return backend | {
         "version": _VERSION,
         "model": mixture_digest(mixture),
@@ -183,13 +199,22 @@ def generations(
     per_batch = max(1, _BATCH // clips.num_generations)
     # Made here, lest the first batch's time contain it.
     weights = player.weights if clips.rollout_backend == "fast" else None
+    play: Callable[..., Clips] = fast_generate
+    if player.first is not None:
+        play = partial(
+            hybrid_generate,
+            player.first.model,
+            first_frames=system.first_frames,
+            first_guidance_scale=system.first_guidance_scale,
+            first_weights=player.first.weights,
+        )
     codes, seconds, batches, rows = [], [], [], []
     for start in range(0, len(clips.prompts), per_batch):
         prompts = list(clips.prompts[start : start + per_batch])
         first = start * clips.num_generations
         count = len(prompts) * clips.num_generations
         started = clock()
-        rollout = fast_generate(
+        rollout = play(
             player.model,
             prompts,
             processor=player.processor,
@@ -197,6 +222,7 @@ def generations(
             guidance_scale=sampling.guidance_scale,
             temperature=sampling.temperature,
             top_k=sampling.top_k,
+            adaptive_guidance=sampling.adaptive_guidance,
             seed=seed,
             num_generations=clips.num_generations,
             batch_size=count,

@@ -4,6 +4,7 @@
       - {name: base, model: nano}
       - {name: base guided, model: nano, guidance_scale: [2, 3, 5]}
       - {name: student, model: runs/diverse}
+      - {name: base first, first: nano, first_frames: [5, 25], model: runs/diverse}
       - {name: LERP, checkpoints: [runs/quality, runs/diverse], merge_weight: "0:1:0.25"}
     output: runs/sweep
     compare_to: [base guided γ=3]
@@ -168,6 +169,12 @@ def build_sweep(config: SweepConfig) -> tuple[Sweep, list[System]]:
     teacher = source(config.teacher or systems[0].replicates[0][0][0])
     player = Player(single(teacher)[0], device)
     num_frames, seconds = _length(player, config.clip_seconds)
+    for system in systems:
+        if system.first_frames >= num_frames:
+            raise ValueError(
+                f"system {system.name!r}: first_frames={system.first_frames} must be below the clip's {num_frames} "
+                "frames"
+            )
     seeds = tuple(config.seeds)
     clips = ClipSet(tuple(prompts), config.num_generations, num_frames, seeds, config.rollout_backend)
     features: list[Feature] = [ValidityFeature(), FacetsFeature()]
@@ -207,7 +214,9 @@ def _held_out_prompts(config: SweepConfig) -> list[str]:
         ValueError: fewer than were asked for.
     """
     prompts_of = source(config.prompts, "prompts")
-    rows = load_prompts(prompts_of, split=config.prompts_split, column=config.prompt_column)
+    rows = load_prompts(
+        prompts_of, split=config.prompts_split, column=config.prompt_column, default_split="test"
+    )
     prompts = list(dict.fromkeys(rows["prompt"]))
     if config.num_prompts is not None and len(prompts) < config.num_prompts:
         raise ValueError(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from diverse_cfg.acoustics import TARGET_LUFS
 from diverse_cfg.atomic import alone, write_text
-from diverse_cfg.evaluation.figures import front, merge_curve, trajectories
+from diverse_cfg.evaluation.figures import front, merge_curve, on_surface, surface, trajectories
 from diverse_cfg.evaluation.levels import level_tables, levels_of, save_levels
 from diverse_cfg.evaluation.metrics import METRICS, require_known
 from diverse_cfg.evaluation.protocol import SweepConfig, build_sweep
@@ -240,6 +240,12 @@ def _draw(
         Picture("front.svg", "Quality against diversity, with 95 % intervals. Up and to the right is better.")
     ]
     for series in dict.fromkeys(row.system.series for row in results.usable):
+        if on_surface(results, series):
+            name = f"surface-{slug(series, default='series')}"
+            surface(results, series, [x, y], folder / name)
+            caption = "γ and the merge weight are two knobs of one model."
+            pictures.append(Picture(f"{name}.svg", f"{series[:1].upper()}{series[1:]}: {caption}"))
+            continue
         rows = [row.system for row in results.usable if row.system.series == series]
         weights = {system.merge_weight for system in rows}
         if {0.0, 1.0} < weights - {None}:

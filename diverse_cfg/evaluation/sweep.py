@@ -123,7 +123,7 @@ class Sweep:
         return row
 
     def _replicate(self, system: System, mixture: Mixture, bar: tqdm | None) -> Replicate:
-        player = Player(mixture, self.device, system.student_guidance)
+        player = Player(mixture, self.device, system.student_guidance, system.first)
         update = None if bar is None else bar.update
         prompts = [prompt for prompt in self.clips.prompts for _ in range(self.clips.num_generations)]
         by_seed = []

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from diverse_cfg.assets import portable, source
-from diverse_cfg.functional.guidance import guidance_schedule
+from diverse_cfg.functional.guidance import adaptive_guidance, guidance_schedule
 from diverse_cfg.merging.weights import parse_sweep, resolve_weights
 from diverse_cfg.policies.loading import is_distilled
 from diverse_cfg.policies.sampler.draws import SamplingSettings
@@ -38,6 +38,9 @@ _ENTRY_TYPES: dict[str, Any] = {
     "student_guidance": float | list[float],
     "temperature": float | list[float],
     "top_k": int | list[int],
+    "first": str,
+    "first_frames": int | list[int],
+    "first_guidance_scale": float | list[float],
     "role": str | None,
     "series": str | None,
     "step": int | None,
@@ -48,6 +51,8 @@ _GRID_KEYS = {
     "student_guidance": "student γ",
     "temperature": "T",
     "top_k": "k",
+    "first_frames": "n",
+    "first_guidance_scale": "γ first",
 }
 
 
@@ -60,10 +65,13 @@ class System:
         replicates: one model per training seed; clips are generated for each of them. Folders named `seed-N`
             tell which seed, so that comparisons can be made seed by seed.
         guidance_scale: γ at inference; 1 is no guidance.
-        guidance_schedule: γ over the frames; see `functional.guidance.guidance_schedule`.
+        guidance_schedule: γ over the frames; see `guidance_schedule` and `adaptive_guidance` in `functional.guidance`.
         student_guidance: γ that a student of a range is told; None is what it plays untold.
         temperature: 0 is greedy.
         top_k: 0 keeps all codes.
+        first: a model that begins, before that of the replicate goes on; empty for none. See `hybrid_generate`.
+        first_frames: how much it plays.
+        first_guidance_scale: its γ.
         role: "base", "guided", "student" or "merge"; decides how it is drawn.
         series: systems of one series are joined by a line in the plots.
         merge_weight: λ of a merge of two, its place on the LERP's axis.
@@ -76,6 +84,9 @@ class System:
     guidance_schedule: str = "constant"
     temperature: float = 1.0
     top_k: int = 0
+    first: str = ""
+    first_frames: int = 0
+    first_guidance_scale: float = 1.0
     role: str = "student"
     series: str = ""
     merge_weight: float | None = None
@@ -94,9 +105,13 @@ class System:
             raise ValueError(f"system {self.name!r} has no model")
         if self.role not in ROLES:
             raise ValueError(f"system {self.name!r}: role={self.role!r} must be one of {', '.join(ROLES)}")
+        if bool(self.first) != (self.first_frames > 0) or (not self.first and self.first_guidance_scale != 1):
+            raise ValueError(
+                f"system {self.name!r}: a model that begins has a name, first, and first_frames of at least 1"
+            )
         try:
-            _ = self.sampling
-            guidance_schedule(self.guidance_schedule, self.guidance_scale, 2)
+            _ = self.sampling, self.first_sampling
+            _ = self.sampling_of(2)
         except ValueError as error:
             raise ValueError(f"system {self.name!r}: {error}") from None
 
@@ -105,10 +120,17 @@ class System:
         """How its codes are drawn."""
         return SamplingSettings(self.guidance_scale, self.temperature, self.top_k)
 
+    @property
+    def first_sampling(self) -> SamplingSettings:
+        """How the codes of the model that begins are drawn."""
+        return replace(self.sampling, guidance_scale=self.first_guidance_scale)
+
     def sampling_of(self, num_frames: int) -> SamplingSettings:
         """The same for clips of T frames, each with its γ."""
         if self.guidance_schedule == "constant":
             return self.sampling
+        if adaptive := adaptive_guidance(self.guidance_schedule):
+            return replace(self.sampling, adaptive_guidance=adaptive if self.sampling.guided else None)
         schedule = guidance_schedule(self.guidance_schedule, self.guidance_scale, num_frames)
         return replace(self.sampling, guidance_scale=schedule)
 
@@ -119,12 +141,12 @@ class System:
 
     @property
     def training_seeds(self) -> tuple[int, ...]:
-        """Training seed of each replicate, read from a folder `seed-N` on the way to its checkpoints.
+        """Training seed of each replicate, read from a folder `seed-N` on the way to its checkpoints and `first`.
 
         Empty where a replicate has no such folder, or several (a merge of seeds), or two replicates the same.
         """
         found = [
-            {int(seed) for checkpoint, _ in mixture for seed in _SEED_FOLDER.findall(checkpoint)}
+            {int(seed) for name in (self.first, *dict(mixture)) for seed in _SEED_FOLDER.findall(name)}
             for mixture in self.replicates
         ]
         seeds = tuple(min(seeds) for seeds in found if len(seeds) == 1)
@@ -132,7 +154,7 @@ class System:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the results file; the shipped base is `nano`, wherever it is installed."""
-        values = asdict(self)
+        values = asdict(self) | {"first": portable(self.first)}
         values["replicates"] = [
             [[portable(checkpoint), weight] for checkpoint, weight in mixture] for mixture in self.replicates
         ]
@@ -145,7 +167,7 @@ class System:
             tuple((source(str(checkpoint)), float(weight)) for checkpoint, weight in mixture)
             for mixture in values["replicates"]
         )
-        return cls(**{**values, "replicates": replicates})
+        return cls(**{**values, "replicates": replicates, "first": source(values.get("first", ""))})
 
 
 def single(model: str | os.PathLike) -> tuple[Mixture, ...]:
@@ -185,7 +207,8 @@ def expand_systems(entries: Sequence[Mapping[str, Any]]) -> list[System]:
     number, a list, or "0:1:0.05") or `weights` (one per checkpoint; the uniform average when both are left
     out). A list of models, or of lists of checkpoints' models, holds the training seeds of one arm. Lists
     of `guidance_scale`, `temperature`, `top_k` and `merge_weight` are grids; their systems form a series
-    with the entry's name.
+    with the entry's name. `first` names a model that begins, with `first_frames` and `first_guidance_scale`, of
+    which both may be grids too.
 
     Raises:
         ValueError: unknown or missing keys, names that are not unique, numbers out of range.
@@ -216,8 +239,15 @@ def _expand(entry: Mapping[str, Any]) -> list[System]:
             f"system {name!r}: top_k has no effect at temperature 0, which takes the most likely codes; write an "
             "entry of its own for one of the two"
         )
+    scheduled = [name for name in grid.get("guidance_schedule", ()) if name != "constant"]
+    if scheduled and 1 in grid.get("guidance_scale", (1,)):
+        raise ValueError(
+            f"system {name!r}: guidance_schedule={scheduled[0]} has no effect at guidance_scale 1, its default: name "
+            "another, or write an entry of its own for 1"
+        )
     varied = [key for key, values in grid.items() if len(values) > 1]
     series = entry.get("series") or name
+    first = source(entry["first"]) if "first" in entry else ""
     systems = []
     for suffix, weight, replicates in _models(name, entry):
         for point in itertools.product(*grid.values()):
@@ -227,8 +257,9 @@ def _expand(entry: Mapping[str, Any]) -> list[System]:
                 System(
                     name=" ".join([name, *filter(None, marks)]),
                     replicates=replicates,
-                    role=entry.get("role") or _role(replicates, sampling.get("guidance_scale", 1.0)),
+                    role=entry.get("role") or _role(replicates, first, sampling),
                     series=series,
+                    first=first,
                     merge_weight=weight,
                     step=entry.get("step"),
                     **sampling,
@@ -283,11 +314,15 @@ def _short(value: Any) -> str:
     return value if isinstance(value, str) else f"{value:g}"
 
 
-def _role(replicates: tuple[Mixture, ...], guidance_scale: float) -> str:
+def _role(replicates: tuple[Mixture, ...], first: str, sampling: Mapping[str, Any]) -> str:
+    """What decides how it is drawn: of a hybrid a student's part, else guidance."""
     checkpoints = [checkpoint for checkpoint, _ in replicates[0]]
     if len(checkpoints) > 1:
         return "merge"
-    if guidance_scale > 1:
+    guided = sampling.get("guidance_scale", 1.0) > 1
+    if first and (is_distilled(first) or is_distilled(checkpoints[0])):
+        return "student"
+    if guided or sampling.get("first_guidance_scale", 1.0) > 1:
         return "guided"
     return "student" if is_distilled(checkpoints[0]) else "base"
 

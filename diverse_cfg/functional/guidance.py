@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from diverse_cfg.functional._checks import promote, require_same_shape
@@ -106,7 +107,7 @@ class GuidanceRange:
 
     @classmethod
     def of(cls, value: Any) -> Self:
-        """Read `{"low": 1, "high": 5}`, which gets nine evenly spaced knots and the reference, or a list of γ.
+        """Read `{"low": 1, "high": 5}`, which gets five evenly spaced knots and the reference, or a list of γ.
 
         Raises:
             ValueError: other names, or not two different numbers of at least 1.
@@ -122,7 +123,8 @@ class GuidanceRange:
             )
         if not listed:
             low, high = ends
-            ends = [low + (high - low) * knot / 8 for knot in range(9)] + [min(max(3.0, low), high)]
+            # More would learn each from fewer prompts.
+            ends = [low + (high - low) * knot / 4 for knot in range(5)] + [min(max(3.0, low), high)]
         return cls(tuple(sorted({float(x) for x in ends})), listed)
 
     @property
@@ -149,6 +151,53 @@ class GuidanceRange:
                 "the student was trained for"
             )
         return float(guidance_scale)
+
+
+def adaptive_guidance(schedule: str) -> tuple[float, int] | None:
+    """(ε, n) of the schedule "adaptive ε n", None of another: γ until prompt and null prompt agree, 1 from then on.
+
+    They agree in a step whose total variation, ½·Σ|p_cond − p_uncond| in its mean over codebooks, is below ε; after n
+    such steps in a row no null row is computed any more (Adaptive Guidance, arXiv 2312.12487, which compares by the
+    cosine).
+
+    Raises:
+        ValueError: ε not in (0, 1], or n below 1.
+    """
+    name, *numbers = schedule.split() or [""]
+    if name != "adaptive":
+        return None
+    try:
+        threshold, steps = float(numbers[0]), int(numbers[1])
+    except (ValueError, IndexError):
+        threshold, steps = 0.0, 0
+    if len(numbers) != 2 or not 0 < threshold <= 1 or steps < 1:
+        raise ValueError(
+            f"guidance_schedule={schedule!r} must name a total variation in (0, 1] and steps, such as 'adaptive 0.1 5'"
+        )
+    return threshold, steps
+
+
+def total_variation(cond: Tensor, uncond: Tensor) -> Tensor:
+    """½·Σ|p − q| of two distributions, given as logits [..., V] → [...]."""
+    return (cond.softmax(-1) - uncond.softmax(-1)).abs().sum(-1) / 2
+
+
+def before_agreement(variation: Tensor, threshold: float, steps: int) -> Tensor:
+    """Which steps are guided under "adaptive ε n": those before which there were no n steps in a row below ε.
+
+    Args:
+        variation: of every step, in its mean over codebooks [N, S].
+        threshold: ε.
+        steps: n.
+
+    Returns:
+        [N, S], true up to and with the step that is the n-th.
+    """
+    run, guided = torch.zeros_like(variation[:, 0]), []
+    for step in variation.unbind(1):
+        guided.append(run < steps)
+        run = torch.where(run < steps, torch.where(step < threshold, run + 1, 0), run)
+    return torch.stack(guided, dim=1)
 
 
 def expand_scale(guidance_scale: Tensor, like: Tensor) -> Tensor:

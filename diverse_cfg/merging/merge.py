@@ -150,6 +150,8 @@ def _require_done(folder: Path, recipe: dict[str, Any], experts: Experts) -> Non
     """Refuse a folder that is not the complete merge of this recipe."""
     with reading(folder, "delete it and run the sweep again"):
         found = read_recipe(folder) or {}
+        if isinstance(known := found.get("fingerprints"), list):
+            recipe = recipe | {"fingerprints": _fingerprints(experts, known)}
         # Older versions did not write them.
         if {"fingerprints": recipe["fingerprints"]} | found == recipe:
             merge = open_checkpoint(folder, base=experts.base)
@@ -220,10 +222,9 @@ def _write(
         elif shift is not None:
             knots = shift.guidance.knots
             provenance = replace(provenance, guidance_range=[knots[0], knots[-1]])
-        # A student knows best how it is sampled; the base's settings are for guided sampling.
-        students = [c for c in experts.checkpoints if c is not experts.reference]
-        like = next((c.generation for c in (*students, experts.reference) if c.generation is not None), None)
-        experts.family.playing_config(experts.config, provenance.sampling, like).save_pretrained(folder)
+        experts.family.playing_config(
+            experts.config, provenance.sampling, experts.settings, experts.guidance_scale
+        ).save_pretrained(folder)
         write_provenance(folder, provenance)
         recipe = _recipe(experts, weights, output, dtype, format, bake_guidance)
         (folder / RECIPE_FILE).write_text(
@@ -266,10 +267,15 @@ def _recipe(
     pairs = zip(experts.checkpoints, weights, strict=True)
     parents = [{"checkpoint": _reachable(c, output), "weight": w, "kind": c.kind} for c, w in pairs]
     base = {"base": _reachable(experts.reference, output)} if experts.adapters else {}
-    used = [*experts.checkpoints, *([experts.reference] if experts.adapters else [])]
-    fingerprints = {"fingerprints": [checkpoint.fingerprint() for checkpoint in used]}
+    fingerprints = {"fingerprints": _fingerprints(experts)}
     baked = {} if bake_guidance is None else {"bake_guidance": float(bake_guidance)}
     return _method(dtype, format) | baked | {"experts": parents} | base | fingerprints
+
+
+def _fingerprints(experts: Experts, like: Sequence[str] = ()) -> list[str]:
+    used = [*experts.checkpoints, *([experts.reference] if experts.adapters else [])]
+    records = [str(record) for record in like] if len(like) == len(used) else [None] * len(used)
+    return [checkpoint.fingerprint(record) for checkpoint, record in zip(used, records, strict=True)]
 
 
 def _reachable(checkpoint: Checkpoint, output: Path) -> str:
@@ -288,11 +294,10 @@ def _provenance(experts: Experts, weights: list[float], dtype: torch.dtype, form
     known = [c.provenance for c in experts.checkpoints if c.provenance is not None]
     if len(experts.checkpoints) == 1 and known:
         return known[0]  # an adapter folded into its base is the student that it was
-    if not known and not experts.adapters:
+    if not experts.distilled:
         warnings.warn(
-            "none of the checkpoints says that it was distilled (no diverse_cfg.json); the merged model is "
-            "saved with guidance_scale=1.0 all the same. Pass guidance_scale when generating if it needs "
-            "guidance.",
+            "none of the checkpoints says that it was distilled (no diverse_cfg.json): the merged model is saved with "
+            f"their own guidance_scale={experts.guidance_scale or 1.0:g}; pass another when generating if needed",
             UserWarning,
             stacklevel=4,
         )
@@ -316,6 +321,7 @@ def _provenance(experts: Experts, weights: list[float], dtype: torch.dtype, form
         merge=_method(dtype, format)
         | {"experts": [_parent(c, w) for c, w in zip(experts.checkpoints, weights, strict=True)]},
         sampling=samplings[0] if samplings else {},
+        distilled=experts.distilled,
     )
 
 

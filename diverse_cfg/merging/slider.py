@@ -13,15 +13,17 @@ import torch
 
 from diverse_cfg.merging.experts import Experts, open_experts
 from diverse_cfg.merging.weights import resolve_weights
-from diverse_cfg.policies.loading import load_policy
+from diverse_cfg.policies.loading import load_policy, torch_device
 from diverse_cfg.policies.policy import as_policy
+from diverse_cfg.policies.tensors import require_float
 
 
 class MergeSlider:
     """A model whose merge weight can be set at run time; made by `load_slider`.
 
     Attributes:
-        model: a plain model, without guidance; its weights follow `set_merge_weight` and `set_guidance`.
+        model: a plain model, without guidance where an expert was distilled; its weights follow `set_merge_weight`
+            and `set_guidance`.
         merge_weight: the current weights, one per expert.
         student_guidance: the current γ, of experts that were trained for a range of them; None plays what they play
             where they are told none.
@@ -33,6 +35,7 @@ class MergeSlider:
         self._names = [name for name in experts.names if experts.changes(name)]
         for checkpoint in {id(c): c for c in (experts.reference, *experts.checkpoints)}.values():
             checkpoint.keep(self._names, model.device)
+            _ = checkpoint.shift  # read once too
         self.merge_weight: list[float] = []
         self.student_guidance: float | None = None
 
@@ -133,15 +136,18 @@ def load_slider(
     if len(adapters) < 2:
         raise ValueError(f"a slider moves between at least two experts, got {len(adapters)}")
     resolved = resolve_weights(merge_weight, len(adapters))
+    require_float("torch_dtype", torch_dtype)
+    torch_device(str(device))
     experts = open_experts(adapters, base=base)
     if student_guidance is not None:
         experts.require_guidance(student_guidance)
     model = load_policy(experts.reference.folder, torch_dtype=torch_dtype).to(device)
     sampling = next((c.provenance.sampling for c in experts.checkpoints if c.provenance is not None), None)
-    model.generation_config = experts.family.playing_config(model.config, sampling, model.generation_config)
-    model.is_distilled = (
-        bool(experts.adapters) or sampling is not None
-    )  # as the loader says of one checkpoint
+    model.is_distilled = experts.distilled  # as the loader says of one checkpoint
+    like = model.generation_config if experts.distilled else experts.settings
+    model.generation_config = experts.family.playing_config(
+        model.config, sampling, like, experts.guidance_scale
+    )
     as_policy(model).set_shift(None)  # of one expert
     slider = MergeSlider(model, experts)
     slider.set_merge_weight(resolved)

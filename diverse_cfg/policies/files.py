@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from diverse_cfg.atomic import alone, replacing, write_text, writing
 from diverse_cfg.policies.musicgen.model import own_frames
-from diverse_cfg.policies.policy import Policy, as_policy, plain
+from diverse_cfg.policies.policy import Policy, as_policy, listed, plain
 from diverse_cfg.policies.sampler.draws import require_64_bits
 from diverse_cfg.policies.sampler.extension import check_hybrid, extend, hybrid_generate, longest_window
 from diverse_cfg.policies.sampler.rollout import (
@@ -108,7 +108,7 @@ def generate_files(
         ValueError: the folder holds something else, `resume` with other settings, or see `fast_generate`.
     """
     assert (of is None) == (choose is None)
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = listed(prompts)
     if sample_format not in _SAMPLE_FORMATS:
         raise ValueError(f"sample_format={sample_format!r} must be one of {', '.join(_SAMPLE_FORMATS)}")
     settings, policy = SamplingSettings(**sampling), as_policy(model)
@@ -126,22 +126,23 @@ def generate_files(
         negative_prompt=negative_prompt,
         dtype=dtype,
     )
+    how = {name: value for name, value in asdict(settings).items() if name != "adaptive_guidance" or value}
     manifest = {
         "model": model_name,
         "weights": _fingerprint(model),
         "dtype": str(dtype or policy.dtype).removeprefix("torch."),
         "sampling_rate": policy.sampling_rate,
         "sample_format": sample_format,
-        "settings": asdict(settings) | {"negative_prompt": negative_prompt, "num_frames": num_frames},
+        "settings": how | {"negative_prompt": negative_prompt, "num_frames": num_frames},
         "clips": _plan(prompts, num_generations, seed, num_frames / policy.frame_rate, takes, of),
     }
     play: Callable[..., Clips] = fast_generate
     if first is not None:
         check_hybrid(first, model, first_frames, min(num_frames, window), rollout_backend)
-        how = {"first_frames": first_frames, "first_guidance_scale": first_guidance_scale}
+        part = {"first_frames": first_frames, "first_guidance_scale": first_guidance_scale}
         SamplingSettings(first_guidance_scale)  # in range
-        manifest["settings"] |= how | {"first": _fingerprint(first)}
-        play = partial(hybrid_generate, first, **how)
+        manifest["settings"] |= part | {"first": _fingerprint(first)}
+        play = partial(hybrid_generate, first, **part)
     if of is not None:
         manifest["settings"]["of"] = of
     if beginning is not None:
@@ -165,7 +166,7 @@ def generate_files(
                 window,
                 seed,
                 beginning,
-                **asdict(settings),
+                **how,
                 sample_ids=ids,
                 processor=processor,
                 batch_size=batch_size,
@@ -379,6 +380,7 @@ def _open_folder(folder: Path, manifest: dict[str, Any], resume: bool) -> None:
     wanted = json.loads(json.dumps(manifest))
     if other := [name for name, value in wanted.items() if begun.get(name) != value]:
         raise ValueError(
-            f"{folder} was begun with another {', '.join(other)} (see {_MANIFEST}): repeat that call, or "
+            f"{folder} was begun with another {', '.join(other).replace('clips', 'list of clips')} (see {_MANIFEST}): "
+            "repeat that call, or "
             "choose another output folder"
         )

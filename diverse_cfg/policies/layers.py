@@ -53,6 +53,24 @@ def effective_weight(module: Any, wide: bool = False) -> Tensor:
     return total if wide else total.to(weight.dtype)
 
 
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model as it would be without LoRA layers, whose effect is added to the weights below.
+
+    Raises:
+        ValueError: adapters that are not plain LoRA; see `base_layer`.
+    """
+    state = {}
+    for name, tensor in model.state_dict().items():
+        owner, _, leaf = name.rpartition(".")
+        if owner.endswith(".base_layer"):
+            owner = owner.removesuffix(".base_layer")
+            tensor = effective_weight(model.get_submodule(owner)).detach() if leaf == "weight" else tensor
+        elif ".lora_" in name:
+            continue
+        state[f"{owner}.{leaf}"] = tensor
+    return state
+
+
 def base_layer(module: Any) -> Any:
     """The layer below a module's adapters, which `effective_weight` can add to its weight.
 

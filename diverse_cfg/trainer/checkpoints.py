@@ -38,7 +38,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from diverse_cfg.atomic import open_weights, replacing, writing
 from diverse_cfg.callbacks import AdaptiveClipCallback
-from diverse_cfg.config import CFGDiversityConfig
+from diverse_cfg.config import CFGDiversityConfig, MusicSFTConfig
 from diverse_cfg.merging.adapter import AdapterStart
 from diverse_cfg.policies.shift import SHIFT_FILE
 from diverse_cfg.provenance import Provenance, write_provenance
@@ -224,7 +224,7 @@ def check_checkpoint(folder: str | os.PathLike, needed: Sequence[str]) -> None:
 
 def needed_to_resume(
     folder: str | os.PathLike,
-    args: CFGDiversityConfig,
+    args: CFGDiversityConfig | MusicSFTConfig,
     *,
     adapter: bool,
     sharded: str | None,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from diverse_cfg.config import CFGDiversityConfig
+from diverse_cfg.config import CFGDiversityConfig, MusicSFTConfig
 from diverse_cfg.functional.codebooks import num_decoder_steps
 from diverse_cfg.policies.policy import Policy
 from diverse_cfg.trainer.advantages import CALIBRATION_PROMPTS
@@ -91,13 +91,13 @@ class Memory:
         return (
             f"{self.peak:.2g} GB per process at the peak (weights {self.weights:.2g}, optimiser "
             f"{self.optimizer:.2g}, fused copies {self.copies:.2g}, and the larger of an update's activations "
-            f"{self.activations:.2g} and a rollout's caches {self.caches:.2g}; reward models come on top)"
+            f"{self.activations:.2g} and a rollout's caches {self.caches:.2g})"
         )
 
 
 def memory(
     policy: Policy,
-    args: CFGDiversityConfig,
+    args: CFGDiversityConfig | MusicSFTConfig,
     *,
     num_frames: int,
     rollouts: Sequence[Rollout],

@@ -87,16 +87,7 @@ class Housekeeping(TrainerCallback):
         """First thing of a training run, the model being where it will be trained."""
         trainer = self.trainer
         trainer._policy.set_sampling(trainer._settings)
-        if trainer._checkpoint is not None:  # older versions saved what had diverged
-            try:
-                self.check_finite(computes=True, resumable=True)
-            except FloatingPointError as error:
-                remedy = instead_of(trainer._checkpoint)
-                raise ValueError(f"{trainer._checkpoint} ({error}): {remedy}") from error
-            if not self.sharded:
-                weights = Path(trainer._checkpoint) / SAFE_WEIGHTS_NAME
-                weights = weights if weights.is_file() else weights.parent
-                trainer._frozen.check(f"{weights} is damaged, {instead_of(trainer._checkpoint)}")
+        self.check_resumed()
         if trainer.args.ema_decay > 0:
             trainer._memory.average = WeightAverage(trainer.model, trainer.args.ema_decay)
         if trainer.is_world_process_zero():
@@ -107,6 +98,25 @@ class Housekeeping(TrainerCallback):
         if trainer._checkpoint is not None:
             with continuing_from(trainer._checkpoint):
                 trainer._load_state(trainer._checkpoint)
+
+    def check_resumed(self) -> None:
+        """Whether the checkpoint that a run continues from holds a model, and the one that the run began with.
+
+        Raises:
+            ValueError: it does not.
+        """
+        trainer = self.trainer
+        if trainer._checkpoint is None:
+            return
+        try:  # older versions saved what had diverged
+            self.check_finite(computes=True, resumable=True)
+        except FloatingPointError as error:
+            remedy = instead_of(trainer._checkpoint)
+            raise ValueError(f"{trainer._checkpoint} ({error}): {remedy}") from error
+        if not self.sharded:
+            weights = Path(trainer._checkpoint) / SAFE_WEIGHTS_NAME
+            weights = weights if weights.is_file() else weights.parent
+            trainer._frozen.check(f"{weights} is damaged, {instead_of(trainer._checkpoint)}")
 
     def check_finite(self, *, computes: bool = False, resumable: bool = False) -> None:
         """Whether the student is still one.
@@ -127,9 +137,10 @@ class Housekeeping(TrainerCallback):
                 terms, _ = student_terms(trainer._policy, clips, trainer._loss_settings)
             what = None if terms.logps.isfinite().all() else "the student's logits are inf or nan"
         if what is not None:
+            remedy = "max_grad_norm" + " or adaptive_clip" * hasattr(trainer.args, "adaptive_clip")
             raise FloatingPointError(
                 f"after step {trainer.state.global_step} {what}: check learning_rate={trainer.args.learning_rate} and "
-                f"weight_decay={trainer.args.weight_decay}, or clip the gradient with max_grad_norm or adaptive_clip"
+                f"weight_decay={trainer.args.weight_decay}, or clip the gradient with {remedy}"
             )
 
     def _any_clips(self, num_clips: int, num_frames: int) -> Clips:
@@ -151,6 +162,7 @@ class Housekeeping(TrainerCallback):
             trained=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
             separate_teacher=not trainer._teacher.shares_weights,
         )
+        needs = f"{needs}, reward models come on top"
         if self.sharded:
             return f"{needs}, less what is sharded"
         rollout, update = self._measure()

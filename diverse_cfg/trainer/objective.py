@@ -15,7 +15,7 @@ from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.functional.codebooks import apply_delay_pattern, revert_delay_pattern, valid_cells
 from diverse_cfg.functional.distillation import DistillationTerms, GuidedTeacher, distillation_loss
 from diverse_cfg.policies.policy import Policy
-from diverse_cfg.types import Clips
+from diverse_cfg.types import Clips, TextCondition
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,32 @@ def student_terms(
     if not probe:
         return both, None
     return both, (terms(teacher, None).loss, terms(None, logp_weights).loss)
+
+
+def likelihood_terms(
+    policy: Policy, labels: Tensor, condition: TextCondition, weight: float | Tensor, chunk_size: int
+) -> DistillationTerms:
+    """Cross-entropy of given clips, `weight` · Σ −log p(code), over the codes that there are.
+
+    Args:
+        policy: within its model's own forward pass.
+        labels: codes [N, K, T]; negative ones are none, and stand behind the end of a shorter clip.
+        condition: N rows.
+        weight: of every code, 1 / number of codes.
+        chunk_size: decoder steps at once.
+    """
+    valid = labels >= 0
+    # Behind its end a shorter clip looks as if it were alone.
+    hidden = policy.hidden_states(torch.where(valid, labels, policy.vocab_size), condition)
+    return distillation_loss(
+        hidden,
+        policy.head_weights(),
+        torch.where(valid, labels, 0),
+        None,
+        logp_weights=-weight * valid,
+        delays=policy.delays,
+        chunk_size=chunk_size,
+    )
 
 
 def future_divergence(divergences: Tensor, delays: Sequence[int]) -> Tensor:

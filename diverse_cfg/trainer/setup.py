@@ -24,13 +24,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import HubStrategy
 
-from diverse_cfg.assets import nano_path
+from diverse_cfg.assets import nano_path, shipped
 from diverse_cfg.cards import is_hub_id
-from diverse_cfg.config import CFGDiversityConfig
+from diverse_cfg.config import CFGDiversityConfig, MusicSFTConfig
 from diverse_cfg.effects import Run, idle_settings
 from diverse_cfg.embeddings.clap import ClapEmbedder
 from diverse_cfg.functional.codebooks import num_decoder_steps
 from diverse_cfg.functional.guidance import GuidanceRange, guidance_schedule
+from diverse_cfg.policies.audiocraft import from_audiocraft, is_live_audiocraft
 from diverse_cfg.policies.checkpoints import inexact_options
 from diverse_cfg.policies.loading import load_policy, load_processor
 from diverse_cfg.policies.policy import Policy, as_policy, plain, require_prompts
@@ -54,6 +55,18 @@ GIVEN = {
 # ---- the model ---------------------------------------------------------------------------------------------
 
 
+def open_model(model: Any, processing_class: Any) -> tuple[Any, Any]:
+    """What a trainer was given as model and processor, `nano`, AudioCraft's live models and policies as plain ones."""
+    model = shipped(model)
+    if is_live_audiocraft(model):
+        model, processor = from_audiocraft(model)
+        processing_class = processor if processing_class is None else processing_class
+    if isinstance(model, Policy):
+        processing_class = model.processor if processing_class is None else processing_class
+        model = model.model
+    return model, processing_class
+
+
 def base_model_name(model: str | os.PathLike | nn.Module) -> str | None:
     """Id or folder that the model came from; None for a model built in memory."""
     if isinstance(model, nn.Module):
@@ -66,7 +79,9 @@ def base_fingerprint(base: str | None) -> str | None:
     return FullCheckpoint(base, locate(base)).fingerprint() if base and os.path.isdir(base) else None
 
 
-def prepare_policy(model: str | os.PathLike | nn.Module, args: CFGDiversityConfig, lora: bool) -> Policy:
+def prepare_policy(
+    model: str | os.PathLike | nn.Module, args: CFGDiversityConfig | MusicSFTConfig, lora: bool
+) -> Policy:
     """Load or take the policy: float32, no dropout, encoders frozen, generation settings of a distilled
     model.
 
@@ -99,7 +114,7 @@ def prepare_policy(model: str | os.PathLike | nn.Module, args: CFGDiversityConfi
     return policy
 
 
-def _check_output(model: str | os.PathLike | nn.Module, args: CFGDiversityConfig) -> None:
+def _check_output(model: str | os.PathLike | nn.Module, args: CFGDiversityConfig | MusicSFTConfig) -> None:
     """Refuse to write over what the run reads: resumed, it would begin elsewhere."""
     output = os.path.realpath(args.output_dir or ".")
     for name in (base_model_name(model), args.teacher_model):
@@ -237,6 +252,9 @@ def guidance(args: CFGDiversityConfig, num_frames: int) -> float | tuple[float, 
 def draw_guidance(guidance: GuidanceRange, seed: int, first: int, num_rows: int, group: int) -> list[float]:
     """γ of every row; the clips of a prompt share it.
 
+    Each is uniform, and those of one rollout are spread evenly: prompt p has the place u + p·0.618… (mod 1) in the
+    range, u drawn for the rollout.
+
     Args:
         guidance: the range.
         seed: of the rollout.
@@ -244,11 +262,9 @@ def draw_guidance(guidance: GuidanceRange, seed: int, first: int, num_rows: int,
         num_rows: of this process.
         group: G.
     """
-    prompts = [row // group for row in range(first, first + num_rows)]
-    digests = [
-        hashlib.blake2b(f"{seed}/guidance/{prompt}".encode(), digest_size=6).digest() for prompt in prompts
-    ]
-    return [guidance.draw(int.from_bytes(digest, "big") / 2**48) for digest in digests]
+    digest = hashlib.blake2b(f"{seed}/guidance".encode(), digest_size=6).digest()
+    start, golden = int.from_bytes(digest, "big") / 2**48, (5**0.5 - 1) / 2
+    return [guidance.draw((start + row // group * golden) % 1) for row in range(first, first + num_rows)]
 
 
 def teach_guidance(policy: Policy, args: CFGDiversityConfig) -> None:

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from diverse_cfg.config import CFGDiversityConfig
+from diverse_cfg.config import CFGDiversityConfig, MusicSFTConfig
 from diverse_cfg.functional.distillation import GuidedTeacher
 from diverse_cfg.functional.guidance import guided_logits
 from diverse_cfg.policies.loading import is_distilled, load_policy
@@ -71,7 +71,7 @@ def sampler_share(args: CFGDiversityConfig, is_teacher: bool) -> float:
     return share if is_teacher else 1 - share
 
 
-def rollout_dtype(args: CFGDiversityConfig) -> torch.dtype | None:
+def rollout_dtype(args: CFGDiversityConfig | MusicSFTConfig) -> torch.dtype | None:
     """Of the matrices that a rollout multiplies with; None for the model's own."""
     return torch.bfloat16 if args.bf16 else None
 

@@ -9,7 +9,6 @@ code), a reference model (the teacher is the anchor), and the second forward pas
 equal the new ones.
 """
 
-import contextlib
 import functools
 import hashlib
 import os
@@ -23,12 +22,11 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import RLOOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from diverse_cfg.assets import shipped
-from diverse_cfg.atomic import alone, filling, require_space
+from diverse_cfg.atomic import filling
 from diverse_cfg.callbacks import (
     AdaptiveClipCallback,
     AudioSamplesCallback,
@@ -41,7 +39,6 @@ from diverse_cfg.config import CFGDiversityConfig
 from diverse_cfg.embeddings import Embedder, load_embedder
 from diverse_cfg.functional.diversity import diversity_reward
 from diverse_cfg.merging.adapter import AdapterStart
-from diverse_cfg.policies.audiocraft import from_audiocraft, is_live_audiocraft
 from diverse_cfg.policies.policy import Policy
 from diverse_cfg.policies.stored import is_adapter
 from diverse_cfg.provenance import Provenance, read_provenance, write_provenance
@@ -50,6 +47,7 @@ from diverse_cfg.trainer import checkpoints, disguises, setup
 from diverse_cfg.trainer.advantages import Advantages, CrossGuards, PrefixBaseline
 from diverse_cfg.trainer.checkpoints import RunMemory, continuing_from
 from diverse_cfg.trainer.housekeeping import Housekeeping
+from diverse_cfg.trainer.keeping import LEFT_ALONE, KeptRun
 from diverse_cfg.trainer.objective import LossSettings, loss_metrics, student_terms, term_gradient_norms
 from diverse_cfg.trainer.teacher import (
     FrozenWeights,
@@ -66,10 +64,9 @@ from diverse_cfg.types import Clips
 # How many times its first divergence a run that continues a student may reach before an alarm rings. On the
 # nano base that is halfway back to the unguided base.
 _KL_LIMIT = 4.0
-_LEFT_ALONE = "a callback or a reward function changes them; give it a copy of the model"
 
 
-class CFGDiversityTrainer(RLOOTrainer):
+class CFGDiversityTrainer(KeptRun, RLOOTrainer):
     """Diversity-rewarded CFG distillation of MusicGen (arXiv 2410.06084), with TRL's interface.
 
     Args:
@@ -111,13 +108,7 @@ class CFGDiversityTrainer(RLOOTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: PeftConfig | None = None,
     ):
-        model = shipped(model)
-        if is_live_audiocraft(model):
-            model, processor = from_audiocraft(model)
-            processing_class = processor if processing_class is None else processing_class
-        if isinstance(model, Policy):
-            processing_class = model.processor if processing_class is None else processing_class
-            model = model.model
+        model, processing_class = setup.open_model(model, processing_class)
         self._base_model = setup.base_model_name(model)
         if args is None:
             args = CFGDiversityConfig(output_dir=f"{Path(self._base_model or 'musicgen').name}-diverse-cfg")
@@ -205,8 +196,6 @@ class CFGDiversityTrainer(RLOOTrainer):
         self._evaluation_batch = 0
         self._evaluation_clips: list[EvaluationClip] = []
         self._pushing = False
-        self._checkpoint: str | None = None  # that the run continues, or that it wrote last
-        self._beside: str | None = None  # where a checkpoint is being written
         self._add_callbacks()
 
     def _add_callbacks(self) -> None:
@@ -492,7 +481,7 @@ class CFGDiversityTrainer(RLOOTrainer):
 
     def evaluate(self, *args, **kwargs):
         """As `Trainer.evaluate`, with the averaged weights if any, and the same noise every time."""
-        self._frozen.check(_LEFT_ALONE)
+        self._frozen.check(LEFT_ALONE)
         self._evaluation_batch = 0
         self._evaluation_clips = []
         # A data loader draws a seed: the training run must not notice that it was looked at.
@@ -520,108 +509,19 @@ class CFGDiversityTrainer(RLOOTrainer):
                 clip = EvaluationClip(clips.prompts[row], clips.waveforms[row].cpu(), clips.sampling_rate)
                 self._evaluation_clips.append(clip)
 
-    # ---- the loop ----------------------------------------------------------------------------------------
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As `Trainer.train`, with its output folder to itself; a resumed run continues exactly, also between two
-        updates on the same clips.
-
-        With `ema_decay` the model has the averaged weights afterwards: those of the best checkpoint with
-        `load_best_model_at_end`.
-
-        Args:
-            resume_from_checkpoint: folder, or True for the last one; None takes the settings'.
-            kwargs: of `Trainer.train`.
-
-        Raises:
-            ValueError: there is no checkpoint to resume from, or one of its files is missing, damaged or not finite;
-                or the prompts ended before the first step.
-            FloatingPointError: the weights, or what they compute, are no longer finite; nothing of it is saved.
-            FileExistsError: another run is writing to the folder.
-            UnwritableError: the disk has no room for the student.
-        """
-        first = self.is_world_process_zero() and self.args.output_dir is not None
-        with alone(self.args.output_dir) if first else contextlib.nullcontext() as folder:
-            if folder is not None:
-                require_space(folder, checkpoints.saved_bytes(self.model), folder)
-            output = self._train(resume_from_checkpoint, kwargs)
-        if self.state.global_step == 0 and self.state.max_steps > 0:
-            raise ValueError(
-                "no step was made: train_dataset gave no prompts when training began; a stream must start anew "
-                "whenever it is read"
-            )
-        return output
-
-    def _train(self, wanted: str | bool | None, kwargs: dict[str, Any]):
-        wanted = self.args.resume_from_checkpoint if wanted is None else wanted
-        self._checkpoint = self._housekeeping.resume(wanted)
-        try:
-            with disguises.without_tokenizer(self):
-                return super().train(resume_from_checkpoint=self._checkpoint, **kwargs)
-        except FloatingPointError as error:
-            last = self._checkpoint  # others in the folder are of an earlier run
-            way_back = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
-            raise FloatingPointError(f"{error}; {way_back}") from error
-
-    def _run_epoch(self, *args, **kwargs):
-        if not disguises.has_ended(self):
-            super()._run_epoch(*args, **kwargs)
+    # ---- the loop, and what a checkpoint holds besides `keeping` ------------------------------------------
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """As TRL's, timed without the rollout that it may contain; the loss must be finite before the update."""
+        """As TRL's, timed without the rollout that it may contain."""
         self._generation_seconds = 0.0
         started = time.perf_counter()
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not loss.isfinite():
-            raise FloatingPointError(f"the loss is {loss.item()} after step {self.state.global_step}")
         update = time.perf_counter() - started - self._generation_seconds
         self._metrics["train"]["time/update"].append(update)
         peak = peak_memory_gb(self.accelerator.device)
         if peak is not None:
             self._metrics["train"]["memory/peak_gb"].append(peak)
         return loss
-
-    # ---- checkpoints -------------------------------------------------------------------------------------
-
-    def _save_checkpoint(self, model, trial) -> None:
-        """As `Trainer._save_checkpoint`, beside its place."""
-        run, step = self._get_output_dir(trial), self.state.global_step
-        place = Path(run) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        writes, wait = self.args.should_save, self.accelerator.wait_for_everyone
-        try:
-            with checkpoints.beside(place, step, self.state, writes, wait) as written:
-                self._beside = str(written.parent)
-                super()._save_checkpoint(model, trial)
-                if self._memory.average is not None and writes:
-                    self._memory.average.save(written)
-        finally:
-            self._beside = None
-        self._checkpoint = str(place)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(place))
-        if writes:
-            rotate_checkpoints(
-                run, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
-            )
-
-    def _get_output_dir(self, trial) -> str:
-        return self._beside or super()._get_output_dir(trial)
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
-        """As `Trainer._determine_best_metric`; what is best is saved, also between the steps that are saved anyway."""
-        try:
-            best = super()._determine_best_metric(metrics, trial)
-        except KeyError as error:
-            known = ", ".join(name.removeprefix("eval_") for name in metrics)
-            raise ValueError(
-                f"metric_for_best_model={self.args.metric_for_best_model!r} is not measured here; take one of {known}"
-            ) from error
-        self.control.should_save |= best and self.args.load_best_model_at_end
-        return best
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._beside is None:  # else it has not taken its place
-            super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # Called for every checkpoint that can be resumed from, on every process.
@@ -637,24 +537,10 @@ class CFGDiversityTrainer(RLOOTrainer):
         self._buffered_inputs = checkpoints.load_buffer(folder, rank, device)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        with continuing_from(resume_from_checkpoint):
-            checkpoints.check_adapter_weights(self.model, resume_from_checkpoint)
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            if self._policy.shift is not None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._policy.shift is not None:
+            with continuing_from(resume_from_checkpoint):
                 self._policy.shift.load(resume_from_checkpoint)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with continuing_from(str(checkpoint)):
-            super()._load_optimizer_and_scheduler(checkpoint)
-            if checkpoint is not None and not self.is_deepspeed_enabled:
-                checkpoints.check_optimizer(self.optimizer)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with continuing_from(str(checkpoint)):
-            super()._load_rng_state(checkpoint)
-
-    def _issue_warnings_after_load(self, load_result) -> None:
-        checkpoints.check_loaded(self.model, load_result)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -664,13 +550,6 @@ class CFGDiversityTrainer(RLOOTrainer):
             self._memory.average.load(str(self.state.best_model_checkpoint))
 
     # ---- what is saved in the end ------------------------------------------------------------------------
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the student: the averaged weights, if any; checkpoints hold the raw ones beside them."""
-        self._frozen.check(_LEFT_ALONE)
-        with contextlib.nullcontext() if _internal_call else self._memory.averaged():
-            self._housekeeping.check_finite(computes=True, resumable=self._beside is not None)
-            super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         output_dir = output_dir or self.args.output_dir

@@ -3,7 +3,7 @@
     python recipes/nano/report.py
 
 Reads `results/open` (prompts that leave something open) and `results/experiment` (prompts that name all), writes the
-figures of the first beside it, RESULTS.md, and its first paragraph and table into the README.
+figures of the first beside it, RESULTS.md, and its first paragraph into the README.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import yaml
 from claims import Claim, at_equal_diversity, claims_table, registered_in, tested
 from experiment import HERE, Experiment
 from pages import write_section
-from report import chosen_on, measured_by, names_of, only, table, tail, training_logs
+from report import chosen_on, measured_by, names_of, number, only, table, tail, training_logs
 
 from diverse_cfg.atomic import write_text
 from diverse_cfg.evaluation.figures import front, merge_curve
@@ -147,7 +147,7 @@ def build(recorded: Path, page: Path, readme: Path) -> None:
     Args:
         recorded: folder of both experiments' numbers.
         page: RESULTS.md.
-        readme: has the sections `finding` and `results`.
+        readme: has the section `finding`.
     """
     plan = Experiment.load(HERE / "open.yaml")
     folder = recorded / "open"
@@ -172,6 +172,8 @@ def build(recorded: Path, page: Path, readme: Path) -> None:
     )  # fmt: skip
     environment.globals |= {
         "table": table, "beside_line": beside_line, "by_level": by_level, "names_of": names_of, "evidence": evidence,
+        "number": number, "gap": lambda a, b, part, y="adherence": part.difference(a, b, y).text(),
+        "beside": lambda part, x: at_equal_diversity(part, arms.diverse, LINE, x, "adherence").text(),
     }  # fmt: skip
     text = environment.get_template("RESULTS.md.j2").render(
         arms=arms, test=test, few=few, four=four, found=found, columns=columns, answers=answers(columns), runs=runs,
@@ -182,10 +184,6 @@ def build(recorded: Path, page: Path, readme: Path) -> None:
     )  # fmt: skip
     write_text(page, text)
     write_section(readme, "finding", text.split("\n\n")[1])
-    shown = (arms.base, arms.guided, arms.quality, arms.diverse, "LERP λ=0.5")
-    write_section(
-        readme, "results", table(few, shown, ("adherence", "clean_heldout", "clean_melody", "decoder_rows"))
-    )
 
 
 def claimed(results: Results, claims: Sequence[Claim]) -> dict[str, int]:

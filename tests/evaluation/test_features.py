@@ -60,17 +60,16 @@ def of_audio(waveforms):
 
 
 @torch.no_grad()
+def both_logits(policy, one):
+    """Of every code, under its prompt and under none."""
+    condition = encode_text(policy, tiny_processor(), one.prompts)
+    return [code_logits(policy, one.codes, text).double().numpy() for text in (condition, condition.null())]
+
+
 def slow_divergence(model, teacher, one, student_settings, teacher_scale):
     """KL per clip and entropy of codebook 0, cell by cell in float64; `student_settings` = (γ, T, k)."""
     scale, temperature, top_k = student_settings
-
-    def logits(policy):
-        condition = encode_text(policy, tiny_processor(), one.prompts)
-        return [
-            code_logits(policy, one.codes, text).double().numpy() for text in (condition, condition.null())
-        ]
-
-    ours, theirs = logits(model), logits(teacher)
+    ours, theirs = both_logits(model, one), both_logits(teacher, one)
     kl, entropy = np.zeros(len(one.codes)), np.zeros(len(one.codes))
     clips, codebooks, frames = one.codes.shape
     for n, k, t in np.ndindex(clips, codebooks, frames):
@@ -107,6 +106,51 @@ def test_divergence_is_that_of_what_was_sampled(tmp_path, settings):
     kl, entropy = slow_divergence(student, teacher, one, settings, 3.0)
     np.testing.assert_allclose(found["kl"], kl, rtol=1e-4)
     np.testing.assert_allclose(found["entropy_0"], entropy, rtol=1e-4, atol=1e-6)
+
+
+def test_every_code_of_a_hybrid_belongs_to_the_model_that_drew_it(tmp_path):
+    """Fault: a KL of the second model alone, or a border between frames where it lies between decoder steps."""
+    first, second, teacher = (tiny_musicgen(seed=seed) for seed in (2, 1, 0))
+    system = System("x", single("memory"), first="first", first_frames=3, first_guidance_scale=2.0)
+    one = batch(system, second)
+    one.player.first = Memory(first)
+    found = DivergenceFeature(Memory(teacher), save_tiny(tmp_path / "base"), 3.0).compute(one)
+    parts = [(*both_logits(model, one), γ) for model, γ in ((first, 2.0), (second, 1.0), (teacher, 3.0))]
+    wanted = np.zeros(len(one.codes))
+    for n, k, t in np.ndindex(*one.codes.shape):
+        p, q = (
+            oracles.softmax(oracles.guided_logits(cond[n, k, t], null[n, k, t], scale))
+            for cond, null, scale in (parts[0 if t + k < 3 else 1], parts[2])
+        )
+        wanted[n] += oracles.kl(p, q)
+    np.testing.assert_allclose(found["kl"], wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_adaptive_guidance_ends_where_the_sampler_ended_it(tmp_path, steps):
+    """Fault: a KL under γ of codes that were drawn without; steps of the decoder taken for frames."""
+    student, teacher = tiny_musicgen(seed=1), tiny_musicgen(seed=0)
+    schedule = f"adaptive 0.3 {steps}"
+    system = System("x", single("memory"), guidance_scale=3.0, guidance_schedule=schedule)
+    one = batch(system, student)
+    found = DivergenceFeature(Memory(teacher), save_tiny(tmp_path / "base"), 3.0).compute(one)
+    ours, theirs = both_logits(student, one), both_logits(teacher, one)
+    wanted, ends = np.zeros(len(one.codes)), []
+    for n in range(len(one.codes)):
+        run = 0
+        for step in range(5 + 3):
+            cells = [(n, k, step - k) for k in range(4) if 0 <= step - k < 5]
+            pairs = [(ours[0][cell], ours[1][cell]) for cell in cells]
+            guided = run < steps
+            apart = np.mean([0.5 * np.abs(oracles.softmax(c) - oracles.softmax(u)).sum() for c, u in pairs])
+            for (cond, null), cell in zip(pairs, cells, strict=True):
+                p = oracles.softmax(oracles.guided_logits(cond, null, 3.0 if guided else 1.0))
+                q = oracles.softmax(oracles.guided_logits(theirs[0][cell], theirs[1][cell], 3.0))
+                wanted[n] += oracles.kl(p, q)
+            run = (run + 1 if apart < 0.3 else 0) if guided else run
+            ends.append(guided)
+    assert 0 < sum(ends) < len(ends)
+    np.testing.assert_allclose(found["kl"], wanted, rtol=1e-4)
 
 
 def test_the_guided_base_is_its_own_teacher(tmp_path):

@@ -13,6 +13,7 @@ from diverse_cfg.evaluation.figures import (
     _series_hypervolumes,
     front,
     merge_curve,
+    surface,
     trajectories,
 )
 from diverse_cfg.evaluation.report import _draw, first_metric
@@ -75,6 +76,29 @@ def test_front_writes_what_it_draws(tmp_path):
     text = svg.read_text(encoding="utf-8")
     for label in ("γ 3", "λ .5", "prompt adherence", "hypervolume"):
         assert label in text, label
+
+
+def test_the_surface_over_guidance_and_merge_weight(tmp_path, figures):
+    """Every point of the grid in the CSV, contour lines between them; a failed system leaves a hole and no more."""
+    grid = [(scale, weight) for scale in (1.0, 2.0, 4.0) for weight in (0.0, 0.5, 1.0)]
+    rows = [
+        row(
+            f"{scale} {weight}", 0.5 - 0.05 * scale + 0.2 * weight, 0.5 + 0.08 * scale - 0.1 * weight, spread=0,
+            series="grid", role="merge", student_guidance=scale, merge_weight=weight,
+        )
+        for scale, weight in grid
+    ]  # fmt: skip
+    drawn = _draw(results(*rows[:4], *rows[5:]), tmp_path)
+    assert [picture.file for picture in drawn] == ["front.svg", "surface-grid.svg"]
+    lines = read_csv(tmp_path / "surface-grid.csv")
+    assert [(float(line[1]), float(line[2])) for line in lines[1:]] == [*grid[:4], *grid[5:]]
+    assert float(lines[2][3]) == pytest.approx(0.5 - 0.05 + 0.1)
+    panels = figures[-1].axes
+    assert [axes.get_xlabel() for axes in panels] == ["γ that is told"] * 2
+    assert all(len(axes.texts) > 1 for axes in panels), "lines tell their values"
+    assert "λ .5, γ 4" in (tmp_path / "front.svg").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="no grid"):
+        surface(results(*rows[:3]), "grid", XY, tmp_path / "x")
 
 
 def test_figures_are_the_same_every_time(tmp_path):

@@ -107,6 +107,10 @@ def test_a_sweep_from_end_to_end(root, tmp_path, capsys):
         ({"num_prompts": 0}, "num_prompts=0"),
         ({"clip_seconds": 99.0}, "clip_seconds=99.0"),
         ({"systems": []}, "non-empty list"),
+        (
+            {"systems": [{"name": "h", "model": "x", "first": "y", "first_frames": 12, "role": "base"}]},
+            "system 'h': first_frames=12 must be below the clip's 12 frames",
+        ),
         ({"output": ""}, "output is missing"),
         ({"min_validity": 2}, "min_validity=2"),
         ({"gallery_prompts": -1}, "gallery_prompts=-1"),

@@ -15,6 +15,7 @@ from diverse_cfg.evaluation.sweep import _flag_incomparable
 from diverse_cfg.evaluation.systems import System, expand_systems, single
 from diverse_cfg.functional.guidance import guidance_schedule
 from diverse_cfg.policies.loading import load_policy, load_processor
+from diverse_cfg.policies.sampler.extension import hybrid_generate
 from diverse_cfg.policies.sampler.rollout import RolloutWeights, fast_generate
 from tests.evaluation.worlds import CountingJudge, broken_audio, encoder_folder, save_sibling, small_sweep
 from tests.tiny import PROMPTS, save_tiny
@@ -97,6 +98,32 @@ def test_a_schedule_of_guidance_is_played_and_has_a_key_of_its_own(folders, tmp_
         decode=False,
     ).codes
     np.testing.assert_array_equal(linear.reshape(12, 4, 12), direct.numpy())
+
+
+def test_one_model_begins_and_another_goes_on(folders, tmp_path):
+    """Faults: a first model that is left out, or of whose rows nobody knows; a key that forgets it."""
+    entry = {"name": "a", "first": folders[0], "first_guidance_scale": 3, "model": folders[1]}
+    sweep, systems = small_sweep(tmp_path), expand_systems([entry | {"first_frames": [4, 9]}])
+    first, second = load_policy(folders[0]), load_policy(folders[1])
+    for system in systems:
+        replicate = sweep._replicate(system, system.replicates[0], None)
+        direct = hybrid_generate(
+            first,
+            second,
+            PROMPTS,
+            processor=load_processor(folders[0]),
+            num_frames=12,
+            first_frames=system.first_frames,
+            first_guidance_scale=3.0,
+            seed=0,
+            num_generations=3,
+            decode=False,
+        )
+        np.testing.assert_array_equal(replicate.codes[:, 0].reshape(12, 4, 12), direct.codes.numpy())
+        assert set(replicate.clips("timing", "decoder_rows").flat) == {2 * (system.first_frames + 3) + 15}
+    plain = describe(models(folders[1])[0], systems[0].replicates[0], sweep.clips, 0)
+    keys = [describe(system, system.replicates[0], sweep.clips, 0) for system in systems]
+    assert keys[0] != keys[1] and "first" not in plain
 
 
 def test_weights_are_fused_once_for_all_seeds(folders, tmp_path, monkeypatch):

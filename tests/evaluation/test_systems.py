@@ -1,8 +1,11 @@
 """Systems: grids, merges, training seeds, and what a sweep's YAML must not say."""
 
+import shutil
+
 import pytest
 
 from diverse_cfg.evaluation.systems import System, expand_systems, single
+from diverse_cfg.provenance import Provenance, write_provenance
 
 
 def test_grids_become_named_systems_of_one_series(tiny_folder):
@@ -32,8 +35,41 @@ def test_schedules_of_guidance_are_systems(tiny_folder):
     assert (constant.name, interval.name) == ("base γ(t)=constant", "base γ(t)=interval 0 0.5")
     assert constant.sampling_of(5).guidance_scale == 3
     assert interval.sampling_of(5).guidance_scale == (3, 3, 3, 1, 1)
+    (adaptive,) = expand_systems([entry | {"guidance_schedule": "adaptive 0.1 5"}])
+    assert adaptive.sampling_of(5).guidance_scale == 3
+    assert adaptive.sampling_of(5).adaptive_guidance == (0.1, 5)
+    with pytest.raises(ValueError, match="system 'base': guidance_schedule='adaptive 3 5' must name"):
+        expand_systems([entry | {"guidance_schedule": "adaptive 3 5"}])
     with pytest.raises(ValueError, match="system 'base': guidance_schedule='ramp' must be"):
         expand_systems([entry | {"guidance_schedule": "ramp"}])
+    for scale in (1, [1, 3]):
+        with pytest.raises(
+            ValueError, match=r"'base': guidance_schedule=interval 0 0\.5 has no effect at guid"
+        ):
+            expand_systems([entry | {"guidance_scale": scale}])
+
+
+def test_a_model_that_begins_makes_another_system(tiny_folder, tmp_path):
+    """A grid of how much it plays; what a base and its student make together is the student's, whoever begins."""
+    student = shutil.copytree(tiny_folder, tmp_path / "runs" / "seed-4")
+    write_provenance(student, Provenance(kind="student", guidance_scale=3.0))
+    base, student = str(tiny_folder), str(student)
+    entry = {"name": "h", "first": base, "first_frames": [5, 9], "first_guidance_scale": 3, "model": student}
+    systems = expand_systems([entry])
+    assert [(s.name, s.first, s.first_frames, s.first_guidance_scale) for s in systems] == [
+        ("h n=5", base, 5, 3),
+        ("h n=9", base, 9, 3),
+    ]
+    assert systems[0].first_sampling.guidance_scale == 3 and systems[0].sampling.guidance_scale == 1
+    assert System.from_dict(systems[0].to_dict()) == systems[0]
+    roles = {("base", 1): "base", ("base", 3): "guided", ("student", 1): "student", ("student", 3): "student"}
+    for (first, scale), role in roles.items():
+        one = entry | {"first": {"base": base, "student": student}[first], "first_guidance_scale": scale}
+        (system,) = expand_systems([one | {"model": base, "first_frames": 5}])
+        assert system.role == role and system.training_seeds == ((4,) if first == "student" else ())
+    for wrong in ({"first_frames": 0}, {"first": ""}, {"first_guidance_scale": 0.5}):
+        with pytest.raises(ValueError, match=r"system 'h': (a model that begins|guidance_scale=0.5 must)"):
+            expand_systems([entry | {"first_frames": 5, "role": "base"} | wrong])
 
 
 def test_lerp_gives_the_second_checkpoint_the_weight():
@@ -143,3 +179,16 @@ def test_what_was_not_trained():
     assert System("x", single("base"), role="guided", guidance_scale=3.0).untrained
     assert not System("x", single("runs/seed-0"), role="guided", guidance_scale=3.0).untrained
     assert not System("x", single("student")).untrained
+
+
+def test_a_grid_of_guidance_that_is_told_and_merge_weights():
+    entry = {"name": "both", "checkpoints": ["q", "d"], "merge_weight": [0, 1], "student_guidance": [1.5, 4]}
+    systems = expand_systems([entry])
+    assert [system.name for system in systems] == [
+        f"both λ={weight} student γ={scale}" for weight in (0, 1) for scale in ("1.5", "4")
+    ]
+    assert [(s.merge_weight, s.student_guidance) for s in systems] == [(0, 1.5), (0, 4), (1, 1.5), (1, 4)]
+    assert {system.series for system in systems} == {"both"}
+    assert System.from_dict(systems[1].to_dict()) == systems[1]
+    with pytest.raises(ValueError, match="student_guidance='high' must be"):
+        expand_systems([{**entry, "student_guidance": "high"}])

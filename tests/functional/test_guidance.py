@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from diverse_cfg.functional.guidance import guidance_schedule, guided_logits
+from diverse_cfg.functional.guidance import (
+    adaptive_guidance,
+    before_agreement,
+    guidance_schedule,
+    guided_logits,
+    total_variation,
+)
 from tests import oracles
 
 
@@ -76,3 +82,29 @@ def test_schedules_of_five_frames(schedule, wanted):
 def test_what_is_no_schedule_is_refused(schedule):
     with pytest.raises(ValueError, match="guidance_schedule"):
         guidance_schedule(schedule, 3.0, 5)
+
+
+def test_guidance_ends_after_steps_that_agree_in_a_row():
+    """Faults: steps that are not in a row, an end one step off, and guidance that comes back."""
+    low, high = 0.09, 0.1  # below 0.1 is agreement
+    variation = torch.tensor([[high, low, low, high, low, low, low, high], [low, low, low] + 5 * [high]])
+    guided = before_agreement(variation, 0.1, 3).int().tolist()
+    assert guided == [[1, 1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0, 0, 0]]
+    assert before_agreement(variation, 0.05, 1).all()
+    p, q = torch.tensor([0.5, 0.25, 0.25]).log(), torch.tensor([0.25, 0.25, 0.5]).log() + 3
+    assert total_variation(p, q).item() == pytest.approx(0.25)
+
+
+def test_adaptive_guidance_is_named_like_a_schedule():
+    assert adaptive_guidance("adaptive 0.1 5") == (0.1, 5)
+    assert adaptive_guidance("linear") is None and adaptive_guidance("") is None
+    for wrong in (
+        "adaptive",
+        "adaptive 0.1",
+        "adaptive 0 5",
+        "adaptive 2 5",
+        "adaptive 0.1 0",
+        "adaptive 0.1 5 5",
+    ):
+        with pytest.raises(ValueError, match=f"'{wrong}' must name a total variation in"):
+            adaptive_guidance(wrong)

@@ -2,6 +2,8 @@
 top)."""
 
 import json
+import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -9,11 +11,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import MusicgenConfig
 
 from diverse_cfg.policies.loading import is_distilled, load_policy, load_processor
+from diverse_cfg.policies.musicgen.family import MUSICGEN
 from diverse_cfg.policies.musicgen.model import LORA_TARGET_MODULES
 from diverse_cfg.provenance import Provenance, write_provenance
-from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
+from tests.tiny import PROMPTS, tiny_config, tiny_musicgen, tiny_processor
 
 
 def lora(model, **settings):
@@ -81,6 +85,7 @@ def test_distilled_folder_is_not_guided_again(tiny_folder, tmp_path, kind):
 def test_adapter_folder_is_merged_and_not_guided_again(adapter):
     """PEFT's own loading brings the base's guidance 3 back."""
     folder, logits = adapter
+    write_provenance(folder, Provenance("student"))
     policy = load_policy(folder)
     assert policy.generation_config.guidance_scale == 1.0
     assert is_distilled(folder)
@@ -89,9 +94,40 @@ def test_adapter_folder_is_merged_and_not_guided_again(adapter):
 
 def test_adapter_argument(adapter, tiny_folder):
     folder, logits = adapter
+    write_provenance(folder, Provenance("student"))
     policy = load_policy(tiny_folder, adapter=folder)
     assert policy.generation_config.guidance_scale == 1.0
     torch.testing.assert_close(stock_logits(policy), logits, atol=2e-5, rtol=0)
+
+
+def loaded_with(adapter, base):
+    """The three ways to name an adapter."""
+    yield load_policy(adapter)
+    yield load_policy(base, adapter=adapter)
+    yield load_policy(load_policy(base), adapter=adapter)
+
+
+def test_an_adapter_of_somebody_else_is_guided_as_its_base(adapter, tiny_folder, tmp_path):
+    """Fault: a plain LoRA passes for a student, and plays without the guidance that it needs."""
+    folder, _ = adapter
+    assert not is_distilled(folder)
+    for policy in loaded_with(folder, tiny_folder):
+        assert policy.generation_config.guidance_scale == 3.0 and not hasattr(policy, "is_distilled")
+        assert policy.generation_config.max_new_tokens == 20
+    (folder / "generation_config.json").write_text('{"guidance_scale": 2.5, "top_k": 7}')
+    for policy in loaded_with(folder, tiny_folder):
+        settings = policy.generation_config
+        assert (settings.guidance_scale, settings.top_k, settings.max_new_tokens) == (2.5, 7, 20)
+        assert settings.decoder_start_token_id == 16
+    student = shutil.copytree(tiny_folder, tmp_path / "student")
+    write_provenance(student, Provenance("student", guidance_scale=3.0))
+    edited = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(
+        json.dumps(edited | {"base_model_name_or_path": str(student)})
+    )
+    assert is_distilled(folder), "its base is a student"
+    for policy in loaded_with(folder, student):
+        assert policy.generation_config.guidance_scale == 1.0 and policy.is_distilled
 
 
 def test_live_model_is_prepared_in_place(tiny_model):
@@ -208,3 +244,22 @@ def test_a_student_is_sampled_as_it_was_trained(adapter, tiny_folder, tmp_path):
         settings = load_policy(folder, adapter=wrapped).generation_config
         assert (settings.top_k, settings.temperature, settings.max_new_tokens) == (0, 0.9, 23)
         assert settings.guidance_scale == 1.0
+
+
+def test_nothing_is_said_that_nobody_can_act_on(tmp_path, caplog, monkeypatch):
+    """transformers calls the special token of every MusicGen a fault; a user would believe it."""
+    log, text = logging.getLogger("transformers.configuration_utils"), tiny_config().to_json_string()
+    # where CI is set in the environment, transformers lets its messages reach the root logger too
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", False)
+    monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [caplog.handler])
+    folders = [tmp_path / "17", tmp_path / "18"]  # another size each time: it warns once per message
+    for folder in folders:
+        folder.mkdir()
+        size = re.sub(r'(vocab_size|_token_id)": 16\b', rf'\1": {folder.name}', text)
+        (folder / "config.json").write_text(size)
+    caplog.clear()
+    assert MUSICGEN.load_config(folders[0]).decoder.vocab_size == 17
+    log.warning("a real fault")
+    assert [record.getMessage() for record in caplog.records] == ["a real fault"]
+    MusicgenConfig.from_pretrained(folders[1])  # outside of our own loading it speaks as ever
+    assert len(caplog.records) > 1

@@ -71,7 +71,8 @@ def test_a_step_never_touches_the_host(dtype, monkeypatch):
         torch.empty(4, 32, 12, device="meta"), torch.empty(4, 32, dtype=torch.long, device="meta")
     )
     every_filter = SamplingSettings(3.0, temperature=0.9, top_k=9, top_p=0.9, min_p=0.01)
-    for settings in (every_filter, SamplingSettings(1.0, temperature=0.0)):
+    adaptive = SamplingSettings([3.0] * FRAMES, adaptive_guidance=(0.1, 5))
+    for settings in (every_filter, SamplingSettings(1.0, temperature=0.0), adaptive):
         loop = DecodeLoop(weights, condition, 4, FRAMES, settings, mode="static")
         with OnOneDevice(), torch.no_grad(), monkeypatch.context() as patch:
             for constructor in ("tensor", "as_tensor", "asarray"):  # they copy from the host

@@ -29,6 +29,7 @@ from diverse_cfg.policies.audiocraft.reading import (
     build_model,
     read_checkpoint,
 )
+from diverse_cfg.policies.shift import SHIFT_FILE
 from diverse_cfg.provenance import PROVENANCE_FILE
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ _CACHE_VARIABLE = "DIVERSE_CFG_CACHE"
 
 _STAMP = "audiocraft.json"
 _OURS = ("config.json", "adapter_config.json")
-_TAKEN_ALONG = (PROVENANCE_FILE, "README.md")
+_TAKEN_ALONG = (PROVENANCE_FILE, SHIFT_FILE, "README.md")
 
 
 def is_audiocraft(path: str | os.PathLike) -> bool:

@@ -141,6 +141,40 @@ def encode_text(model: nn.Module, tokenizer: Any, prompts: Sequence[str]) -> Tex
     )
 
 
+@torch.no_grad()
+def encode_audio(model: nn.Module, waveforms: Tensor) -> Tensor:
+    """Turn audio into codes with the policy's codec.
+
+    Args:
+        model: the policy.
+        waveforms: at the codec's rate, mono [N, L], stereo [N, 2, L].
+
+    Returns:
+        Codes [N, K, T], T = ⌈L / hop⌉; stereo has left and right codebooks in turn.
+
+    Raises:
+        ValueError: another number of channels, or a codec that cuts audio into chunks or has too few codebooks.
+    """
+    policy = unwrap(model)
+    config, codec = policy.decoder.config, policy.audio_encoder
+    audio = waveforms[:, None] if waveforms.ndim == 2 else waveforms
+    if audio.ndim != 3 or audio.shape[1] != config.audio_channels:
+        raise ValueError(
+            f"waveforms of shape {tuple(waveforms.shape)} are not [N, {config.audio_channels} channel(s), L]"
+        )
+    audio = audio.to(codec.device, codec.dtype)
+    bandwidth = max(codec.config.target_bandwidths)  # of which the released codecs have one
+    with evaluating(codec), torch.autocast(codec.device.type, enabled=False):
+        chunks = [codec.encode(channel, bandwidth=bandwidth).audio_codes for channel in audio.split(1, dim=1)]
+    codes = torch.stack(chunks, dim=3).flatten(2, 3)[0]  # [1, N, K / C, C, T], pairs of one delay adjacent
+    if len(chunks[0]) != 1 or codes.shape[1] != config.num_codebooks:
+        raise ValueError(
+            f"the codec gives {len(chunks[0])} chunk(s) with {codes.shape[1]} codebooks, the decoder reads one "
+            f"with {config.num_codebooks}"
+        )
+    return codes
+
+
 def code_hidden_states(model: nn.Module, codes: Tensor, condition: TextCondition | None) -> Tensor:
     """Hidden states from which the heads predict given codes (teacher forcing); gradients flow.
 

@@ -67,6 +67,13 @@ class MusicGenPolicy(Policy):
     def decode(self, codes: Tensor) -> Tensor:
         return decode_codes(self.model, codes)
 
+    @property
+    def audio_channels(self) -> int:
+        return self.model.config.decoder.audio_channels
+
+    def encode(self, waveforms: Tensor) -> Tensor:
+        return musicgen.encode_audio(self.model, waveforms)
+
     def snapshot(self, dtype: torch.dtype | None = None) -> RolloutWeights:
         return RolloutWeights.from_model(self.model, dtype)
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from diverse_cfg.functional.guidance import guided_logits
+from diverse_cfg.functional.guidance import guided_logits, total_variation
 from diverse_cfg.policies.sampler.weights import LayerWeights, RolloutWeights, activated_product, product
 from diverse_cfg.types import TextCondition
 
@@ -36,6 +36,10 @@ class _Decoder:
             prompt).
         guidance: γ, or a tensor [S, K] of every step and codebook; None decodes no null rows beside the
             prompts'.
+        adaptive: (ε, n) of `adaptive_guidance`, and which cells of a step hold codes [S, K]; None guides to the end.
+
+    Attributes:
+        null_rows: computed so far for each clip [N], where guidance is adaptive.
     """
 
     wide_cache: ClassVar[bool]
@@ -48,12 +52,16 @@ class _Decoder:
         num_steps: int,
         condition: TextCondition,
         guidance: float | Tensor | None,
+        adaptive: tuple[float, int, Tensor] | None = None,
     ) -> None:
         shape = weights.shape
         self.weights = weights
         self.cache_dtype = weights.tensors["norm"].dtype if self.wide_cache else weights.dtype
         self.num_clips = num_clips
         self.guidance = guidance
+        self.adaptive = adaptive
+        self.paired = torch.arange(num_clips, device=weights.device)  # the clips of the null rows
+        self.agreed, self.null_rows = (torch.zeros_like(self.paired) for _ in range(2))
         self.num_rows = num_clips if guidance is None else 2 * num_clips
         self.num_texts = len(condition)
         self.activation = ACT2FN[shape.activation]
@@ -85,12 +93,32 @@ class _Decoder:
         """
         tensors, shape = self.weights.tensors, self.weights.shape
         h = self._norm(x, tensors["norm"], tensors["norm_bias"])
-        scale = self.guidance[step].view(-1) if isinstance(self.guidance, Tensor) else self.guidance
+        scale = _row(self.guidance, step) if isinstance(self.guidance, Tensor) else self.guidance
         scheduled = isinstance(scale, Tensor)
+        if self.adaptive is not None and scale is not None:
+            return self._adaptive_logits(h, step, scale)
         if scale is not None and not scheduled:
             h = guided_logits(*h.chunk(2), scale)
         logits = product(h, tensors["heads"]).view(-1, shape.num_codebooks, shape.vocab_size)
         return guided_logits(*logits.chunk(2), scale) if scheduled else logits
+
+    def _adaptive_logits(self, h: Tensor, step: int | Tensor, scale: float | Tensor) -> Tensor:
+        """Logits [N, K, V], guided in the clips that have not agreed before; see `functional.guidance`."""
+        assert self.adaptive is not None
+        (threshold, steps, cells), shape = self.adaptive, self.weights.shape
+        logits = (
+            product(h, self.weights.tensors["heads"]).view(-1, shape.num_codebooks, shape.vocab_size).float()
+        )
+        cond, null = logits[: self.num_clips], logits[self.num_clips :]
+        paired, agreed = cond.index_select(0, self.paired), self.agreed.index_select(0, self.paired)
+        open_cells = _row(cells, step)
+        variation = (total_variation(paired, null) * open_cells).sum(-1) / open_cells.sum()
+        done = agreed >= steps
+        guided = torch.where(done[:, None, None], paired, guided_logits(paired, null, scale))
+        agreed = torch.where(done, agreed, torch.where(variation < threshold, agreed + 1, 0))
+        self.agreed.index_copy_(0, self.paired, agreed)
+        self.null_rows.index_add_(0, self.paired, torch.ones_like(agreed))
+        return cond.index_copy(0, self.paired, guided)
 
     def _text(self, condition: TextCondition) -> tuple[Tensor, list[Tensor]]:
         """Bias over the text [B, 1, 1, Lt], and for each layer its keys and values [2, B, H, Lt, D / H]."""
@@ -117,17 +145,27 @@ class EagerDecoder(_Decoder):
     wide_cache = True
 
     def _prepare(self, condition: TextCondition) -> None:
+        texts, heads = self.num_texts, self.weights.shape.num_heads
+        self.positions = self.weights.tensors["positions"].unbind(0)
+        bias, keys_values = self._text(condition.pad(_LEAST_TOKENS))
+        self.text_bias = bias.expand(texts, heads, 1, -1).flatten(0, 1).contiguous()
+        self.text_keys = [both[0].flatten(0, 1).transpose(1, 2) for both in keys_values]
+        self.text_values = [both[1].flatten(0, 1) for both in keys_values]
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Make the buffers and views of as many rows as there are."""
         rows, texts, shape = self.num_rows, self.num_texts, self.weights.shape
         heads, width, size = shape.num_heads, shape.head_dim, shape.hidden_size
+        caches = [cache[:, :rows] for cache in self.cache]
 
         def empty(*sizes: int) -> Tensor:
             return torch.empty(sizes, dtype=self.cache_dtype, device=self.weights.device)
 
         # Per layer: where each step's keys and values go, all keys transposed, all values.
-        self.slots = [cache.flatten(1, 2).unbind(2) for cache in self.cache]
-        self.keys = [cache[0].flatten(0, 1).transpose(1, 2) for cache in self.cache]
-        self.values = [cache[1].flatten(0, 1) for cache in self.cache]
-        self.positions = self.weights.tensors["positions"].unbind(0)
+        self.slots = [cache.flatten(1, 2).unbind(2) for cache in caches]
+        self.keys = [cache[0].flatten(0, 1).transpose(1, 2) for cache in caches]
+        self.values = [cache[1].flatten(0, 1) for cache in caches]
         self.by_head = (rows * heads, 3, width)
         self.attended = empty(rows * heads, 1, width)
         self.update = self.attended.view(rows, size)
@@ -135,10 +173,25 @@ class EagerDecoder(_Decoder):
         self.text_queries = self.text_query.view(texts * heads, 1, width)
         self.text_attended = empty(texts * heads, 1, width)
         self.text_update = self.text_attended.view(texts, size)
-        bias, keys_values = self._text(condition.pad(_LEAST_TOKENS))
-        self.text_bias = bias.expand(texts, heads, 1, -1).flatten(0, 1).contiguous()
-        self.text_keys = [both[0].flatten(0, 1).transpose(1, 2) for both in keys_values]
-        self.text_values = [both[1].flatten(0, 1) for both in keys_values]
+
+    def drop_agreed(self, steps: int) -> None:
+        """Compute no more null rows for the clips that have agreed for so many steps."""
+        kept = (self.agreed[self.paired] < steps).nonzero()[:, 0]
+        if len(kept) == len(self.paired):
+            return
+        first, heads = self.num_clips, self.weights.shape.num_heads
+        for cache in self.cache:
+            cache[:, first : first + len(kept)] = cache[:, first + kept]
+        self.paired, self.num_rows = self.paired[kept], first + len(kept)
+        if self.num_texts > first:
+            texts = torch.cat([torch.arange(first), first + kept])
+            self.num_texts = len(texts)
+            self.text_bias, *others = (
+                part.unflatten(0, (-1, heads))[texts].flatten(0, 1)
+                for part in (self.text_bias, *self.text_keys, *self.text_values)
+            )
+            self.text_keys, self.text_values = others[: len(others) // 2], others[len(others) // 2 :]
+        self._lay_out()
 
     def step(self, ids: Tensor, step: int) -> Tensor:
         """Logits of one step; steps come in order.
@@ -153,7 +206,7 @@ class EagerDecoder(_Decoder):
         tensors = self.weights.tensors
         x = F.embedding_bag(ids + self.offsets, tensors["embedding"], mode="sum").add_(self.positions[step])
         if self.num_rows > self.num_clips:
-            x = x.repeat(2, 1)
+            x = x.repeat(2, 1) if self.adaptive is None else torch.cat([x, x[self.paired]])
         texted = x[: self.num_texts]  # the rows with cross-attention; the same memory
         for index, layer in enumerate(self.weights.layers):
             h = self._norm(x, layer.self_norm, layer.self_norm_bias)
@@ -172,7 +225,10 @@ class EagerDecoder(_Decoder):
 
             h = self._norm(x, layer.final_norm, layer.final_norm_bias)
             self._add(x, activated_product(h, layer.fc1, self.activation), layer.fc2)
-        return self._logits(x, step)
+        logits = self._logits(x, step)
+        if self.adaptive is not None:
+            self.drop_agreed(self.adaptive[1])
+        return logits
 
 
 class StaticDecoder(_Decoder):
@@ -247,3 +303,8 @@ class StaticDecoder(_Decoder):
 
         h = self._norm(x, layer.final_norm, layer.final_norm_bias)
         return self._add(x, activated_product(h, layer.fc1, self.activation), layer.fc2)
+
+
+def _row(table: Tensor, step: int | Tensor) -> Tensor:
+    """What a table [S, K] says of a step [K]."""
+    return table[step] if isinstance(step, int) else table.index_select(0, step)[0]

@@ -35,6 +35,7 @@ class SamplingSettings:
         top_k: keep this many codes (and those tied with the last); 0 keeps all.
         top_p: keep the most likely codes up to this probability mass; 1 keeps all.
         min_p: drop codes less likely than this fraction of the most likely one; 0 keeps all.
+        adaptive_guidance: (ε, n), see `functional.guidance.adaptive_guidance`; None guides to the end.
     """
 
     guidance_scale: float | tuple[float, ...] = 1.0
@@ -42,6 +43,7 @@ class SamplingSettings:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    adaptive_guidance: tuple[float, int] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.guidance_scale, Sequence) and not isinstance(self.guidance_scale, str):
@@ -69,6 +71,14 @@ class SamplingSettings:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1 (1 keeps all codes)")
         if not 0 <= self.min_p < 1:
             raise ValueError(f"min_p={self.min_p} must be at least 0 and below 1 (0 keeps all codes)")
+        if self.adaptive_guidance is not None:
+            threshold, steps = self.adaptive_guidance
+            if not (0 < threshold <= 1 and isinstance(steps, int) and steps >= 1) or not self.guided:
+                raise ValueError(
+                    f"adaptive_guidance={self.adaptive_guidance} must be a total variation in (0, 1] and a number of "
+                    "steps, with guidance_scale above 1"
+                )
+            object.__setattr__(self, "adaptive_guidance", (float(threshold), steps))
 
     @property
     def guided(self) -> bool:

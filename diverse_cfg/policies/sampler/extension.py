@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diverse_cfg.policies.policy import Policy, as_policy
+from diverse_cfg.policies.policy import Policy, as_policy, listed
 from diverse_cfg.policies.sampler.draws import SamplingSettings
 from diverse_cfg.policies.sampler.rollout import MAX_SECONDS, decode_codes, fast_generate
 from diverse_cfg.policies.sampler.weights import RolloutWeights
@@ -77,7 +77,7 @@ def extend(
         sampled = min(window, begun.shape[-1] + num_frames - codes.shape[-1])
         clips = fast_generate(
             model,
-            list(prompts),
+            listed(prompts),
             processor=processor,
             num_frames=sampled,
             seed=(seed + number) % 2**64,
@@ -130,6 +130,8 @@ def hybrid_generate(
     first_guidance_scale: float = 1.0,
     guidance_scale: float | Sequence[float] = 1.0,
     negative_prompt: str | None = None,
+    adaptive_guidance: tuple[float, int] | None = None,
+    student_guidance: float | None = None,
     decode: bool = True,
     first_weights: RolloutWeights | None = None,
     weights: RolloutWeights | None = None,
@@ -151,6 +153,8 @@ def hybrid_generate(
         first_guidance_scale: γ of the first model.
         guidance_scale: γ of the second.
         negative_prompt: for whichever of the two is guided.
+        adaptive_guidance: likewise.
+        student_guidance: that the second is told, of a student of a range.
         decode: also make waveforms.
         first_weights: a snapshot of the first model to sample from.
         weights: one of the second.
@@ -161,7 +165,7 @@ def hybrid_generate(
     """
     check_hybrid(first, model, first_frames, num_frames, options.get("rollout_backend", "fast"))
     guided = SamplingSettings(first_guidance_scale).guided, SamplingSettings(guidance_scale).guided
-    avoided = {"negative_prompt": negative_prompt}
+    guidance = {"negative_prompt": negative_prompt, "adaptive_guidance": adaptive_guidance}
     begun = fast_generate(
         first,
         prompts,
@@ -170,7 +174,7 @@ def hybrid_generate(
         guidance_scale=first_guidance_scale,
         decode=False,
         weights=first_weights,
-        **(avoided if guided[0] else {}),
+        **(guidance if guided[0] else {}),
         **options,
     )
     known = drawn_first(first_frames, first_frames, as_policy(model).delays).to(begun.codes.device)
@@ -183,7 +187,8 @@ def hybrid_generate(
         decode=decode,
         weights=weights,
         prefix=begun.codes.masked_fill(~known, -1),
-        **(avoided if guided[1] or not guided[0] else {}),
+        student_guidance=student_guidance,
+        **(guidance if guided[1] or not guided[0] else {}),
         **options,
     )
     return replace(clips, decoder_rows=clips.decoder_rows + begun.decoder_rows)

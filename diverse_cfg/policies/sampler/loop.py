@@ -88,7 +88,8 @@ class DecodeLoop:
         guidance = settings.guidance_scale if settings.guided else None
         if isinstance(guidance, tuple):
             guidance = torch.tensor(guidance, device=device)[frame.clamp(0, num_frames - 1)]
-        self.decoder = decoder(weights, num_clips, self.context, condition, guidance)
+        adaptive = settings.adaptive_guidance and (*settings.adaptive_guidance, ~self.no_code[:, 0])
+        self.decoder = decoder(weights, num_clips, self.context, condition, guidance, adaptive)
         self.noise = torch.ones(
             *cells, sum(group_sizes(shape.vocab_size)), dtype=torch.float32, device=device
         )
@@ -102,6 +103,13 @@ class DecodeLoop:
     def nbytes(self) -> int:
         """Size of the caches of keys and values."""
         return sum(cache.nbytes for cache in self.decoder.cache)
+
+    @property
+    def decoder_rows(self) -> Tensor:
+        """Rows that each clip of the last run took [N]."""
+        if self.settings.adaptive_guidance is not None:
+            return self.num_steps + self.decoder.null_rows
+        return torch.full((self.num_clips,), self.num_steps * (1 + self.settings.guided))
 
     def reset(self, condition: TextCondition) -> None:
         """Take another batch: same number of clips, frames and text tokens."""
@@ -167,6 +175,8 @@ class DecodeLoop:
     def _rewind(self) -> None:
         self.position.zero_()
         self.ids.fill_(self.pad)
+        self.decoder.agreed.zero_()
+        self.decoder.null_rows.zero_()
 
     def _bucket(self, step: int) -> int:
         return min(_round_up(step + 1, BUCKET), self.context)

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from diverse_cfg.functional.codebooks import num_decoder_steps, revert_delay_pattern
 from diverse_cfg.policies.musicgen.model import delays, encode_text, frame_rate, unwrap
-from diverse_cfg.policies.policy import as_policy, require_prompts
+from diverse_cfg.policies.policy import as_policy, listed, require_prompts
 from diverse_cfg.policies.sampler.batches import automatic_batch, in_batches, may_be_kept
 from diverse_cfg.policies.sampler.draws import SamplingSettings, keyed_noise, not_finite, require_64_bits
 from diverse_cfg.policies.sampler.loop import DecodeLoop, default_mode
 from diverse_cfg.policies.sampler.reference import generate_codes
 from diverse_cfg.policies.sampler.weights import RolloutWeights
+from diverse_cfg.policies.tensors import require_float
 from diverse_cfg.provenance import warn_if_guided
 from diverse_cfg.types import ROLLOUT_BACKENDS, Clips, TextCondition
 
@@ -46,6 +47,7 @@ def fast_generate(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    adaptive_guidance: tuple[float, int] | None = None,
     seed: int | None = None,
     num_generations: int = 1,
     batch_size: int | None = None,
@@ -73,6 +75,8 @@ def fast_generate(
         top_k: keep this many codes; 0 keeps all.
         top_p: keep the most likely codes up to this mass; 1 keeps all.
         min_p: drop codes less likely than this fraction of the likeliest; 0 keeps all.
+        adaptive_guidance: (ε, n): no null rows any more once prompt and null prompt have agreed to ε for n steps; see
+            `functional.guidance.adaptive_guidance`. On a GPU they are computed and have no effect.
         seed: same seed, same clips; None takes one from torch's global generator (`torch.manual_seed`).
         num_generations: G clips per prompt.
         batch_size: clips at once; by default up to 64 on a CPU and 256 on a GPU, fewer when their caches
@@ -99,6 +103,13 @@ def fast_generate(
         FloatingPointError: logits that are not finite; names prompt and step.
         torch.OutOfMemoryError: not even one clip fits.
     """
+    prompts = listed(prompts)
+    settings = SamplingSettings(guidance_scale, temperature, top_k, top_p, min_p, adaptive_guidance)
+    if not isinstance(weights, RolloutWeights | None):
+        raise ValueError(
+            f"weights={weights!r} must be what RolloutWeights.from_model(model) returns, or None"
+        )
+    _check_dtype(dtype)
     if isinstance(model, str | os.PathLike):
         from diverse_cfg.policies.loading import load_policy, load_processor
 
@@ -108,8 +119,6 @@ def fast_generate(
         raise ValueError(
             "fast_generate needs processor=: what load_processor(folder) returns, or a tokenizer"
         )
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    settings = SamplingSettings(guidance_scale, temperature, top_k, top_p, min_p)
     check_request(
         model,
         processor,
@@ -235,26 +244,28 @@ def sample_codes(
     policy = unwrap(model)
     size = policy.decoder.config.num_codebooks, num_frames, policy.decoder.config.vocab_size
 
-    def sample(rows: slice) -> tuple[Tensor, Tensor]:
+    num_steps = num_decoder_steps(num_frames, delays(model))
+
+    def sample(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         avoided = None if negative_condition is None else negative_condition.select(rows)
         text = condition.select(rows)
         noise = keyed_noise(seed, sample_ids[rows], *size).to(policy.device)
         if snapshot is None:
-            return generate_codes(model, text, num_frames, settings, noise, avoided, names[rows])
+            played = generate_codes(model, text, num_frames, settings, noise, avoided, names[rows])
+            return *played, torch.full((len(text),), num_steps * (1 + settings.guided))
         begun = None if prefix is None else prefix[rows].to(snapshot.device)
         return _sample(snapshot, text, num_frames, settings, noise, avoided, names[rows], begun)
 
-    codes, logps = _batched(model, snapshot, len(condition), num_frames, settings, batch_size, sample)
+    codes, logps, rows = _batched(model, snapshot, len(condition), num_frames, settings, batch_size, sample)
     if snapshot is not None and weights is None:
         snapshot.loops.clear()  # nobody will use its graphs again
     rate = policy.config.audio_encoder.sampling_rate
-    cost = num_decoder_steps(num_frames, delays(model)) * (1 + settings.guided)
     return Clips(
         codes,
         rate,
         logps if return_logps else None,
         condition=condition,
-        decoder_rows=torch.full((len(codes),), cost),
+        decoder_rows=rows,
     )
 
 
@@ -324,6 +335,7 @@ def check_request(
     require_prompts(prompts, processor)
     _check_clips(model, num_frames, settings, rollout_backend)
     _check_counts(num_generations=num_generations, batch_size=batch_size)
+    _check_dtype(dtype)
     own = unwrap(model).decoder.dtype
     if rollout_backend == "transformers" and dtype not in (None, own):
         raise ValueError(f"dtype={dtype} needs rollout_backend='fast': stock generate computes in {own}")
@@ -348,8 +360,8 @@ def _batched(
     num_frames: int,
     settings: SamplingSettings,
     batch_size: int | None,
-    sample: Callable[[slice], tuple[Tensor, Tensor]],
-) -> tuple[Tensor, Tensor]:
+    sample: Callable[[slice], tuple[Tensor, Tensor, Tensor]],
+) -> tuple[Tensor, Tensor, Tensor]:
     """All clips, in batches of the size that was asked for, or that fits and has fitted before."""
     sizes = {} if weights is None else weights.batch_sizes
     key = (num_frames, settings.guided, batch_size)
@@ -357,12 +369,12 @@ def _batched(
         dtype = unwrap(model).decoder.dtype if weights is None else weights.dtype
         sizes[key] = batch_size or automatic_batch(model, num_frames, settings.guided, dtype)
     batches = in_batches(num_clips, sizes[key], sample, lambda size: sizes.update({key: size}))
-    codes, logps = zip(*batches, strict=True)
+    codes, logps, rows = zip(*batches, strict=True)
     if weights is not None:
         nbytes = sum(loop.nbytes for loop in weights.loops.values())
         if not may_be_kept(nbytes, weights.device):
             weights.loops.clear()
-    return torch.cat(codes), torch.cat(logps)
+    return torch.cat(codes), torch.cat(logps), torch.cat(rows)
 
 
 @torch.no_grad()
@@ -375,8 +387,8 @@ def _sample(
     negative: TextCondition | None,
     names: Sequence[str],
     prefix: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """One batch through the loop: codes and log-probabilities [N, K, T]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One batch through the loop: codes and log-probabilities [N, K, T], and what each clip took [N]."""
     num_clips = len(condition)
     # The caller's autocast must not reach in: the dtype of the rollout is that of its weights.
     with torch.autocast(weights.device.type, enabled=False):
@@ -396,7 +408,7 @@ def _sample(
         revert_delay_pattern(grid[:, :num_clips].permute(1, 2, 0), num_frames, weights.shape.delays)
         for grid in (loop.codes, loop.logps)
     )
-    return codes, logps
+    return codes, logps, loop.decoder_rows[:num_clips].cpu()
 
 
 def _loop_for(
@@ -433,6 +445,11 @@ def _loop_for(
 def _rows_for(loop: DecodeLoop, num_clips: int) -> list[int]:
     """Which of `num_clips` clips each row of the loop plays."""
     return [*range(num_clips), *[0] * (loop.num_clips - num_clips)]
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None:
+        require_float("dtype", dtype)
 
 
 def _check_counts(**counts: int | None) -> None:
@@ -492,6 +509,8 @@ def _check_clips(model: nn.Module, num_frames: int, settings: SamplingSettings, 
         raise ValueError(
             f"guidance_scale has {len(scales)} numbers, one per frame, but the clips have {num_frames} frames"
         )
+    if settings.adaptive_guidance is not None and rollout_backend != "fast":
+        raise ValueError(f"adaptive_guidance needs rollout_backend='fast', not {rollout_backend!r}")
     if isinstance(scales, tuple) and rollout_backend != "fast":
         raise ValueError(
             f"a schedule of guidance_scale needs rollout_backend='fast': rollout_backend={rollout_backend!r} has one γ"
