@@ -13,7 +13,7 @@ from diverse_cfg.recordings import IGNORED, Recording
 from diverse_cfg.trainer import MusicSFTTrainer
 from diverse_cfg.trainer.objective import likelihood_terms
 from tests.test_recordings import music, write
-from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
+from tests.tiny import PROMPTS, save_tiny, tiny_musicgen, tiny_processor
 from tests.training import largest_difference, losses, trained
 
 
@@ -186,6 +186,21 @@ def test_a_killed_run_goes_on_to_the_bit(tmp_path, recordings, lora):
     )
     with pytest.raises(ValueError, match=r"text_dropout=0\.2 \(the run began with 0\.5\)"):
         other.train(str(tmp_path / "checkpoint-6"))
+
+
+def test_a_resumed_run_keeps_its_model_adapter_and_schedule(tmp_path, recordings, tiny_folder):
+    """Faults: a rescaled adapter, another base's name in finetune.json, a schedule of two halves; all in silence."""
+    keeping = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    base = save_tiny(tmp_path / "base", seed=1)
+    for lora, changed, what in (
+        (None, {"lr_scheduler_type": "cosine"}, "lr_scheduler_type='cosine'"),
+        (None, {"model": tiny_folder}, "began with the model base, and this one"),
+        (LoraConfig(r=2, lora_alpha=4), {"peft_config": LoraConfig(r=2, lora_alpha=64)}, "lora_alpha=64"),
+    ):
+        folder, start = tmp_path / f"{what[:4]}", {"model": base, "peft_config": lora}
+        sft_trainer(folder, recordings, **start, **keeping).train()
+        with pytest.raises(ValueError, match=what):
+            sft_trainer(folder, recordings, **start | changed | keeping | {"max_steps": 2}).train(True)
 
 
 @pytest.mark.parametrize("lora", [False, True])
