@@ -77,6 +77,15 @@ def test_the_wheel_holds_every_file_of_the_package(dist):
     assert not [name for name in packed if "__pycache__" in name]
 
 
+def test_an_editable_install_holds_no_second_copy(tmp_path, monkeypatch):
+    """Fault: recipes that grow old in site-packages, in a folder that other programs take for the package."""
+    from hatchling.build import build_editable
+
+    monkeypatch.chdir(ROOT)
+    names = zipfile.ZipFile(tmp_path / build_editable(str(tmp_path))).namelist()
+    assert not [name for name in names if name.startswith("diverse_cfg/")]
+
+
 def test_the_wheel_is_small(dist):
     """The shipped models are part of it, and stay within their 20 MB."""
     (wheel,) = dist.glob("*.whl")
