@@ -321,4 +321,6 @@ def _fast_settings(generation: Mapping[str, Any], frames: int | None) -> dict[st
         return None
     settings = {"num_frames": frames, "temperature": generation.get("temperature", 1.0)}
     settings["top_k"] = generation.get("top_k", TRANSFORMERS_TOP_K)
+    if generation.get("guidance_scale", 1) != 1:  # its default is none
+        settings["guidance_scale"] = generation["guidance_scale"]
     return settings | {name: generation[name] for name in ("top_p", "min_p") if name in generation}

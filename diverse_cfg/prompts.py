@@ -14,6 +14,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, ValuesView
 from pathlib import Path
@@ -29,29 +30,34 @@ _FORMATS = (".csv", ".json", ".jsonl", ".parquet", ".txt")
 # Columns that usually hold a caption; suggested, never guessed.
 _CAPTION_COLUMNS = ("caption", "text", "description")
 _SPLITS = ("train", "validation", "valid", "dev", "test", "eval")
+# One of several files of a split, as the Hub names them: train-00000-of-00002.parquet, perhaps with a hash.
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(?:-[0-9a-f]+)?")
 
 
-def load_prompts(source: Any, *, split: str = "train", column: str | None = None) -> Dataset:
+def load_prompts(
+    source: Any, *, split: str = "train", column: str | None = None, default_split: str = "train"
+) -> Dataset:
     """Load prompts from wherever they are into a dataset with a `prompt` column.
 
     Args:
         source: Hub dataset id, folder, or file; `nano` or `nano-open`, the shipped ones; a `Dataset` or
             `DatasetDict`; a table (pandas, polars, Arrow); a dict of columns; or a list, tuple, iterator, array or
             series of strings or of dicts.
-        split: which split of a Hub dataset, a `DatasetDict` or a folder with one file per split.
+        split: which split of a Hub dataset, a `DatasetDict` or a folder with one file, or all shards, per split.
         column: the column that holds the prompts (e.g. "caption"); None asks for "prompt".
+        default_split: the split that stands for none: a source without splits takes no other.
 
     Returns:
         A `datasets.Dataset`; the chosen column is called `prompt`, the others keep their names.
 
     Raises:
         FileNotFoundError: the path, or the split's file in the folder, does not exist.
-        ValueError: unknown type or format, a damaged file, an unreadable row, no such column, or an empty
-            prompt (with its row number).
+        ValueError: unknown type or format, a damaged file, an unreadable row, no such column, an empty
+            prompt (with its row number), or a split of what has none.
     """
     if not isinstance(source, str | Path):
         where = f"the {type(source).__name__}"
-        return _with_prompt_column(_from_object(source, split, where), column, where)
+        return _with_prompt_column(_from_object(source, split, where, default_split), column, where)
     if source == "":  # a variable of a shell that is not set, say; as a path it is this folder
         raise ValueError("the name of the prompts is empty: name a file, a folder or a Hub dataset")
     source = shipped(source, "prompts")
@@ -62,8 +68,9 @@ def load_prompts(source: Any, *, split: str = "train", column: str | None = None
             "rows into a file of their own"
         )
     if path.is_dir():
-        dataset = _from_folder(path, split, column)
+        dataset = _from_folder(path, split, column, default_split)
     elif path.is_file():
+        _require_no_split(split, default_split, f"the file {source}")
         dataset = _from_file(path, column)
     elif _looks_like_path(str(source)):
         raise FileNotFoundError(f"no prompt file or folder {str(source)!r}")
@@ -72,13 +79,22 @@ def load_prompts(source: Any, *, split: str = "train", column: str | None = None
     return _with_prompt_column(dataset, column, repr(str(source)))
 
 
-def _from_object(source: Any, split: str, where: str) -> Dataset:
+def _require_no_split(split: str, default_split: str, where: str) -> None:
+    if split != default_split:
+        raise ValueError(
+            f"split={split!r}: {where} has no splits; leave it out, or name a source that has it"
+        )
+
+
+def _from_object(source: Any, split: str, where: str, default_split: str) -> Dataset:
     from datasets import Dataset, IterableDataset
 
     if isinstance(source, Mapping) and any(
         isinstance(part, Dataset | IterableDataset) for part in source.values()
     ):
         source = _chosen_split(source, split, where)
+    elif not isinstance(source, Dataset) or str(source.split) != split:  # some know what they are
+        _require_no_split(split, default_split, where)
     if isinstance(source, Dataset):
         return source
     if isinstance(source, IterableDataset):
@@ -163,24 +179,35 @@ def _from_hub(name: str, split: str) -> Dataset:
     return dataset
 
 
-def _from_folder(folder: Path, split: str, column: str | None) -> Dataset:
-    from datasets import Dataset, load_from_disk
+def _from_folder(folder: Path, split: str, column: str | None, default_split: str) -> Dataset:
+    from datasets import concatenate_datasets, load_from_disk
 
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         with _named(str(folder)):
             saved = load_from_disk(str(folder))
-        return saved if isinstance(saved, Dataset) else _chosen_split(saved, split, str(folder))
+        return _from_object(saved, split, str(folder), default_split)
     files = sorted(path for path in folder.iterdir() if path.is_file() and _format(path))
-    chosen = [path for path in files if path.name.split(".")[0] == split]
-    if not chosen and len(files) == 1 and files[0].name.split(".")[0] not in _SPLITS:
+    shards = {path: _SHARD.fullmatch(path.name.split(".")[0]) for path in files}
+    splits = {path: shard[1] if shard else path.name.split(".")[0] for path, shard in shards.items()}
+    chosen = [path for path in files if splits[path] == split]
+    if not chosen and len({*splits.values()}) == 1 and splits[files[0]] not in _SPLITS:
+        _require_no_split(split, default_split, f"the folder {folder}, with {files[0].name},")
         chosen = files  # a folder with a single file needs no split names
-    if len(chosen) != 1:
+    parts = [(int(shard[2]), int(shard[3])) for path in chosen if (shard := shards[path])]
+    count = parts[0][1] if parts else 1
+    if missing := [number for number in range(count) if parts and (number, count) not in parts]:
+        raise FileNotFoundError(
+            f"{folder} lacks shard {missing[0]:05d} of the {count} of {splits[chosen[0]]}: copy or download it again"
+        )
+    if len(chosen) != count:
         found = ", ".join(path.name for path in files) or "none"
         raise FileNotFoundError(
             f"{folder} needs one prompt file named after the split ({split}.txt, {split}.csv, {split}.jsonl, "
             f"…); prompt files there: {found}"
         )
-    return _from_file(chosen[0], column)
+    datasets = [_from_file(path, column) for path in chosen]
+    with _named(str(folder)):
+        return concatenate_datasets(datasets) if datasets[1:] else datasets[0]
 
 
 def _from_file(path: Path, column: str | None) -> Dataset:

@@ -42,6 +42,7 @@ class Provenance:
         sampling: how the model was trained and is evaluated: temperature, top_k, num_frames…
         training: what else the card tells: steps, learning rate, num_generations, clip seconds…
         versions: versions of the libraries that wrote the folder.
+        distilled: whether a teacher's guidance is in the weights; False for a merge of models that none distilled.
     """
 
     kind: str
@@ -53,6 +54,7 @@ class Provenance:
     training: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     guidance_range: list[float] | None = None
+    distilled: bool = True
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -75,6 +77,8 @@ class Provenance:
             isinstance(ends, list) and len(ends) == 2 and all(isinstance(x, int | float) for x in ends)
         ):
             raise ValueError(f"provenance guidance_range must be two numbers or None, got {ends!r}")
+        if not isinstance(self.distilled, bool):
+            raise ValueError(f"provenance distilled must be true or false, got {self.distilled!r}")
         if self.merge is not None and not all(
             {"name", "weight"} <= {*e} for e in self.merge.get("experts", [])
         ):
@@ -119,6 +123,8 @@ def write_provenance(folder: str | os.PathLike, provenance: Provenance) -> Path:
     content["versions"] = {**library_versions(), **provenance.versions}
     if provenance.guidance_range is None:
         del content["guidance_range"]  # most models are of one γ
+    if provenance.distilled:
+        del content["distilled"]
     return write_text(
         Path(folder) / PROVENANCE_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     )

@@ -61,20 +61,13 @@ class Recording:
     caption: str
     audio: Path | bytes
 
-    @contextlib.contextmanager
-    def open(self) -> Iterator[BinaryIO]:
-        """Its bytes.
-
-        Raises:
-            ValueError, FileNotFoundError: naming it.
-        """
+    def open(self) -> BinaryIO:
+        """Its bytes; raises `FileNotFoundError` where it is not there."""
         if isinstance(self.audio, bytes):
-            yield io.BytesIO(self.audio)
-        elif not self.audio.is_file():
+            return io.BytesIO(self.audio)
+        if not self.audio.is_file():
             raise FileNotFoundError(f"there is no recording {self.name}: correct the path, or leave it out")
-        else:
-            with self.audio.open("rb") as file:
-                yield file
+        return self.audio.open("rb")
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,12 @@ def test_a_wrong_name_is_told_what_is_right(line, message, capsys):
     assert message in error
 
 
+def test_a_launched_process_launches_no_others(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert main(["train", "--recipe", "nano/quality", "--num_processes", "2"]) == 2
+    assert "a launcher has started this process already" in capsys.readouterr().err
+
+
 def test_each_option_goes_to_whom_it_belongs(monkeypatch):
     """Fault: accelerate eats a setting of the trainer, or the trainer is told of accelerate's ports."""
     import accelerate.commands.launch

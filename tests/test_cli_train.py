@@ -283,3 +283,17 @@ def test_a_split_of_held_out_prompts_in_a_file_is_refused(tmp_path):
         command._held_out(args)
     args.dataset_test_split = None
     assert command._held_out(args)["prompt"] == ["a", "b"]
+
+
+@pytest.mark.parametrize("split", ["train", "test", None])
+def test_what_it_trains_on_is_not_held_out(tmp_path, split):
+    """Fault: the training prompts are evaluated on, by a split's name that says or means nothing."""
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    again = None if split else str(tmp_path)
+    args = command.TrainArguments("m", str(tmp_path), eval_dataset_name=again, dataset_test_split=split)
+    message = "evaluated on what it trains on" if split == "train" else "split='test': .* has no splits"
+    with pytest.raises(ValueError, match=message):
+        command._held_out(args)
+    args.eval_dataset_name = str(tmp_path / "prompts.txt")
+    args.dataset_test_split = None
+    assert command._held_out(args)["prompt"] == ["a", "b"], "asked for by another name"

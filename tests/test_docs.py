@@ -26,6 +26,7 @@ def test_every_page_has_a_place():
     for folder in (
         "recipes",
         "recipes/nano",
+        "recipes/nano/results/experiment",
         "recipes/prompts",
         "benchmarks",
         "benchmarks/results",

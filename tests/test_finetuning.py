@@ -274,6 +274,8 @@ def test_what_cannot_work_is_refused_first(tmp_path, recordings, tiny_folder, mo
         sft_trainer(tmp_path, tmp_path)
     with pytest.raises(ValueError, match=r"needs \d+ positions"):
         sft_trainer(tmp_path, recordings, clip_seconds=60)
+    with pytest.raises(ValueError, match=r"^long: prompt 0 has \d+ tokens, the text encoder takes"):
+        sft_trainer(tmp_path, [Recording("long", "sad cello " * 300, tmp_path / "a.wav")])
     with pytest.raises(ValueError, match="push_to_hub"):
         sft_args(tmp_path, push_to_hub=True)
     with pytest.raises(ValueError, match="modules_to_save"):

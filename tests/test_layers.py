@@ -35,8 +35,8 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 # What is imported under another name than it is installed under.
 DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn"}
-# Installed with --no-deps, so that no extra may list it.
-UNLISTED = {"audiocraft", "audiobox_aesthetics"}
+# Installed with --no-deps, so that no extra may list it; `spaces` is there on a Space of the Hub only.
+UNLISTED = {"audiocraft", "audiobox_aesthetics", "spaces"}
 
 
 def module_files(package: Path) -> list[Path]:

@@ -11,8 +11,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, GenerationConfig, MusicgenForConditionalGeneration, pipeline
 
-from diverse_cfg.merging import merge_checkpoints, merge_sweep, parse_sweep, read_recipe, resolve_weights
+from diverse_cfg.merging import (
+    format_report,
+    inspect_checkpoint,
+    load_slider,
+    merge_checkpoints,
+    merge_sweep,
+    parse_sweep,
+    read_recipe,
+    resolve_weights,
+)
+from diverse_cfg.policies.loading import is_distilled, load_policy
 from diverse_cfg.provenance import Provenance, read_provenance, write_provenance
+from diverse_cfg.publishing.plan import plan_upload
 from tests import checkpoints as made
 
 
@@ -330,6 +341,33 @@ def test_one_adapter_becomes_the_student_that_it_is(world, tmp_path):
     assert read_provenance(full).kind == "student"
     assert read_provenance(full).diversity_coef == 15.0
     assert_bit_equal(full, made.peft_merged(world["base"], world["lora2"], torch.float32).state_dict())
+
+
+@pytest.mark.parametrize("format", ["full", "adapter"])
+def test_adapters_of_somebody_else_stay_guided(world, tmp_path, format):
+    """Fault: a merge of plain LoRAs is saved as a student, or played as one, by slider, card or upload."""
+    pair = [made.copy(world[name], tmp_path / name) for name in ("lora1", "lora2")]
+    for folder in pair:
+        (folder / "diverse_cfg.json").unlink()
+    with pytest.warns(UserWarning, match=r"none of the checkpoints .* their own guidance_scale=3"):
+        merged = merge_checkpoints(pair, 0.3, tmp_path / "m", format=format)
+    (pair[0] / "generation_config.json").write_text('{"guidance_scale": 2.0}')
+    assert load_slider(None, pair).model.generation_config.guidance_scale == 2.0
+    assert not load_slider(None, pair).model.is_distilled
+    assert load_slider(None, [pair[0], world["lora2"]]).model.generation_config.guidance_scale == 1.0
+    assert GenerationConfig.from_pretrained(merged).guidance_scale == 3.0
+    assert not read_provenance(merged).distilled and not is_distilled(merged)
+    assert load_policy(merged).generation_config.guidance_scale == 3.0
+    text = (merged / "README.md").read_text()
+    assert "It was not distilled" in text and "needs no guidance" not in text and "1.0`" not in text
+    report = inspect_checkpoint(merged, base=world["base"])
+    assert (report["generation_guidance_scale"], report["distilled"]) == (3.0, False)
+    assert "TWICE" not in format_report(report)
+    if format == "full":
+        assert "It was not distilled" in plan_upload(merged, "me/m", license="mit").card
+    report = inspect_checkpoint(pair[0])
+    assert (report["kind"], report["generation_guidance_scale"]) == ("adapter", 2.0)
+    assert "TWICE" not in format_report(report)
 
 
 def test_parents_that_disagree_are_named(world, tmp_path):

@@ -273,6 +273,47 @@ def test_bad_lists(prompts):
         load_prompts(prompts)
 
 
+def test_a_split_of_what_has_none_is_refused(tmp_path):
+    """Fault: training prompts that pass for held-out ones, since a split that does not exist is ignored."""
+    (tmp_path / "p.txt").write_text("a song")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "prompts.txt").write_text("a song")
+    SET.save_to_disk(tmp_path / "saved")
+    sources = [
+        tmp_path / "p.txt",
+        tmp_path / "folder",
+        tmp_path / "saved",
+        SET,
+        FRAME,
+        {"prompt": PROMPTS},
+        PROMPTS,
+    ]
+    for source in sources:
+        with pytest.raises(ValueError, match=r"split='test': .* has no splits; leave it out"):
+            load_prompts(source, split="test")
+        assert len(load_prompts(source)) == len(load_prompts(source, split="test", default_split="test"))
+    named = Dataset.from_dict({"prompt": PROMPTS}, split="test")
+    assert len(load_prompts(named, split="test")) == 3, "a dataset that knows to be this split"
+
+
+def test_all_shards_of_a_split_are_read(tmp_path):
+    """Fault: half of the prompts pass for all of them."""
+    for number, prompt in enumerate(PROMPTS[:2]):
+        table = Dataset.from_dict({"prompt": [prompt]})
+        table.to_parquet(tmp_path / f"train-{number:05d}-of-00002.parquet")
+    (tmp_path / "test.txt").write_text("held out")
+    assert list(load_prompts(tmp_path)["prompt"]) == PROMPTS[:2]
+    assert list(load_prompts(tmp_path, split="test")["prompt"]) == ["held out"]
+    (tmp_path / "test.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"needs one prompt file named after the split \(test\.txt"):
+        load_prompts(tmp_path, split="test", default_split="test")
+    (tmp_path / "train-00001-of-00002.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match="lacks shard 00001 of the 2 of train: copy"):
+        load_prompts(tmp_path)
+    (tmp_path / "train-00000-of-00002.parquet").rename(tmp_path / "songs-00000-of-00001-0af.parquet")
+    assert list(load_prompts(tmp_path)["prompt"]) == PROMPTS[:1]
+
+
 def test_an_empty_table_has_no_prompts(tmp_path):
     """Fault: "BatchSize must be greater than 0"."""
     Dataset.from_dict({"prompt": ["a"]}).select([]).to_parquet(tmp_path / "p.parquet")

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,7 @@ from diverse_cfg.trainer import CFGDiversityTrainer
 from diverse_cfg.trainer.advantages import Advantages
 from diverse_cfg.trainer.objective import student_terms
 from diverse_cfg.types import Clips
+from tests.checkpoints import make_adapter
 from tests.faults import held
 from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
 from tests.training import CodeEmbedder, WaveEmbedder, losses, tiny_args, tiny_trainer
@@ -501,6 +503,8 @@ def test_guidance_is_not_applied_twice(tmp_path, tiny_folder):
         tiny_trainer(tmp_path, model=tiny_folder, teacher_model=str(student))
     tiny_trainer(tmp_path, model=str(student), teacher_model=tiny_folder)
     tiny_trainer(tmp_path, model=str(student), guidance_scale=1.0)
+    lora = make_adapter(tmp_path / "lora", Path(tiny_folder), seed=1, target_modules=["q_proj"])
+    tiny_trainer(tmp_path, model=str(lora))  # somebody else's, without our record, was not distilled
 
 
 def test_two_runs_cannot_write_into_one_folder(tmp_path):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_cli_finetune import folder_of
+
 ROOT = Path(__file__).parent.parent
 
 RUN = """
@@ -37,10 +39,21 @@ os._exit(0)
 """
 
 
-def run(folder, processes, **settings):
+FINETUNING = (
+    RUN.replace("tests.training import tiny_trainer", "tests.test_finetuning import sft_trainer")
+    .replace(
+        "tiny_trainer(folder,", "sft_trainer(folder, find_recordings(os.path.join(folder, '..', 'music')),"
+    )
+    .replace("import torch\n", "import torch\nfrom diverse_cfg.recordings import find_recordings\n")
+    .replace("weights = ", "trainer.evaluate()\nweights = ")
+    .replace('"loss" in entry', '"loss" in entry or "eval_loss" in entry')
+)
+
+
+def run(folder, processes, program=RUN, **settings):
     folder.mkdir(exist_ok=True)
     script = folder / "run.py"
-    script.write_text(RUN)
+    script.write_text(program)
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -89,3 +102,22 @@ def test_two_processes_resume_inside_a_generation_block(tmp_path):
     checkpoint = str(tmp_path / "straight" / "checkpoint-3")
     again, _ = run(tmp_path / "again", 2, **settings, **saving, resume_from_checkpoint=checkpoint)
     assert again["checksum"] == straight["checksum"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+def test_two_processes_finetune_as_one(tmp_path, lora):
+    """Faults: a loss that is divided by the codes of one process, clips that both see, a held-out loss of one half."""
+    folder_of(tmp_path / "music")
+    settings = {"program": FINETUNING, "lora": lora, "max_steps": 2, "clip_seconds": 0.3}
+    (single,) = run(tmp_path / "one", 1, per_device_train_batch_size=4, **settings)
+    first, second = run(tmp_path / "two", 2, per_device_train_batch_size=2, **settings)
+    assert (single["processes"], first["processes"]) == (1, 2)
+    assert first["checksum"] == second["checksum"]
+    for name in ("loss", "grad_norm", "eval_loss", "eval_loss/no_text"):
+        wanted = [entry[name] for entry in single["logs"] if name in entry]
+        assert [entry[name] for entry in first["logs"] if name in entry] == pytest.approx(wanted, rel=1e-4), (
+            name
+        )
+        assert wanted
+    assert first["checksum"] == pytest.approx(single["checksum"], rel=1e-3, abs=1e-3)

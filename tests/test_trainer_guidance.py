@@ -7,12 +7,14 @@ import torch
 from peft import LoraConfig
 
 from diverse_cfg.functional.distillation import distillation_loss
+from diverse_cfg.functional.guidance import GuidanceRange
 from diverse_cfg.policies.loading import load_policy
 from diverse_cfg.policies.musicgen.model import code_logits
 from diverse_cfg.policies.policy import as_policy
 from diverse_cfg.policies.shift import SHIFT_FILE, read_shift
 from diverse_cfg.provenance import read_provenance
 from diverse_cfg.trainer import CFGDiversityTrainer
+from diverse_cfg.trainer.setup import draw_guidance
 from tests import toy
 from tests.tiny import PROMPTS, save_tiny, tiny_musicgen, tiny_processor
 from tests.training import largest_difference, losses, tiny_args, tiny_trainer, trained
@@ -21,6 +23,19 @@ RANGE = {"low": 1, "high": 5}
 LORA = LoraConfig(r=2, lora_alpha=4)
 BOTH = pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
 KL = {"reward": None, "diversity_coef": 0.0}
+
+
+def test_draws_of_a_step_are_spread_and_each_is_uniform():
+    """Parts of a rollout are the whole's, whichever process has them. Fault: all prompts of a step at one end."""
+    guidance = GuidanceRange.of(RANGE)
+    steps = torch.tensor([draw_guidance(guidance, seed, 0, 24, 2) for seed in range(2000)])
+    assert torch.equal(steps[:, 0::2], steps[:, 1::2])
+    assert draw_guidance(guidance, 7, 8, 4, 2) == pytest.approx(steps[7, 8:12].tolist())
+    assert (steps[:, 5].sort().values - torch.linspace(1, 5, 2000)).abs().max() < 0.15
+    prompts = steps[:, 0::2].sort(dim=1).values
+    assert (prompts[:, 1:] - prompts[:, :-1]).max() < 0.9, "12 prompts leave no gap of a quarter of the range"
+    listed = torch.tensor(draw_guidance(GuidanceRange.of([1, 2, 5]), 3, 0, 999, 1))
+    assert all(330 < (listed == value).sum() < 336 for value in (1, 2, 5))
 
 
 def spy_on_rollouts(trainer):
@@ -48,9 +63,10 @@ def test_a_prompt_draws_its_own(tmp_path):
         drawn.append(torch.stack([guidance for _, _, guidance in seen]))
         for prompts, seed, guidance in seen:
             assert len(prompts) == len(guidance) == 8
+            digest = hashlib.blake2b(f"{seed}/guidance".encode(), digest_size=6).digest()
+            start = int.from_bytes(digest, "big") / 2**48
             for row, prompt in enumerate([0, 0, 0, 0, 1, 1, 1, 1]):
-                digest = hashlib.blake2b(f"{seed}/guidance/{prompt}".encode(), digest_size=6).digest()
-                assert guidance[row] == pytest.approx(1 + 4 * int.from_bytes(digest, "big") / 2**48)
+                assert guidance[row] == pytest.approx(1 + 4 * ((start + prompt * 0.6180339887) % 1))
     assert torch.equal(drawn[0], drawn[1])
     assert len(drawn[0].unique()) == len(drawn[0]) * 2
     assert not torch.equal(drawn[0], drawn[2])

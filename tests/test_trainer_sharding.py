@@ -78,6 +78,11 @@ REFUSED = [
         {"rollout_backend": "transformers"},
         "use rollout_backend='fast'",
     ),
+    (
+        accelerator(deepspeed_plugin=SimpleNamespace(zero_stage=2)),
+        {"guidance_scale": [1, 5]},
+        r"guidance_scale=\[1, 5\] with FSDP or DeepSpeed",
+    ),
 ]
 
 

@@ -277,7 +277,9 @@ def _spread_prompts(output: Path, source: str, count: int) -> Path:
     """Prompts of the test split, evenly spread over it, in a file of their own."""
     from diverse_cfg.prompts import load_prompts
 
-    prompts = list(dict.fromkeys(load_prompts(prompt_source(source), split="test")["prompt"]))
+    prompts = list(
+        dict.fromkeys(load_prompts(prompt_source(source), split="test", default_split="test")["prompt"])
+    )
     if len(prompts) < count:
         raise ValueError(f"{source} has {len(prompts)} test prompts, the demo wants {count}")
     chosen = [prompts[index * len(prompts) // count] for index in range(count)]

@@ -111,7 +111,7 @@ def _run(args: argparse.Namespace) -> None:
         if Path(source).is_file():
             refuse_idle(args, "prompts_split", "for a file, which has no splits")
         split, column = args.prompts_split or "test", args.prompt_column
-        prompts = load_prompts(source, split=split, column=column)["prompt"]
+        prompts = load_prompts(source, split=split, column=column, default_split="test")["prompt"]
     args.num_generations = args.takes or args.num_generations
     if args.temperature == 0:
         refuse_idle(args, "seed top_k top_p min_p", "at temperature 0, which takes the most likely codes")

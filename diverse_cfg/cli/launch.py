@@ -25,10 +25,15 @@ def launch(command: str, words: Sequence[str]) -> None:
     """Run `diverse-cfg COMMAND` in accelerate's processes: its own options go to it, all others through.
 
     Raises:
-        ValueError: no such configuration, or one of a single process for several.
+        ValueError: no such configuration, one of a single process for several, or launched already.
         SystemExit: with the exit status of the first process that failed.
         KeyboardInterrupt: with the signal that ended it.
     """
+    if "LOCAL_RANK" in os.environ:
+        raise ValueError(
+            "a launcher has started this process already: leave out --accelerate_config and --num_processes, or the "
+            "launcher"
+        )
     import subprocess
 
     import psutil

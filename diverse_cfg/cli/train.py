@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import importlib.util
 import logging
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -316,7 +317,17 @@ def _held_out(args: TrainArguments):
         raise ValueError(
             f"dataset_test_split={args.dataset_test_split}: the file {source} has no splits; leave it out"
         )
-    return load_prompts(source, split=args.dataset_test_split or "test", column=args.dataset_prompt_column)
+    split = args.dataset_test_split or "test"
+    trains_on = prompt_source(args.dataset_name)
+    seen = os.path.realpath(source) == os.path.realpath(trains_on)
+    if seen and split == args.dataset_train_split:
+        raise ValueError(
+            f"dataset_test_split={split}: it would be evaluated on what it trains on, the same split of {source}; name "
+            "another, or held-out prompts with eval_dataset_name"
+        )
+    # Of what it trains on only a split of its own is held out.
+    usual = "train" if seen else "test"
+    return load_prompts(source, split=split, column=args.dataset_prompt_column, default_split=usual)
 
 
 def checkpoint_of(config) -> str | None:

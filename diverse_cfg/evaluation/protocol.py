@@ -214,7 +214,9 @@ def _held_out_prompts(config: SweepConfig) -> list[str]:
         ValueError: fewer than were asked for.
     """
     prompts_of = source(config.prompts, "prompts")
-    rows = load_prompts(prompts_of, split=config.prompts_split, column=config.prompt_column)
+    rows = load_prompts(
+        prompts_of, split=config.prompts_split, column=config.prompt_column, default_split="test"
+    )
     prompts = list(dict.fromkeys(rows["prompt"]))
     if config.num_prompts is not None and len(prompts) < config.num_prompts:
         raise ValueError(

@@ -107,7 +107,7 @@ class GuidanceRange:
 
     @classmethod
     def of(cls, value: Any) -> Self:
-        """Read `{"low": 1, "high": 5}`, which gets nine evenly spaced knots and the reference, or a list of γ.
+        """Read `{"low": 1, "high": 5}`, which gets five evenly spaced knots and the reference, or a list of γ.
 
         Raises:
             ValueError: other names, or not two different numbers of at least 1.
@@ -123,7 +123,8 @@ class GuidanceRange:
             )
         if not listed:
             low, high = ends
-            ends = [low + (high - low) * knot / 8 for knot in range(9)] + [min(max(3.0, low), high)]
+            # More would learn each from fewer prompts.
+            ends = [low + (high - low) * knot / 4 for knot in range(5)] + [min(max(3.0, low), high)]
         return cls(tuple(sorted({float(x) for x in ends})), listed)
 
     @property

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from diverse_cfg.functional import interpolation
 from diverse_cfg.functional.guidance import GuidanceRange
@@ -46,6 +47,22 @@ class Experts:
     def names(self) -> list[str]:
         """Every tensor of the merged model."""
         return list(self.reference.tensors)
+
+    @property
+    def distilled(self) -> bool:
+        """Whether a teacher's guidance is in the weights of one of them."""
+        return any(checkpoint.distilled for checkpoint in self.checkpoints)
+
+    @property
+    def settings(self) -> GenerationConfig | None:
+        """How the first of them that says so is sampled, the reference last: its settings are for guided sampling."""
+        found = (c.settings for c in self.checkpoints if c is not self.reference)
+        return next((s for s in found if s is not None), self.reference.settings)
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """γ that what they make is played with: 1 where one of them was distilled, else the one of their settings."""
+        return 1.0 if self.distilled or self.settings is None else self.settings.guidance_scale
 
     def default_dtype(self) -> torch.dtype:
         """The widest type that one of the experts is stored in: nothing that was trained is rounded away."""

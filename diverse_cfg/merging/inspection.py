@@ -26,7 +26,8 @@ def inspect_checkpoint(path: str | os.PathLike, *, base: str | os.PathLike | Non
         base: what to compare with, if the checkpoint does not name its base or names a place where it is not.
 
     Returns:
-        kind ("base", "student", "merge" or "full", of unknown origin), format ("full" or "adapter"),
+        kind ("base", "student", "merge", or "full" and "adapter", of unknown origin), distilled (whether guidance is in
+        the weights), format ("full" or "adapter"),
         base_model, guidance_scale (γ of the teacher, inside the weights), guidance_range (γ that it
         can be told), generation_guidance_scale (what
         it will be generated with), diversity_coef, parents with their merge weights, sampling, versions,
@@ -47,6 +48,7 @@ def inspect_checkpoint(path: str | os.PathLike, *, base: str | os.PathLike | Non
         "kind": _kind(checkpoint),
         "format": checkpoint.kind,
         "base_model": _base_model(checkpoint),
+        "distilled": checkpoint.distilled,
         "guidance_scale": provenance.guidance_scale if provenance else None,
         "guidance_range": provenance.guidance_range if provenance else None,
         "generation_guidance_scale": _generation_guidance(checkpoint),
@@ -126,7 +128,7 @@ def _first(names: list[str]) -> str:
 def _generation_text(report: Mapping[str, Any]) -> str:
     scale = report["generation_guidance_scale"]
     text = "1 (no guidance)" if scale in (None, 1) else f"{scale:g}"
-    if scale in (None, 1) or report["kind"] in ("base", "full"):
+    if scale in (None, 1) or not report["distilled"]:
         return text
     if report["format"] == "adapter":
         return (
@@ -139,7 +141,7 @@ def _kind(checkpoint: FullCheckpoint | AdapterCheckpoint) -> str:
     if checkpoint.provenance is not None:
         return checkpoint.provenance.kind
     if isinstance(checkpoint, AdapterCheckpoint):
-        return "student"
+        return "student" if checkpoint.distilled else "adapter"
     # The released checkpoints, and the nano base, ask for guidance in their own generation config.
     guidance = _generation_guidance(checkpoint)
     return "base" if guidance is not None and guidance > 1 else "full"
@@ -153,7 +155,7 @@ def _base_model(checkpoint: FullCheckpoint | AdapterCheckpoint) -> str | None:
 
 def _generation_guidance(checkpoint: FullCheckpoint | AdapterCheckpoint) -> float | None:
     # Programs other than ours take an adapter's generation config from its base.
-    own = checkpoint.base.generation
+    own = checkpoint.base.generation if checkpoint.distilled else checkpoint.settings
     return own and own.guidance_scale
 
 

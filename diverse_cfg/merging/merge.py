@@ -220,10 +220,9 @@ def _write(
         elif shift is not None:
             knots = shift.guidance.knots
             provenance = replace(provenance, guidance_range=[knots[0], knots[-1]])
-        # A student knows best how it is sampled; the base's settings are for guided sampling.
-        students = [c for c in experts.checkpoints if c is not experts.reference]
-        like = next((c.generation for c in (*students, experts.reference) if c.generation is not None), None)
-        experts.family.playing_config(experts.config, provenance.sampling, like).save_pretrained(folder)
+        experts.family.playing_config(
+            experts.config, provenance.sampling, experts.settings, experts.guidance_scale
+        ).save_pretrained(folder)
         write_provenance(folder, provenance)
         recipe = _recipe(experts, weights, output, dtype, format, bake_guidance)
         (folder / RECIPE_FILE).write_text(
@@ -288,11 +287,10 @@ def _provenance(experts: Experts, weights: list[float], dtype: torch.dtype, form
     known = [c.provenance for c in experts.checkpoints if c.provenance is not None]
     if len(experts.checkpoints) == 1 and known:
         return known[0]  # an adapter folded into its base is the student that it was
-    if not known and not experts.adapters:
+    if not experts.distilled:
         warnings.warn(
-            "none of the checkpoints says that it was distilled (no diverse_cfg.json); the merged model is "
-            "saved with guidance_scale=1.0 all the same. Pass guidance_scale when generating if it needs "
-            "guidance.",
+            "none of the checkpoints says that it was distilled (no diverse_cfg.json): the merged model is saved with "
+            f"their own guidance_scale={experts.guidance_scale or 1.0:g}; pass another when generating if needed",
             UserWarning,
             stacklevel=4,
         )
@@ -316,6 +314,7 @@ def _provenance(experts: Experts, weights: list[float], dtype: torch.dtype, form
         merge=_method(dtype, format)
         | {"experts": [_parent(c, w) for c, w in zip(experts.checkpoints, weights, strict=True)]},
         sampling=samplings[0] if samplings else {},
+        distilled=experts.distilled,
     )
 
 

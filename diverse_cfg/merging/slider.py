@@ -21,7 +21,8 @@ class MergeSlider:
     """A model whose merge weight can be set at run time; made by `load_slider`.
 
     Attributes:
-        model: a plain model, without guidance; its weights follow `set_merge_weight` and `set_guidance`.
+        model: a plain model, without guidance where an expert was distilled; its weights follow `set_merge_weight`
+            and `set_guidance`.
         merge_weight: the current weights, one per expert.
         student_guidance: the current γ, of experts that were trained for a range of them; None plays what they play
             where they are told none.
@@ -139,10 +140,11 @@ def load_slider(
         experts.require_guidance(student_guidance)
     model = load_policy(experts.reference.folder, torch_dtype=torch_dtype).to(device)
     sampling = next((c.provenance.sampling for c in experts.checkpoints if c.provenance is not None), None)
-    model.generation_config = experts.family.playing_config(model.config, sampling, model.generation_config)
-    model.is_distilled = (
-        bool(experts.adapters) or sampling is not None
-    )  # as the loader says of one checkpoint
+    model.is_distilled = experts.distilled  # as the loader says of one checkpoint
+    like = model.generation_config if experts.distilled else experts.settings
+    model.generation_config = experts.family.playing_config(
+        model.config, sampling, like, experts.guidance_scale
+    )
     as_policy(model).set_shift(None)  # of one expert
     slider = MergeSlider(model, experts)
     slider.set_merge_weight(resolved)

@@ -122,7 +122,8 @@ class Player:
         self._pace = {"step": 0.0, "clip": 0.0}  # seconds
         self._policy = policy = as_policy(self.model)
         own = self.model.generation_config
-        self.guided = provenance is None and (own.guidance_scale or 1.0) > 1
+        distilled = getattr(self.model, "is_distilled", False)
+        self.guided = not distilled and (own.guidance_scale or 1.0) > 1
         knots = None if policy.shift is None else policy.shift.guidance.knots
         self.told = self._slider.guidance_range if self._slider else knots and (knots[0], knots[-1])
         self.base = None if self.guided or provenance is None else base

@@ -19,10 +19,11 @@ import torch
 from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from torch import Tensor
+from transformers import GenerationConfig
 
 from diverse_cfg.functional import interpolation
 from diverse_cfg.policies.audiocraft.folders import looks_local
-from diverse_cfg.policies.families import family_of
+from diverse_cfg.policies.families import family_of, own_settings
 from diverse_cfg.policies.stored import (
     Checkpoint,
     FullCheckpoint,
@@ -140,6 +141,16 @@ class AdapterCheckpoint(Checkpoint):
         """PEFT's name for one half ("A" or "B") of the factors of a layer."""
         kind = f"lora_embedding_{half}" if name in self._embeddings else f"lora_{half}.weight"
         return f"{_ADAPTER_PREFIX}{name.removesuffix('.weight')}.{kind}"
+
+    @property
+    def distilled(self) -> bool:
+        return super().distilled or self.base.distilled
+
+    @property
+    def settings(self) -> GenerationConfig | None:
+        if self.distilled:  # nothing of its base's
+            return self.generation
+        return own_settings(self.folder, self.base.generation or GenerationConfig())
 
     def fingerprint(self) -> str:
         return fingerprint(self._found)

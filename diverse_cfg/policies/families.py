@@ -217,7 +217,11 @@ class Family:
         return config
 
     def playing_config(
-        self, config: Any, sampling: Mapping[str, Any] | None = None, like: GenerationConfig | None = None
+        self,
+        config: Any,
+        sampling: Mapping[str, Any] | None = None,
+        like: GenerationConfig | None = None,
+        guidance_scale: float | None = 1.0,
     ) -> GenerationConfig:
         """Generation settings of a distilled checkpoint: no guidance, and the sampling that it was trained with.
 
@@ -227,6 +231,7 @@ class Family:
                 kept from `like`.
             like: settings of the checkpoint that it came from. Its guidance is dropped, and its `max_length`
                 becomes the equivalent `max_new_tokens` (read from a generation config, both count new tokens).
+            guidance_scale: γ, of a checkpoint that was not distilled.
         """
         sampling = dict(sampling or {})
         like = like or GenerationConfig()
@@ -235,7 +240,7 @@ class Family:
             max_new_tokens = self.num_frames_to_tokens(int(sampling["num_frames"]), config)
         settings: dict[str, Any] = {
             "do_sample": True,
-            "guidance_scale": 1.0,
+            "guidance_scale": guidance_scale,
             "max_new_tokens": max_new_tokens,
             **self.special_tokens(config),
         }
@@ -343,6 +348,13 @@ def load_generation_config(folder: str | os.PathLike) -> GenerationConfig | None
             )
     with reading(path):
         return GenerationConfig.from_pretrained(str(folder))
+
+
+def own_settings(folder: Path, base: GenerationConfig) -> GenerationConfig:
+    """How an adapter is sampled that was not distilled: as its base, but for what its own file names."""
+    if load_generation_config(folder) is None:
+        return base
+    return GenerationConfig.from_dict(base.to_dict() | read_json(folder / "generation_config.json"))
 
 
 def has_processor_files(folder: Path) -> bool:

@@ -1,9 +1,10 @@
 """Load a model from whatever holds one: float32, no dropout, no double guidance.
 
 A checkpoint that this package distilled has the guidance inside its weights, while the generation config that
-an adapter inherits from its base still asks for guidance 3: applied twice, it costs twice and overshoots. So
-adapters, and folders whose `diverse_cfg.json` says student or merge, come back with
-`generation_config.guidance_scale = 1.0`.
+an adapter inherits from its base still asks for guidance 3: applied twice, it costs twice and overshoots. So folders
+whose `diverse_cfg.json` says student or merge come back with `generation_config.guidance_scale = 1.0`, adapters too.
+An adapter without such a record was not distilled: it plays as its own generation_config.json says, else as its base.
+`Checkpoint.distilled` and `Checkpoint.settings` are this rule.
 """
 
 import copy
@@ -24,7 +25,13 @@ from diverse_cfg.policies.checkpoints import (
     read_adapter,
     require_named_base,
 )
-from diverse_cfg.policies.families import PROCESSOR_REMEDY, Family, family_of, has_processor_files
+from diverse_cfg.policies.families import (
+    PROCESSOR_REMEDY,
+    Family,
+    family_of,
+    has_processor_files,
+    own_settings,
+)
 from diverse_cfg.policies.musicgen.family import MUSICGEN
 from diverse_cfg.policies.policy import as_policy, plain
 from diverse_cfg.policies.shift import read_shift
@@ -49,9 +56,9 @@ def load_policy(
 
     Args:
         model: Hub id or folder of a full checkpoint, also one of AudioCraft's; `nano`, the shipped base; id or
-            folder of a PEFT adapter, whose base is read from its own configuration; or a live model (also one that
-            PEFT wrapped), which is prepared in place and returned. A live AudioCraft MusicGen, or a pair (LMModel,
-            compression_model), is copied into transformers' class.
+            folder of a PEFT adapter, whose base is read from its own configuration; or a live model, which is prepared
+            in place and returned (what PEFT wrapped has no record, and is taken for a student). A live AudioCraft
+            MusicGen, or a pair (LMModel, compression_model), is copied into transformers' class.
         adapter: id or folder of a PEFT adapter to merge into `model`.
         torch_dtype: of the text encoder and the decoder; the codec always stays in float32. Adapters are
             merged in float32 before the cast. Half precision on disk is upcast: a step of 1e-4 vanishes in
@@ -77,6 +84,7 @@ def load_policy(
         if adapter is not None:
             folder = own = _check_on_live(policy, adapter)
             provenance = read_provenance(folder)
+            distilled = distilled or getattr(policy, "is_distilled", False) or is_distilled(folder)
     else:
         checkpoint = open_checkpoint(model, plain=False)
         if adapter is not None:
@@ -87,6 +95,7 @@ def load_policy(
             checkpoint = open_checkpoint(adapter, base=checkpoint, plain=False)
             if not isinstance(checkpoint, AdapterCheckpoint):
                 raise ValueError(f"{adapter} has no adapter_config.json: it is not a PEFT adapter")
+        distilled = checkpoint.distilled
         # How a student is sampled: an adapter has no generation settings of its own, a folder may lack them.
         if isinstance(checkpoint, AdapterCheckpoint):
             folder, provenance = checkpoint.folder, checkpoint.provenance
@@ -98,19 +107,20 @@ def load_policy(
         policy.name_or_path = policy.config._name_or_path = (
             checkpoint.source
         )  # adapters name their base by it
-        distilled = checkpoint.provenance is not None
     if folder is not None:
         with reading(folder):
             policy = PeftModel.from_pretrained(policy, str(folder)).merge_and_unload()
     if own is not None:
         as_policy(policy).set_shift(read_shift(own))
-    if distilled or folder is not None:
+    if distilled:
         policy.generation_config.guidance_scale = 1.0
         if provenance is not None:
             policy.generation_config = family.playing_config(
                 policy.config, provenance.sampling, like=policy.generation_config
             )
         policy.is_distilled = True  # `fast_generate` warns when it is guided on top
+    elif folder is not None:
+        policy.generation_config = own_settings(folder, policy.generation_config)
     zero_dropout(policy)
     family.cast(policy, torch_dtype)
     return policy.eval()
@@ -167,12 +177,19 @@ def torch_device(name: str | None) -> str:
 
 
 def is_distilled(source: str | os.PathLike) -> bool:
-    """Whether a teacher's guidance is in the weights: a student, a merge of students, an adapter."""
+    """Whether a teacher's guidance is in the weights, without reading them; see `Checkpoint.distilled`."""
     source = os.fspath(source)
-    if find_file(source, "adapter_config.json") is not None:
-        return True
-    provenance = find_file(source, PROVENANCE_FILE)
-    return provenance is not None and read_provenance(Path(provenance).parent) is not None
+    if path := find_file(source, PROVENANCE_FILE):
+        record = read_provenance(Path(path).parent)
+        if record is not None and record.distilled:
+            return True
+    path = find_file(source, "adapter_config.json")
+    if path is None:
+        return False
+    try:
+        return is_distilled(locate_base(source, Path(path).parent))
+    except (OSError, ValueError):
+        return False  # its base is not here, as whoever loads it says
 
 
 def zero_dropout(model: nn.Module) -> None:

@@ -39,6 +39,19 @@ class Checkpoint:
         self.generation: GenerationConfig | None = load_generation_config(folder)
         self._kept: dict[TensorInfo, Tensor] = {}
 
+    @property
+    def distilled(self) -> bool:
+        """Whether a teacher's guidance is in the weights, which only a record of ours says, or its base's.
+
+        A folder without one, such as somebody else's adapter, is guided as its generation settings ask.
+        """
+        return self.provenance is not None and self.provenance.distilled
+
+    @property
+    def settings(self) -> GenerationConfig | None:
+        """How the folder says that it is sampled; None where it does not say."""
+        return self.generation
+
     @cached_property
     def shift(self) -> GuidanceShift | None:
         """What it adds for a γ that it is told; None of one for a single γ."""

@@ -128,7 +128,7 @@ def plan_upload(
     _require_recorded_base(folder, cards.base_name(folder, provenance), base_model)
     if adapter and base_model is not None:
         _require_same_weights(folder, base_model)
-    _require_unguided(folder)
+    _require_unguided(folder, provenance.distilled)
     require_processor(folder)
     replaced = _with_public_base(folder, adapter, base_model)
     card = _card(folder, repo_id, base_model, license, tags, space)
@@ -231,11 +231,11 @@ def _require_same_weights(folder: Path, base_model: str) -> None:
     require_named_base(folder, folder, base_model, FullCheckpoint(base_model, located).stored)
 
 
-def _require_unguided(folder: Path) -> None:
+def _require_unguided(folder: Path, distilled: bool) -> None:
     config = load_generation_config(folder)
     if config is None:
         raise ValueError(f"{folder} has no generation_config.json: how it is sampled belongs to the model")
-    if config.guidance_scale not in (None, 1.0):
+    if distilled and config.guidance_scale not in (None, 1.0):
         raise ValueError(
             f"{folder}/generation_config.json asks for guidance_scale={config.guidance_scale}, but the "
             "guidance is inside the weights already: set it to 1.0"

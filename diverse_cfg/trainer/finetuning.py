@@ -28,7 +28,7 @@ from diverse_cfg.config import MusicSFTConfig
 from diverse_cfg.functional.distillation import DistillationTerms
 from diverse_cfg.policies.layers import merged_state
 from diverse_cfg.policies.loading import is_distilled
-from diverse_cfg.policies.policy import Policy, plain
+from diverse_cfg.policies.policy import Policy, plain, require_prompts
 from diverse_cfg.recordings import (
     Cuts,
     Recording,
@@ -109,6 +109,8 @@ class MusicSFTTrainer(KeptRun):
             len(policy.delays),
         )
         policy.processor = setup.processor_of(processing_class, policy, self.base_model)
+        for recording in (*found, *found_held_out):
+            require_prompts([recording.caption], policy.tokenizer, f"{recording.name}: ")
         policy.model.to(args.device)
         with args.main_process_first(desc="encoding the recordings"):
             self.recordings = encode_recordings(found[:1] if args.quick else found, policy)

@@ -252,6 +252,9 @@ def guidance(args: CFGDiversityConfig, num_frames: int) -> float | tuple[float, 
 def draw_guidance(guidance: GuidanceRange, seed: int, first: int, num_rows: int, group: int) -> list[float]:
     """γ of every row; the clips of a prompt share it.
 
+    Each is uniform, and those of one rollout are spread evenly: prompt p has the place u + p·0.618… (mod 1) in the
+    range, u drawn for the rollout.
+
     Args:
         guidance: the range.
         seed: of the rollout.
@@ -259,11 +262,9 @@ def draw_guidance(guidance: GuidanceRange, seed: int, first: int, num_rows: int,
         num_rows: of this process.
         group: G.
     """
-    prompts = [row // group for row in range(first, first + num_rows)]
-    digests = [
-        hashlib.blake2b(f"{seed}/guidance/{prompt}".encode(), digest_size=6).digest() for prompt in prompts
-    ]
-    return [guidance.draw(int.from_bytes(digest, "big") / 2**48) for digest in digests]
+    digest = hashlib.blake2b(f"{seed}/guidance".encode(), digest_size=6).digest()
+    start, golden = int.from_bytes(digest, "big") / 2**48, (5**0.5 - 1) / 2
+    return [guidance.draw((start + row // group * golden) % 1) for row in range(first, first + num_rows)]
 
 
 def teach_guidance(policy: Policy, args: CFGDiversityConfig) -> None:

@@ -85,6 +85,7 @@ def test_distilled_folder_is_not_guided_again(tiny_folder, tmp_path, kind):
 def test_adapter_folder_is_merged_and_not_guided_again(adapter):
     """PEFT's own loading brings the base's guidance 3 back."""
     folder, logits = adapter
+    write_provenance(folder, Provenance("student"))
     policy = load_policy(folder)
     assert policy.generation_config.guidance_scale == 1.0
     assert is_distilled(folder)
@@ -93,9 +94,40 @@ def test_adapter_folder_is_merged_and_not_guided_again(adapter):
 
 def test_adapter_argument(adapter, tiny_folder):
     folder, logits = adapter
+    write_provenance(folder, Provenance("student"))
     policy = load_policy(tiny_folder, adapter=folder)
     assert policy.generation_config.guidance_scale == 1.0
     torch.testing.assert_close(stock_logits(policy), logits, atol=2e-5, rtol=0)
+
+
+def loaded_with(adapter, base):
+    """The three ways to name an adapter."""
+    yield load_policy(adapter)
+    yield load_policy(base, adapter=adapter)
+    yield load_policy(load_policy(base), adapter=adapter)
+
+
+def test_an_adapter_of_somebody_else_is_guided_as_its_base(adapter, tiny_folder, tmp_path):
+    """Fault: a plain LoRA passes for a student, and plays without the guidance that it needs."""
+    folder, _ = adapter
+    assert not is_distilled(folder)
+    for policy in loaded_with(folder, tiny_folder):
+        assert policy.generation_config.guidance_scale == 3.0 and not hasattr(policy, "is_distilled")
+        assert policy.generation_config.max_new_tokens == 20
+    (folder / "generation_config.json").write_text('{"guidance_scale": 2.5, "top_k": 7}')
+    for policy in loaded_with(folder, tiny_folder):
+        settings = policy.generation_config
+        assert (settings.guidance_scale, settings.top_k, settings.max_new_tokens) == (2.5, 7, 20)
+        assert settings.decoder_start_token_id == 16
+    student = shutil.copytree(tiny_folder, tmp_path / "student")
+    write_provenance(student, Provenance("student", guidance_scale=3.0))
+    edited = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(
+        json.dumps(edited | {"base_model_name_or_path": str(student)})
+    )
+    assert is_distilled(folder), "its base is a student"
+    for policy in loaded_with(folder, student):
+        assert policy.generation_config.guidance_scale == 1.0 and policy.is_distilled
 
 
 def test_live_model_is_prepared_in_place(tiny_model):
