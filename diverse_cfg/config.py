@@ -5,8 +5,10 @@ transformers' name. The paper's symbols: γ is `guidance_scale`, β is `diversit
 λ belongs to merging and is not a training setting.
 """
 
+import functools
 import inspect
 import json
+import os
 import re
 import warnings
 from collections.abc import Callable
@@ -15,15 +17,17 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy
 from trl import RLOOConfig
 
 from diverse_cfg.effects import idle_settings, refused_settings, unfinished_warmup
 from diverse_cfg.functional.divergence import DIVERGENCES
 from diverse_cfg.functional.guidance import GuidanceRange, guidance_schedule
-from diverse_cfg.settings import field_types, parse_settings, require_type
+from diverse_cfg.settings import field_types, parse_settings, require_settings, require_type
 from diverse_cfg.types import ROLLOUT_BACKENDS
 
 # Of these transformers passes over an argument that it does not know.
@@ -218,6 +222,7 @@ class CFGDiversityConfig(RLOOConfig):
             text = f"guidance_scale: {self.guidance_scale}"
             self.guidance_scale = parse_settings(text, "guidance_scale")["guidance_scale"]
         _check_json(self)
+        _check_processes(self)
         self._check_values()
         if self.eval_strategy != "no" or self.eval_on_start or self.do_eval:
             self.check_evaluation()
@@ -346,9 +351,11 @@ class MusicSFTConfig(TrainingArguments):
 
     # What the parts that this trainer shares with the other one ask for.
     teacher_model: ClassVar[None] = None
+    guidance_range: ClassVar[None] = None
     rollout_backend: ClassVar[str] = "fast"
     rollout_batch_size: ClassVar[None] = None
     ema_decay: ClassVar[float] = 0.0
+    guidance_range: ClassVar[None] = None
 
     def __post_init__(self):
         self.remove_unused_columns = False  # transformers would take captions for one
@@ -359,6 +366,7 @@ class MusicSFTConfig(TrainingArguments):
         if refused := refused_settings(self):
             raise ValueError("; ".join(refused))
         _check_json(self)
+        _check_processes(self)
         _check_types(self, MusicSFTConfig)
         if self.quick:
             self.held_out = self.text_dropout = 0.0
@@ -387,8 +395,29 @@ def _check_json(args: TrainingArguments) -> None:
                 raise ValueError(f"{name}={value!r} is not JSON: {error}") from error
 
 
+def _check_processes(args: TrainingArguments) -> None:
+    """What accelerate is told of processes, before it reads it."""
+    if isinstance(args.fsdp, str) and args.fsdp.lower() in ("true", "false"):  # of a command line
+        args.fsdp = args.fsdp.lower() == "true" or None
+    if args.ddp_backend is not None and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        raise ValueError(
+            f"ddp_backend={args.ddp_backend} is for several processes: start them with --num_processes (or accelerate "
+            "launch), or leave it unset"
+        )
+    given = args.accelerator_config
+    if isinstance(given, str) and given.startswith("{"):
+        given = json.loads(given)
+    if isinstance(given, dict):
+        require_settings(given, field_types(AcceleratorConfig), "accelerator_config", "accelerator_config.")
+
+
 def _choose_bf16(args: TrainingArguments) -> None:
     """bfloat16 where the hardware multiplies it fast: a GPU, or a CPU with AVX512-BF16 or AMX."""
+    if args.fp16 and (args.use_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())):
+        warnings.warn(
+            "fp16=True has no effect: a CPU has no float16: set bf16, or leave it off", stacklevel=4
+        )
+        args.fp16 = False
     if args.bf16 is not None or args.fp16:
         return
     if torch.cuda.is_available() and not args.use_cpu:
@@ -438,20 +467,44 @@ def _check_optim_args(args: TrainingArguments) -> None:
 
 
 def _check_schedule(args: TrainingArguments) -> None:
-    """Refuse a schedule that could not be built after the model was loaded."""
-    name, given, steps = args.lr_scheduler_type, args.lr_scheduler_kwargs, max(args.max_steps, 1)
+    """Refuse a schedule that could not be built after the model was loaded, or that leaves its bounds at some step."""
+    name, given = args.lr_scheduler_type, args.lr_scheduler_kwargs
+    steps = args.max_steps if args.max_steps > 0 else 1000  # of epochs the number is not known yet
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
+    below = [key for key, value in (given or {}).items() if isinstance(value, int | float) and value < 0]
+    whose = f"lr_scheduler_type={getattr(name, 'value', name)} with lr_scheduler_kwargs={given}"
+    if below:
+        raise ValueError(f"{whose}: {below[0]} is below 0: change lr_scheduler_kwargs")
     try:
-        get_scheduler(name, optimizer, args.get_warmup_steps(steps), steps, given)
+        schedule = get_scheduler(name, optimizer, args.get_warmup_steps(steps), steps, given)
     except (TypeError, ValueError) as error:
         known = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
         takes = [
             one for one in inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[name]).parameters if one not in known
         ]
         raise ValueError(
-            f"lr_scheduler_type={getattr(name, 'value', name)} with lr_scheduler_kwargs={given}: {error}; "
-            f"set lr_scheduler_kwargs, which may hold {', '.join(takes) or 'nothing'}"
+            f"{whose}: {error}; set lr_scheduler_kwargs, which may hold {', '.join(takes) or 'nothing'}"
         ) from error
+    if not isinstance(schedule, LambdaLR):  # it follows the metrics: what it ends at
+        floor = max(getattr(schedule, "min_lrs", [0.0]))
+        rates = {"in the end": lambda: floor / args.learning_rate}
+    else:
+        stride = max(1, steps // 10_000)
+        rates = {
+            f"after step {step}": functools.partial(schedule.lr_lambdas[0], step)
+            for step in [*range(0, steps, stride), steps]
+        }
+    for when, rate in rates.items():
+        try:
+            factor = rate()
+            wrong = None if 0 <= factor <= 1 + 1e-9 else f"{factor * args.learning_rate:g}"
+        except (ArithmeticError, TypeError) as error:  # a division by zero, or complex numbers
+            wrong = f"none ({error})"
+        if wrong:
+            raise ValueError(
+                f"{whose}: the learning rate would be {wrong} {when}, and must stay between 0 and learning_rate="
+                f"{args.learning_rate:g}: change lr_scheduler_kwargs"
+            )
 
 
 def _explain(owner: type) -> None:
@@ -481,10 +534,11 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a finite number ≥ 1 (1 is no guidance)",
     ),
     "guidance_schedule": (_is_schedule, "constant, linear, cosine or 'interval A B' with 0 ≤ A ≤ B ≤ 1"),
-    "diversity_coef distillation_coef learning_rate weight_decay warmup_steps eval_delay epsilon epsilon_high": (
+    "diversity_coef distillation_coef weight_decay warmup_steps eval_delay epsilon epsilon_high": (
         lambda value: value >= 0,
         "a finite number ≥ 0",
     ),
+    "learning_rate": (lambda value: value > 0, "above 0: with 0 there is nothing to train"),
     "divergence": (DIVERGENCES.__contains__, f"one of {', '.join(DIVERGENCES)}"),
     "jsd_alpha teacher_fraction": (lambda value: 0 < value < 1, "strictly between 0 and 1"),
     "rollout_source": (ROLLOUT_SOURCES.__contains__, f"one of {', '.join(ROLLOUT_SOURCES)}"),

@@ -14,19 +14,18 @@ from typing import Any, NamedTuple
 
 # Settings that act alone, or by the machine that they meet: a recipe is to run on one process and on many.
 ACTS = """
-    output_dir seed full_determinism use_cpu resume_from_checkpoint ignore_data_skip
-    restore_callback_states_from_checkpoint local_rank
+    output_dir seed full_determinism use_cpu resume_from_checkpoint local_rank
     per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps generation_batch_size
     steps_per_generation num_generations num_iterations max_steps
     learning_rate lr_scheduler_type optim weight_decay max_grad_norm reward_weights temperature
-    bf16 tf32 gradient_checkpointing activation_checkpointing torch_empty_cache_steps
+    bf16 fp16 tf32 gradient_checkpointing activation_checkpointing torch_empty_cache_steps
     logging_strategy logging_first_step logging_nan_inf_filter log_level log_level_replica log_on_each_node
     disable_tqdm report_to skip_memory_metrics
     eval_strategy eval_on_start
     save_strategy save_on_each_node enable_jit_checkpoint
-    push_to_hub hub_token hub_private_repo hub_model_id hub_revision
+    push_to_hub hub_private_repo
     dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor
-    remove_unused_columns shuffle_dataset accelerator_config parallelism_config ddp_* fsdp fsdp_* deepspeed
+    remove_unused_columns shuffle_dataset accelerator_config parallelism_config ddp_backend fsdp deepspeed
     guidance_scale diversity_coef distillation_coef divergence rollout_source teacher_model clip_seconds
     ema_decay adaptive_clip loss_chunk_size rollout_batch_size rollout_backend
     model_name_or_path use_peft reward_funcs dataset_* eval_dataset_name
@@ -138,7 +137,6 @@ _OFF: dict[str, tuple[Any, ...]] = {
 RULES = (
     *(_Idle(names, why, off=_OFF.get(names, ())) for names, why in _NEVER.items()),
     # ---- only with another setting
-    _Idle("fp16", "a CPU has no float16: set bf16, or leave it off", lambda a: a.device.type != "cpu"),
     _Idle("num_train_epochs", "max_steps decides the length: set one of the two", lambda a: a.max_steps <= 0),
     _Idle(
         "warmup_steps warmup_ratio",
@@ -185,7 +183,22 @@ RULES = (
         off=("loss",),  # what transformers fills in
     ),
     _Idle("greater_is_better", "set metric_for_best_model", lambda a: a.metric_for_best_model is not None),
-    _Idle("hub_strategy hub_always_push", "set push_to_hub", lambda a: a.push_to_hub),
+    _Idle(
+        "hub_strategy hub_always_push hub_model_id hub_token hub_revision",
+        "set push_to_hub",
+        lambda a: a.push_to_hub,
+    ),
+    _Idle(
+        "ignore_data_skip restore_callback_states_from_checkpoint",
+        "it acts when a run is continued: set resume_from_checkpoint",
+        lambda a: bool(a.resume_from_checkpoint),
+    ),
+    _Idle("fsdp_*", "set fsdp", lambda a: bool(a.fsdp)),
+    _Idle(
+        "ddp_[!b]* ddp_b[ru]*",  # all but ddp_backend, which fails without others
+        "it is for several processes: start them with --num_processes",
+        lambda a: a.world_size > 1,
+    ),
     _Idle("run_name", "set report_to", lambda a: bool(a.report_to)),
     _Idle("project trackio_*", "it needs report_to=trackio", lambda a: "trackio" in a.report_to),
     _Idle(
@@ -313,4 +326,5 @@ def _changed(settings: Any) -> Iterator[tuple[_Idle, str]]:
         rule, value = _rule_of(item.name), getattr(settings, item.name)
         default = item.default if item.default_factory is MISSING else item.default_factory()
         if rule is not None and value != default and all(value != off for off in rule.off):
-            yield rule, f"{item.name}={_shown(value)!r}"
+            secret = "token" in item.name
+            yield rule, item.name if secret else f"{item.name}={_shown(value)!r}"

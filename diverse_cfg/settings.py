@@ -102,6 +102,8 @@ def parse_settings(text: str, where: str) -> dict[str, Any]:
 def field_types(owner: type) -> dict[str, Any]:
     """Field of a dataclass → its annotation."""
     hints = get_type_hints(owner)
+    if "fsdp" in hints:  # transformers says text, and means true as well
+        hints["fsdp"] |= bool
     return {field.name: hints[field.name] for field in fields(owner)}
 
 

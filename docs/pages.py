@@ -29,10 +29,12 @@ def on_files(files: Any, config: Any) -> Any:
         if page in generated:
             files.append(File.generated(config, page, content=generated[page]()))
             continue
+        if not (ROOT / page).is_file():
+            continue  # mkdocs says so
         files.append(File.generated(config, page, abs_src_path=str(ROOT / page)))
         for picture in _PICTURE.findall((ROOT / page).read_text(encoding="utf-8")):
             path = os.path.normpath(Path(page).parent / picture)
-            if files.get_file_from_path(path) is None:
+            if files.get_file_from_path(path) is None and (ROOT / path).is_file():
                 files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
     return files
 

@@ -93,6 +93,7 @@ def test_everything_that_was_promised_is_there(finished):
         assert f'src="{picture}"' in page
     text = "\n".join(said)
     assert said[0].startswith("Plan:") and "min on two idle cores" in said[0]
+    assert said[-1].endswith(f"diverse-cfg play {output}")
     assert "| diversity student" in text and str(output.resolve() / "index.html") in text
     assert "quality student − base γ=3, prompt adherence:" in text
 

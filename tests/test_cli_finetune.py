@@ -21,9 +21,8 @@ QUICK = ["--use_cpu", "true", "--bf16", "false", "--disable_tqdm", "true", "--au
 
 
 def folder_of(folder, rate=RATE):
-    """Written once: a WAV of floats holds the time of its writing."""
-    for index, caption in enumerate([] if folder.exists() else PROMPTS):
-        write(folder / f"{index}.wav", music(1.0 + index / 8, rate, seed=index), rate, caption)
+    for index, caption in enumerate(PROMPTS):
+        write(folder / f"{index}.flac", music(1.0 + index / 8, rate, seed=index), rate, caption)
     return str(folder)
 
 

@@ -159,6 +159,14 @@ def test_a_student_plays_without_guidance_and_as_it_was_trained(called, student,
     assert "warning" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", [["--guidance-schedule", "linear"], ["--negative-prompt", "noise"]])
+def test_guidance_that_a_student_does_not_have_is_refused(called, student, refused, flag):
+    """Fault: the schedule of a model's own γ = 1 does nothing, and nothing says so."""
+    words = ["generate", "--model", student, "--prompt", PROMPT, "--output", "out"]
+    assert f"{' '.join(flag)} has no effect for a model that plays with γ = 1" in refused(*words, *flag)
+    assert not called
+
+
 def test_a_student_that_is_guided_all_the_same(student, tmp_path, capsys):
     """It is done as asked, and said once, however many clips there are."""
     short = ["--seconds", "0.1", "--num-generations", "3", "--batch-size", "1", "--guidance-scale", "3"]

@@ -5,10 +5,11 @@ import math
 import warnings
 
 import pytest
+import torch
 from transformers import HfArgumentParser
 from trl import RLOOConfig
 
-from diverse_cfg.config import CFGDiversityConfig, GuardConfig
+from diverse_cfg.config import CFGDiversityConfig, GuardConfig, MusicSFTConfig
 
 
 def config(tmp_path, **settings):
@@ -28,6 +29,7 @@ OUT_OF_RANGE = {
     "guidance_scale": [0.5, math.nan, math.inf, -1.0],
     "diversity_coef": [-1.0, math.nan, math.inf],
     "distillation_coef": [-0.1, math.nan],
+    "learning_rate": [0.0, -1.0, math.nan],
     "divergence": ["kl"],
     "jsd_alpha": [0.0, 1.0, math.nan],
     "rollout_source": ["both"],
@@ -97,6 +99,64 @@ def test_what_would_fail_after_loading_is_refused_by_name(tmp_path, settings, sa
     """Fault: a traceback, or a message about a prompt that nobody gave, once the model is loaded."""
     with pytest.raises(ValueError, match=said):
         config(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("owner", [CFGDiversityConfig, MusicSFTConfig])
+@pytest.mark.parametrize(
+    ("schedule", "given", "said"),
+    [
+        ("cosine_with_min_lr", {"min_lr": 1}, "0.00"),
+        ("cosine_with_min_lr", {"min_lr_rate": 2}, "0.00"),
+        ("cosine_warmup_with_min_lr", {"min_lr": 0, "warmup_lr_rate": 7}, "0.00"),
+        ("warmup_stable_decay", {"num_decay_steps": 2, "min_lr_ratio": 3}, "0.00"),
+        ("reduce_lr_on_plateau", {"min_lr": 1}, "1 in the end"),
+        ("inverse_sqrt", {"timescale": 0}, r"none \(.*\) after step 3"),
+    ],
+)
+def test_a_learning_rate_that_leaves_its_bounds_is_refused(tmp_path, owner, schedule, given, said):
+    """Fault: a thousand times the learning rate, ascent in place of descent, or a crash at the last step."""
+    for steps in (7, -1):
+        settings = {"lr_scheduler_type": schedule, "lr_scheduler_kwargs": given, "warmup_steps": 3}
+        settings |= {"eval_strategy": "steps", "learning_rate": 1e-3, "max_steps": steps}
+        with pytest.raises(
+            ValueError, match=f"{schedule} with .*the learning rate would be {said}.*: change lr_"
+        ):
+            owner(str(tmp_path), report_to="none", **settings)
+
+
+@pytest.mark.parametrize("owner", [CFGDiversityConfig, MusicSFTConfig])
+def test_a_schedule_of_negative_numbers_is_refused(tmp_path, owner):
+    """Faults: a division by zero at the last step; a rate of 0 for half of the run."""
+    for schedule, given in (("polynomial", {"power": -1}), ("cosine_with_min_lr", {"min_lr_rate": -1})):
+        settings = {"lr_scheduler_type": schedule, "lr_scheduler_kwargs": given}
+        with pytest.raises(ValueError, match=f"{next(iter(given))} is below 0: change lr_scheduler_kwargs"):
+            owner(str(tmp_path), report_to="none", **settings)
+
+
+@pytest.mark.parametrize("owner", [CFGDiversityConfig, MusicSFTConfig])
+def test_what_accelerate_is_told_is_checked_first(tmp_path, owner, monkeypatch):
+    """Faults: tracebacks of accelerate; `fsdp true` an unknown option; fp16 on a CPU, which switches bf16 off."""
+
+    def make(**settings):
+        return owner(str(tmp_path), report_to="none", use_cpu=True, **settings)
+
+    with pytest.raises(
+        ValueError, match="ddp_backend=gloo is for several processes: start them with --num_proc"
+    ):
+        make(ddp_backend="gloo")
+    for typo in ({"split_batch": True}, '{"split_batch": true}'):
+        with pytest.raises(
+            ValueError, match="accelerator_config has no setting split_batch; known: split_batches"
+        ):
+            make(accelerator_config=typo)
+    with pytest.raises(ValueError, match=r"accelerator_config\.even_batches='x' must be true or false"):
+        make(accelerator_config={"even_batches": "x"})
+    assert make(accelerator_config={"even_batches": False}).accelerator_config.even_batches is False
+    assert make(fsdp="false").fsdp is None
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    with pytest.warns(UserWarning, match="fp16=True has no effect: a CPU has no float16"):
+        args = make(fp16=True)
+    assert (args.fp16, args.bf16) == (False, True)
 
 
 def test_schedules_that_can_be_built_are_taken(tmp_path):

@@ -127,6 +127,17 @@ WAITING = {
     "greater_is_better": (True, {}, {"metric_for_best_model": "reward"}),
     "hub_strategy": ("checkpoint", {}, {"push_to_hub": True}),
     "hub_always_push": (True, {}, {"push_to_hub": True}),
+    "hub_model_id": ("x", {}, {"push_to_hub": True}),
+    "hub_token": ("hf_secret", {}, {"push_to_hub": True}),
+    "hub_revision": ("x", {}, {"push_to_hub": True}),
+    "ignore_data_skip": (True, {}, {"resume_from_checkpoint": "true"}),
+    "restore_callback_states_from_checkpoint": (True, {}, {"resume_from_checkpoint": "true"}),
+    "fsdp_config": ({"version": 2}, {}, None),
+    "ddp_find_unused_parameters": (True, {}, None),  # and the others act in several processes
+    "ddp_bucket_cap_mb": (9, {}, None),
+    "ddp_broadcast_buffers": (True, {}, None),
+    "ddp_static_graph": (True, {}, None),
+    "ddp_timeout": (9, {}, None),
     "run_name": ("x", {}, {"report_to": "trackio"}),
     "project": ("x", {}, {"report_to": "trackio"}),
     "trackio_space_id": ("x", {"report_to": "wandb"}, {"report_to": "trackio"}),
@@ -148,7 +159,6 @@ WAITING = {
     "prefix_baseline": (True, {"diversity_coef": 0.0}, {}),
     "guards": ({"max_silence": 0.3}, {"diversity_coef": 0.0}, {}),
     "prefix_lambda": (0.5, {}, {"prefix_baseline": True}),
-    "fp16": (True, {"bf16": None}, None),  # acts on an accelerator alone
     "log_completions": (True, None, None),  # by what is installed
     "lora_r": (4, {}, {"use_peft": True}),
     "lora_alpha": (4, {}, {"use_peft": True}),
@@ -175,7 +185,9 @@ def test_what_waits_for_another_setting_is_warned_about(tmp_path, name):
             settings = changes | {name: value} if own else {"guards": changes | {name: value}}
             settings = {"report_to": "none", "bf16": False, "use_cpu": True} | settings
             said = warned(lambda settings=settings: CFGDiversityConfig(str(tmp_path), **settings))[1]
-        assert (f"{name}={value!r} has no effect: " in said) is not acts, said
+        shown = name if "token" in name else f"{name}={value!r}"
+        assert (f"{shown} has no effect: " in said) is not acts, said
+        assert "hf_secret" not in said
 
 
 def test_what_the_trainer_alone_knows_is_warned_about(tmp_path):
@@ -227,6 +239,21 @@ ACTING = {
     "adam_epsilon": 0.1,
     "warmup_steps": 2,
 }
+
+
+def test_a_student_that_is_its_own_teacher_is_refused(tmp_path):
+    """Fault: a loss of 0 from the first step to the last, and a copy of the start as the student."""
+    nothing = {"guidance_scale": 1.0, "diversity_coef": 0.0}
+    for reward, more in (("codes", {}), (None, {}), (halves, {"reward_weights": [0.0]})):
+        with pytest.raises(
+            ValueError, match="guidance_scale=1 without teacher_model and without a reward that co"
+        ):
+            tiny_trainer(tmp_path, reward=reward, **nothing, **more)
+    assert tiny_trainer(tmp_path, reward=halves, **nothing)
+
+
+def halves(prompts, completions, **_):
+    return [0.5] * len(prompts)
 
 
 @pytest.mark.slow

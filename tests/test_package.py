@@ -56,9 +56,11 @@ def borrowing(folder):
     return python
 
 
-def run(python, code, cwd):
+def run(python, code, cwd, timeout=300):
     """Isolated (-I): neither the current folder nor PYTHONPATH can lend the source tree."""
-    result = subprocess.run([python, "-I", "-c", code], cwd=cwd, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        [python, "-I", "-c", code], cwd=cwd, capture_output=True, text=True, timeout=timeout
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 
@@ -169,7 +171,7 @@ def test_a_published_space_starts_and_plays(dist, tmp_path, monkeypatch):
     )
     monkeypatch.setenv("HF_HOME", str(home))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    place, takes = run(python, code, space).splitlines()[-1].rsplit(" ", 1)
+    place, takes = run(python, code, space, timeout=900).splitlines()[-1].rsplit(" ", 1)
     assert Path(place).is_relative_to(tmp_path / "environment") and takes == "2"
 
 

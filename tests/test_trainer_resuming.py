@@ -13,8 +13,9 @@ from transformers import TrainerCallback
 from diverse_cfg.reading import last_checkpoint
 from diverse_cfg.rewards import DiversityReward
 from diverse_cfg.trainer import CFGDiversityTrainer
+from diverse_cfg.trainer.checkpoints import RunMemory
 from tests.faults import largest_file
-from tests.tiny import PROMPTS, tiny_musicgen, tiny_processor
+from tests.tiny import PROMPTS, save_tiny, tiny_musicgen, tiny_processor
 from tests.training import CodeEmbedder, largest_difference, losses, tiny_args, tiny_trainer, trained
 
 LORA = LoraConfig(r=2, lora_alpha=4)
@@ -260,6 +261,7 @@ def test_a_run_killed_while_it_rewrites_a_checkpoint_continues_exactly(tmp_path,
 
     with monkeypatch.context() as patch:
         patch.setattr(CFGDiversityTrainer, "_save_rng_state", copy_the_disk)
+        patch.setattr(RunMemory, "check", lambda *_: None)  # which refuses another max_grad_norm
         run(tmp_path / "run", str(tmp_path / "run" / "checkpoint-2"), max_grad_norm=1e-6, **settings)
     leftover = killed / ".checkpoint-3.00000003.incomplete"
     assert leftover.is_dir() and last_checkpoint(killed) == str(killed / "checkpoint-3")
@@ -446,6 +448,11 @@ def test_a_foreign_checkpoint_is_one_line(tmp_path, two_checkpoints, another, ki
         ({"seed": 1, "clip_seconds": 0.3}, r"seed=1 .*42\), clip_seconds=0.3 \(the run began with 0.2\)"),
         ({"per_device_train_batch_size": 4}, r"per_device_train_batch_size=4 \(the run began with 8\)"),
         ({"optim": "sgd"}, r"optim='sgd' \(the run began with 'adamw_torch"),
+        (
+            {"lr_scheduler_type": "cosine", "max_grad_norm": 0.5, "bf16": True},
+            r"lr_scheduler_type='cosine' .*'linear'\), max_grad_norm=0.5 .*1.0\), bf16=True .*False\)",
+        ),
+        ({"warmup_steps": 1, "adaptive_clip": 3.0}, r"warmup_steps=1 .*0\), adaptive_clip=3.0 .*None\)"),
         ({"prompts": PROMPTS[::-1]}, r"train_dataset='4 prompts \(\w+\)' \(the run began with '4 prompts"),
     ],
 )
@@ -455,6 +462,51 @@ def test_other_settings_are_refused_by_name(tmp_path, two_checkpoints, changed, 
     with pytest.raises(ValueError, match=f"checkpoint-2 cannot be continued with {what}") as raised:
         trainer.train(resume_from_checkpoint=str(two_checkpoints / "full" / "checkpoint-2"))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"lora_alpha": 64}, r"lora_alpha=64 \(the run began with 4\)"),
+        ({"alpha_pattern": {"fc1": 8}}, r"alpha_pattern=\{'fc1': 8\} \(the run began with \{\}\)"),
+        (
+            {"r": 4, "target_modules": ["q_proj"]},
+            r"lora_r=4 .*2\), lora_target_modules=\['q_proj'\] .*'v_proj'",
+        ),
+    ],
+)
+def test_another_adapter_is_refused_by_name(tmp_path, two_checkpoints, changed, what):
+    """Fault: another lora_alpha rescales the trained student in silence; another rank is torch's size mismatch."""
+    peft_config = LoraConfig(**{"r": 2, "lora_alpha": 4} | changed)
+    trainer = tiny_trainer(tmp_path, ema_decay=0.9, peft_config=peft_config)
+    with pytest.raises(ValueError, match=f"checkpoint-2 cannot be continued with {what}"):
+        trainer.train(resume_from_checkpoint=str(two_checkpoints / "lora" / "checkpoint-2"))
+
+
+def test_another_initial_model_is_refused_by_name(tmp_path, tiny_folder):
+    """Fault: with a teacher of its own, the student's folder names a start that it never had."""
+    other, model = save_tiny(tmp_path / "other"), tiny_musicgen()
+    model.decoder.lm_heads[0].weight.data.mul_(2)
+    model.save_pretrained(other)
+    settings = {"teacher_model": tiny_folder, **EVERY_STEP}
+    run(tmp_path / "run", model=other, max_steps=1, **settings)
+    with pytest.raises(
+        ValueError, match="checkpoint-1 is of a run that began with the model other, and this one"
+    ):
+        run(tmp_path / "run", True, model=tiny_folder, **settings)
+    moved = shutil.move(other, tmp_path / "moved")
+    assert run(tmp_path / "run", True, model=str(moved), max_steps=2, **settings).state.global_step == 2
+
+
+def test_a_run_that_ended_before_its_checkpoint_says_so(tmp_path, two_checkpoints):
+    """Fault: no step is made, and the checkpoint is saved as the student of another run. The last step itself may be
+    resumed: what comes after it is still to be saved."""
+    checkpoint = str(two_checkpoints / "full" / "checkpoint-2")
+    with pytest.raises(
+        ValueError, match="checkpoint-2 has 2 steps behind it, and the run ends after 1: raise max_"
+    ):
+        run(tmp_path / "a", checkpoint, ema_decay=0.9, max_steps=1)
+    assert run(tmp_path / "b", checkpoint, ema_decay=0.9, max_steps=2).state.global_step == 2
 
 
 def without_settings(checkpoint):

@@ -340,12 +340,20 @@ def test_an_adapter_knows_that_its_base_was_trained_again(world, tmp_path, first
     student.train()
     student.save_model()
     assert load_policy(tmp_path / "student")
-    weights = load_file(base / made.MODEL)
+    weights, config = load_file(base / made.MODEL), json.loads((base / "config.json").read_text())
     name = "decoder.model.decoder.layers.0.fc1.weight"
-    save_file(weights | {name: weights[name] + 1}, base / made.MODEL, metadata={"format": "pt"})
-    for load in (load_policy, open_checkpoint):
-        with pytest.raises(ValueError, match=r"base .*base', whose weights have changed since: put"):
-            load(tmp_path / "student")
+    part = weights[name].clone()
+    part[len(part) // 2 :] *= 1.1
+    heads = config["decoder"] | {"num_attention_heads": 1}
+    for tensors, settings in (({name: part}, {}), ({}, {"decoder": heads})):
+        save_file(weights | tensors, base / made.MODEL, metadata={"format": "pt"})
+        (base / "config.json").write_text(json.dumps(config | settings))
+        for load in (load_policy, open_checkpoint):
+            with pytest.raises(ValueError, match=r"base .*base', whose weights have changed since: put"):
+                load(tmp_path / "student")
+    save_file(weights, base / made.MODEL, metadata={"format": "pt"})
+    (base / "config.json").write_text(json.dumps(config | {"transformers_version": "9"}, indent=1))
+    assert open_checkpoint(tmp_path / "student").fingerprint()
 
 
 def test_the_fingerprint_sees_every_weight_and_no_adapter(tmp_path):

@@ -59,10 +59,14 @@ def _to_audiocraft(source: str, folder, text_encoder: str | None, dtype: str | N
 
     from diverse_cfg.policies.audiocraft import export_audiocraft
     from diverse_cfg.policies.audiocraft.folders import find_file
+    from diverse_cfg.policies.checkpoints import AdapterCheckpoint, open_checkpoint
     from diverse_cfg.policies.loading import load_policy, load_processor
     from diverse_cfg.policies.shift import SHIFT_FILE
     from diverse_cfg.provenance import PROVENANCE_FILE
 
+    checkpoint = open_checkpoint(source, plain=False)
+    if isinstance(checkpoint, AdapterCheckpoint):  # whose fault would be its base's, once it is merged
+        checkpoint.require_finite()
     export_audiocraft(
         load_policy(source),
         folder,

@@ -8,6 +8,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -117,6 +118,7 @@ def demo(
         tell("\n" + results.table([name for name in _SHOWN if name in results.metrics]))
         tell("\n" + "\n".join(findings(results, guided=recipes["evaluate"]["compare_to"][-1])))
         tell(f"\nOpen {(output / 'index.html').resolve()} to look and listen.")
+        tell(f"To type a prompt and move λ yourself: diverse-cfg play {shlex.quote(str(output))}")
     return results
 
 

@@ -153,6 +153,9 @@ def _run(args: argparse.Namespace) -> None:
     sampling = {"guidance_scale": 1.0, "temperature": 1.0, "top_k": USUAL_TOP_K}
     own = {name: getattr(model.generation_config, name) for name in sampling}
     sampling |= {name: value for name, value in own.items() if value is not None} | typed
+    if sampling["guidance_scale"] == 1:
+        where = "for a model that plays with γ = 1 (name another with --guidance-scale)"
+        refuse_idle(args, "negative_prompt guidance_schedule", where)
     name = " + ".join([args.model, *args.adapter])
     if args.merge_weight:
         name += f" at {' '.join(f'{weight:g}' for weight in args.merge_weight)}"

@@ -18,14 +18,15 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from diverse_cfg.acoustics import normalised
-from diverse_cfg.atomic import UnwritableError
+from diverse_cfg.acoustics import normalised, piano_roll
+from diverse_cfg.atomic import UnwritableError, replacing
 from diverse_cfg.evaluation.cache import Cache, digest
 from diverse_cfg.evaluation.features import Batch, Feature, compute_features
 from diverse_cfg.evaluation.generations import ClipSet, Player, describe, generations
 from diverse_cfg.evaluation.metrics import METRICS, Metric, Replicate, require
 from diverse_cfg.evaluation.results import Results, SystemResult, clusters_of, estimate, mean_estimate
 from diverse_cfg.evaluation.systems import Mixture, System
+from diverse_cfg.plotting import png
 from diverse_cfg.policies.files import write_wav
 from diverse_cfg.provenance import library_versions
 from diverse_cfg.untrusted import plain, slug
@@ -255,8 +256,8 @@ def write_audio(
 ) -> dict[tuple[str, int], list[str]]:
     """Write the first clips of the first prompts of every system as WAV files of one loudness.
 
-    Nothing is generated: the clips are those that were measured. Files that are there already are kept: they
-    are named after the content of their clips.
+    Beside each lies its picture (`piano_roll`). Nothing is generated: the clips are those that were measured. Files
+    that are there already are kept: they are named after the content of their clips.
 
     Args:
         results: of the sweep; failed systems have no clips.
@@ -295,10 +296,17 @@ def _write_clips(folder: Path, place: Path, prompt: int, codes: np.ndarray, play
         f"{prompt:02d}-{number}-{hashlib.blake2b(clip.tobytes(), digest_size=4).hexdigest()}.wav"
         for number, clip in enumerate(codes)
     ]
-    missing = [number for number, name in enumerate(names) if not (folder / place / name).is_file()]
+    missing = [
+        number
+        for number, name in enumerate(names)
+        if not all((folder / place / name).with_suffix(kind).is_file() for kind in (".png", ".wav"))
+    ]
     if missing:
         audio = player.decode(torch.from_numpy(codes[missing].astype("int64")))
         for number, waveform in zip(missing, audio, strict=True):
+            path = folder / place / names[number]
+            with replacing(path.with_suffix(".png")) as temporary:
+                temporary.write_bytes(png(piano_roll(waveform.numpy(), player.sampling_rate)))
             loud = torch.from_numpy(normalised(waveform.numpy(), player.sampling_rate))
-            write_wav(folder / place / names[number], loud, player.sampling_rate)
+            write_wav(path, loud, player.sampling_rate)
     return [(place / name).as_posix() for name in names]

@@ -239,6 +239,12 @@ def _expand(entry: Mapping[str, Any]) -> list[System]:
             f"system {name!r}: top_k has no effect at temperature 0, which takes the most likely codes; write an "
             "entry of its own for one of the two"
         )
+    scheduled = [name for name in grid.get("guidance_schedule", ()) if name != "constant"]
+    if scheduled and 1 in grid.get("guidance_scale", (1,)):
+        raise ValueError(
+            f"system {name!r}: guidance_schedule={scheduled[0]} has no effect at guidance_scale 1, its default: name "
+            "another, or write an entry of its own for 1"
+        )
     varied = [key for key, values in grid.items() if len(values) > 1]
     series = entry.get("series") or name
     first = source(entry["first"]) if "first" in entry else ""

@@ -150,6 +150,8 @@ def _require_done(folder: Path, recipe: dict[str, Any], experts: Experts) -> Non
     """Refuse a folder that is not the complete merge of this recipe."""
     with reading(folder, "delete it and run the sweep again"):
         found = read_recipe(folder) or {}
+        if isinstance(known := found.get("fingerprints"), list):
+            recipe = recipe | {"fingerprints": _fingerprints(experts, known)}
         # Older versions did not write them.
         if {"fingerprints": recipe["fingerprints"]} | found == recipe:
             merge = open_checkpoint(folder, base=experts.base)
@@ -265,10 +267,15 @@ def _recipe(
     pairs = zip(experts.checkpoints, weights, strict=True)
     parents = [{"checkpoint": _reachable(c, output), "weight": w, "kind": c.kind} for c, w in pairs]
     base = {"base": _reachable(experts.reference, output)} if experts.adapters else {}
-    used = [*experts.checkpoints, *([experts.reference] if experts.adapters else [])]
-    fingerprints = {"fingerprints": [checkpoint.fingerprint() for checkpoint in used]}
+    fingerprints = {"fingerprints": _fingerprints(experts)}
     baked = {} if bake_guidance is None else {"bake_guidance": float(bake_guidance)}
     return _method(dtype, format) | baked | {"experts": parents} | base | fingerprints
+
+
+def _fingerprints(experts: Experts, like: Sequence[str] = ()) -> list[str]:
+    used = [*experts.checkpoints, *([experts.reference] if experts.adapters else [])]
+    records = [str(record) for record in like] if len(like) == len(used) else [None] * len(used)
+    return [checkpoint.fingerprint(record) for checkpoint, record in zip(used, records, strict=True)]
 
 
 def _reachable(checkpoint: Checkpoint, output: Path) -> str:

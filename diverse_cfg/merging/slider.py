@@ -13,8 +13,9 @@ import torch
 
 from diverse_cfg.merging.experts import Experts, open_experts
 from diverse_cfg.merging.weights import resolve_weights
-from diverse_cfg.policies.loading import load_policy
+from diverse_cfg.policies.loading import load_policy, torch_device
 from diverse_cfg.policies.policy import as_policy
+from diverse_cfg.policies.tensors import require_float
 
 
 class MergeSlider:
@@ -135,6 +136,8 @@ def load_slider(
     if len(adapters) < 2:
         raise ValueError(f"a slider moves between at least two experts, got {len(adapters)}")
     resolved = resolve_weights(merge_weight, len(adapters))
+    require_float("torch_dtype", torch_dtype)
+    torch_device(str(device))
     experts = open_experts(adapters, base=base)
     if student_guidance is not None:
         experts.require_guidance(student_guidance)

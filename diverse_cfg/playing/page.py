@@ -411,9 +411,7 @@ def build_space(models: Sequence[str], *, base: str | None = None) -> tuple[Any,
     folder = tempfile.mkdtemp(prefix="diverse-cfg-play-")
     player = Player(models, base=base)
     if importlib.util.find_spec("spaces") is not None:
-        import spaces  # pyright: ignore[reportMissingImports]
-
-        here = player.play
+        spaces, here = importlib.import_module("spaces"), player.play  # installed there, and only there
 
         @spaces.GPU
         def on_gpu(wish: Wish, how: dict[str, Any]) -> Iterator[Any]:

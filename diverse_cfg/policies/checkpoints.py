@@ -34,7 +34,7 @@ from diverse_cfg.policies.stored import (
     same_base,
     same_values,
 )
-from diverse_cfg.policies.tensors import TensorInfo, find_tensors, fingerprint
+from diverse_cfg.policies.tensors import TensorInfo, find_tensors, read_tensor, require_finite
 from diverse_cfg.reading import read_json, reading
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ _UNSUPPORTED = (
     "monteclora_config",
     "kasa_config",
 )
+_SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
 _PASS_BASE = "pass it (base=… in Python; --base, or --model with --adapter)"
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -92,10 +93,10 @@ class AdapterCheckpoint(Checkpoint):
         recorded = self.provenance.training.get("base_fingerprint") if self.provenance else None
         named = self.lora.base_model_name_or_path or ""
         named_here = recorded and looks_local(named) and same_base(named, self.base.source)
-        if named_here and recorded != self.base.fingerprint():
+        if named_here and recorded != self.base.fingerprint(recorded):
             raise ValueError(
                 f"{self.source} was trained on the base {named!r}, whose weights have changed since: put the former "
-                "weights back, or train the adapter again"
+                "weights and config.json back, or train the adapter again"
             )
 
     def _collect(self, found: dict[str, TensorInfo]) -> None:
@@ -152,8 +153,18 @@ class AdapterCheckpoint(Checkpoint):
             return self.generation
         return own_settings(self.folder, self.base.generation or GenerationConfig())
 
-    def fingerprint(self) -> str:
-        return fingerprint(self._found)
+    def require_finite(self) -> None:
+        """Raise where one of its own tensors is NaN or infinite, before it makes its base so."""
+        for name, info in self._found.items():
+            require_finite({name: read_tensor(info)}, self.source)
+
+    @property
+    def _files(self) -> dict[str, TensorInfo]:
+        return self._found
+
+    @property
+    def _shaping(self) -> dict[str, Any]:
+        return {name: getattr(self.lora, name, None) for name in _SCALING}
 
     def _sources(self, name: str) -> list[TensorInfo]:
         if name in self.factors:

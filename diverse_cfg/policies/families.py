@@ -90,6 +90,7 @@ class Family:
             ValueError: the file is damaged.
         """
         path = Path(folder) / "config.json"
+        _require_unquantised(path)
         with reading(path):
             config = self.model_class.config_class.from_pretrained(str(folder))
             counts = {
@@ -102,13 +103,15 @@ class Family:
                 raise ValueError(f"{path}: {name}={value} must be at least 1; {COPY_AGAIN}")
         return config
 
-    def architecture(self, config: Any) -> dict[str, Any]:
+    def architecture(self, config: Any, *, changed: bool = False) -> dict[str, Any]:
         """Everything in a configuration that shapes the computation, as dotted name → value.
+
+        With `changed`, only what it sets otherwise than its class, which newer versions of transformers do not add to.
 
         Only what the configuration's class declares: older versions of transformers stored dozens of settings of
         text generation beside it.
         """
-        return declared_settings(config)
+        return declared_settings(config, changed=changed)
 
     def describe(self, config: Any) -> dict[str, Any]:
         """Its size in a few numbers, for people."""
@@ -251,6 +254,18 @@ class Family:
         return GenerationConfig(**settings)
 
 
+def _require_unquantised(path: Path) -> None:
+    """Refuse a config.json by which transformers would read the weights with another library."""
+    content = read_json(path) if path.is_file() else {}
+    if any(
+        isinstance(part, dict) and part.get("quantization_config") for part in (content, *content.values())
+    ):
+        raise ValueError(
+            f"{path.parent} was quantised by another program (quantization_config in {path.name}), and its weights "
+            "cannot be read as they are meant: use the checkpoint that it was made of, in float32, float16 or bfloat16"
+        )
+
+
 _FAMILIES: dict[str, Family] = {}
 
 
@@ -370,8 +385,10 @@ def tokenizer_vocabulary(folder: Path) -> dict[str, int] | None:
         return AutoTokenizer.from_pretrained(str(folder)).get_vocab()
 
 
-def declared_settings(config: PreTrainedConfig) -> dict[str, Any]:
+def declared_settings(config: PreTrainedConfig, *, changed: bool = False) -> dict[str, Any]:
     """What a configuration class declares and two checkpoints of one architecture share, name → value."""
-    declared = type(config)().to_dict().keys() - PreTrainedConfig().to_dict().keys() - _NOT_ARCHITECTURE
-    stored = config.to_dict()
+    usual, stored = type(config)().to_dict(), config.to_dict()
+    declared = usual.keys() - PreTrainedConfig().to_dict().keys() - _NOT_ARCHITECTURE
+    if changed:
+        declared = {name for name in declared if stored.get(name) != usual[name]}
     return {"model_type": config.model_type} | {name: stored.get(name) for name in sorted(declared)}

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from diverse_cfg.atomic import alone, replacing, write_text, writing
 from diverse_cfg.policies.musicgen.model import own_frames
-from diverse_cfg.policies.policy import Policy, as_policy, plain
+from diverse_cfg.policies.policy import Policy, as_policy, listed, plain
 from diverse_cfg.policies.sampler.draws import require_64_bits
 from diverse_cfg.policies.sampler.extension import check_hybrid, extend, hybrid_generate, longest_window
 from diverse_cfg.policies.sampler.rollout import (
@@ -108,7 +108,7 @@ def generate_files(
         ValueError: the folder holds something else, `resume` with other settings, or see `fast_generate`.
     """
     assert (of is None) == (choose is None)
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = listed(prompts)
     if sample_format not in _SAMPLE_FORMATS:
         raise ValueError(f"sample_format={sample_format!r} must be one of {', '.join(_SAMPLE_FORMATS)}")
     settings, policy = SamplingSettings(**sampling), as_policy(model)
@@ -380,6 +380,7 @@ def _open_folder(folder: Path, manifest: dict[str, Any], resume: bool) -> None:
     wanted = json.loads(json.dumps(manifest))
     if other := [name for name, value in wanted.items() if begun.get(name) != value]:
         raise ValueError(
-            f"{folder} was begun with another {', '.join(other)} (see {_MANIFEST}): repeat that call, or "
+            f"{folder} was begun with another {', '.join(other).replace('clips', 'list of clips')} (see {_MANIFEST}): "
+            "repeat that call, or "
             "choose another output folder"
         )

@@ -36,6 +36,7 @@ from diverse_cfg.policies.musicgen.family import MUSICGEN
 from diverse_cfg.policies.policy import as_policy, plain
 from diverse_cfg.policies.shift import read_shift
 from diverse_cfg.policies.stored import is_adapter, locate
+from diverse_cfg.policies.tensors import require_float
 from diverse_cfg.provenance import PROVENANCE_FILE, read_provenance
 from diverse_cfg.reading import reading
 
@@ -75,6 +76,7 @@ def load_policy(
             not fit, or an adapter whose base is unknown or another model.
         FileNotFoundError: nothing there.
     """
+    require_float("torch_dtype", torch_dtype)
     policy: Any
     folder = provenance = own = None  # of an adapter, and of the student
     if is_live_audiocraft(model) or isinstance(model, nn.Module):

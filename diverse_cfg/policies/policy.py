@@ -1,8 +1,9 @@
 """A policy over codes, whatever model is behind it: what rollout, teacher, loss and checkpoints ask it for."""
 
 import copy
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -18,6 +19,8 @@ from diverse_cfg.types import Clips, TextCondition
 
 _LONGEST_TEXT = 512
 """Tokens that a text encoder was trained on whose tokenizer has no limit of its own, which says so by a huge number."""
+
+_SAID_UNKNOWN: set[str] = set()  # prompts that were warned of: every batch of a run is checked
 
 
 class Policy(ABC):
@@ -356,6 +359,17 @@ class Policy(ABC):
                 module.to(device)
 
 
+def listed(prompts: str | Sequence[str]) -> list[str]:
+    """Prompts as a list; one text is a list of one.
+
+    Raises:
+        ValueError: neither.
+    """
+    if not isinstance(prompts, str) and not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts must be a non-empty list of texts, got {prompts!r}")
+    return [prompts] if isinstance(prompts, str) else list(prompts)
+
+
 def require_prompts(prompts: Sequence[str], tokenizer: Any, where: str = "") -> None:
     """Raise unless there are prompts, each has text, and none is longer than the text encoder was trained on.
 
@@ -372,13 +386,24 @@ def require_prompts(prompts: Sequence[str], tokenizer: Any, where: str = "") -> 
             )
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     limit = tokenizer.model_max_length if tokenizer.model_max_length < 10**6 else _LONGEST_TEXT
-    distinct = list(dict.fromkeys(prompts))
+    distinct, unknown = list(dict.fromkeys(prompts)), []
     for prompt, ids in zip(distinct, tokenizer(distinct, truncation=False)["input_ids"], strict=True):
         if len(ids) > limit:
             raise ValueError(
                 f"{where}prompt {prompts.index(prompt)} has {len(ids)} tokens, the text encoder takes {limit}: "
                 f"shorten it ({prompt[:60]!r}…)"
             )
+        if tokenizer.unk_token_id in ids and not tokenizer.decode(ids, skip_special_tokens=True).strip():
+            unknown.append(prompt)
+    if new := [prompt for prompt in unknown if prompt not in _SAID_UNKNOWN]:
+        _SAID_UNKNOWN.update(new)
+        warnings.warn(
+            f"{where}prompt {prompts.index(new[0])} ({new[0][:60]!r}) has no character that the tokenizer knows"
+            f"{f', nor have {len(new) - 1} others' if new[1:] else ''}: all such prompts are the same to the model; "
+            "write them in English",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def as_policy(model: Any, processor: Any = None) -> Policy:

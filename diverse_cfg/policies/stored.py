@@ -3,6 +3,7 @@
 `checkpoints` is the entry; an adapter, which needs its base, is described there.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -20,7 +21,14 @@ from diverse_cfg.assets import nano_path
 from diverse_cfg.policies.audiocraft.folders import find_file, transformers_folder
 from diverse_cfg.policies.families import Family, family_of, load_generation_config
 from diverse_cfg.policies.shift import GuidanceShift, read_shift
-from diverse_cfg.policies.tensors import TensorInfo, find_tensors, fingerprint, read_tensor, require_finite
+from diverse_cfg.policies.tensors import (
+    TensorInfo,
+    find_tensors,
+    fingerprint,
+    former_fingerprint,
+    read_tensor,
+    require_finite,
+)
 from diverse_cfg.provenance import Provenance, read_provenance
 from diverse_cfg.reading import reading
 
@@ -78,8 +86,25 @@ class Checkpoint:
         kept = self._kept.get(info)
         return read_tensor(info) if kept is None else kept
 
-    def fingerprint(self) -> str:
-        """Of the weights, by which a model that was trained again at the same place is told apart."""
+    @cached_property
+    def _digest(self) -> str:
+        return fingerprint(self._files, json.dumps(self._shaping, sort_keys=True, default=str))
+
+    def fingerprint(self, like: str | None = None) -> str:
+        """Of weights and architecture, by which a model that was trained again at the same place is told apart.
+
+        Args:
+            like: a record to compare with; former versions of this package looked at fewer bytes.
+        """
+        return former_fingerprint(self._files) if like and ":" not in like else self._digest
+
+    @property
+    def _files(self) -> Mapping[str, TensorInfo]:
+        raise NotImplementedError
+
+    @property
+    def _shaping(self) -> dict[str, Any]:
+        """Settings that say what the weights compute."""
         raise NotImplementedError
 
     def _sources(self, name: str) -> list[TensorInfo]:
@@ -135,8 +160,13 @@ class FullCheckpoint(Checkpoint):
         """Itself, as an adapter has a base."""
         return self
 
-    def fingerprint(self) -> str:
-        return fingerprint(self.tensors)
+    @property
+    def _files(self) -> Mapping[str, TensorInfo]:
+        return self.tensors
+
+    @property
+    def _shaping(self) -> dict[str, Any]:
+        return self.family.architecture(self.config, changed=True)
 
     def _sources(self, name: str) -> list[TensorInfo]:
         return [self.tensors[name]]

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import struct
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
+_PIECE = 2**22  # bytes that are read at once
 _MAX_HEADER = 100_000_000  # the format's own limit
 
 
@@ -108,6 +110,13 @@ def find_tensors(folder: Path, stem: str) -> dict[str, TensorInfo]:
     """
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if single.is_file():
+        if index.is_file() and (shard := next(folder.glob(f"{stem}-*-of-*.safetensors"), None)):
+            warnings.warn(
+                f"{folder} holds its weights twice, in {single.name} and in shards such as {shard.name}: the former is "
+                "read; delete those that are not meant",
+                UserWarning,
+                stacklevel=2,
+            )
         return _read_header(single)
     if not index.is_file():
         pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
@@ -159,8 +168,28 @@ def require_finite(tensors: Mapping[str, Tensor], source: str) -> None:
             raise ValueError(f"{source} has NaN or infinite values in {name}: its training broke")
 
 
-def fingerprint(tensors: Mapping[str, TensorInfo]) -> str:
-    """Hash of the first bytes of each tensor, which training changes: files are not read as a whole."""
+def require_float(name: str, dtype: Any) -> None:
+    """Raise where a setting is no type that a model can compute in."""
+    if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"{name}={dtype} must be a floating-point type, such as torch.float32 or torch.bfloat16"
+        )
+
+
+def fingerprint(tensors: Mapping[str, TensorInfo], settings: str = "") -> str:
+    """Hash of all bytes of all tensors, at about 2 GB a second, and of the settings that go with them."""
+    digest = hashlib.sha256(settings.encode())
+    for name, info in sorted(tensors.items()):
+        digest.update(f"{name} {info.dtype} {tuple(info.shape)}".encode())
+        with info.file.open("rb") as stream:
+            stream.seek(info.start)
+            for start in range(0, info.num_bytes, _PIECE):
+                digest.update(stream.read(min(_PIECE, info.num_bytes - start)))
+    return f"sha256:{digest.hexdigest()[:32]}"
+
+
+def former_fingerprint(tensors: Mapping[str, TensorInfo]) -> str:
+    """As earlier versions of this package recorded it: of the first bytes of each tensor."""
     digest = hashlib.sha256()
     for name, info in sorted(tensors.items()):
         digest.update(f"{name} {info.dtype} {tuple(info.shape)}".encode())

@@ -16,6 +16,7 @@ from diverse_cfg.untrusted import render
 
 _APP = '''"""Written by `diverse-cfg publish --space`: the page of `diverse-cfg play`."""
 
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from pathlib import Path
 if importlib.util.find_spec("diverse_cfg") is None:  # the wheel beside this file; requirements.txt has what it needs
     wheels = map(str, Path(__file__).parent.glob("diverse_cfg-*.whl"))
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *wheels], check=True)
+    importlib.invalidate_caches()
 
 from diverse_cfg.playing.page import build_space
 

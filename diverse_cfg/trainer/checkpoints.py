@@ -56,10 +56,27 @@ _RECORDED = (
 )
 # What a resumed run may not change: it would be ignored, as it stands in the state of optimiser and schedule, or the
 # student would be that of two methods.
+KEPT_BY_ALL = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type"),
+    *("lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "optim", "optim_args", "optim_target_modules"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16", "seed"),
+)
 _KEPT = (
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations", "guidance_scale"),
-    *("diversity_coef", "jsd_alpha", "teacher_fraction", "sequence_score", "temperature", "reward_weights"),
-    *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", *_RECORDED),
+    *(*KEPT_BY_ALL, "adaptive_clip", "num_iterations", "guidance_scale", "diversity_coef", "jsd_alpha"),
+    *(
+        "teacher_fraction",
+        "sequence_score",
+        "temperature",
+        "reward_weights",
+        "epsilon",
+        "epsilon_high",
+        *_RECORDED,
+    ),
+)
+# Of an adapter's configuration: what it does not say of how a layer is adapted.
+_NOT_OF_LAYERS = (
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    "inference_mode",
 )
 _PER_PROCESS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
@@ -163,7 +180,7 @@ def student_provenance(
 
 
 def kept_settings(args: CFGDiversityConfig, clip_seconds: float, prompts: Any) -> dict[str, Any]:
-    """What a checkpoint holds of a run's settings, as JSON has it: resumed, they must be the same.
+    """What a checkpoint holds of a run's settings: resumed, they must be the same.
 
     Args:
         args: the run's settings.
@@ -176,7 +193,16 @@ def kept_settings(args: CFGDiversityConfig, clip_seconds: float, prompts: Any) -
         texts = list(prompts["prompt"])
         digest = hashlib.blake2b(json.dumps(texts).encode(), digest_size=4).hexdigest()
         settings["train_dataset"] = f"{len(texts)} prompts ({digest})"
-    return json.loads(json.dumps(settings | {"processes": args.world_size}))
+    return settings
+
+
+def adapter_settings(model: nn.Module) -> dict[str, Any]:
+    """The same of an adapter, by the names of the command line where it has them; nothing without one."""
+    if not isinstance(model, PeftModel):
+        return {}
+    config = model.peft_config[model.active_adapter].to_dict()
+    named = {"r": "lora_r", "target_modules": "lora_target_modules"}
+    return {named.get(name, name): value for name, value in config.items() if name not in _NOT_OF_LAYERS}
 
 
 # ---- continuing from one -----------------------------------------------------------------------------------
@@ -449,6 +475,7 @@ class RunMemory:
         clip: the running norm of the gradient, if any.
         average: the average of the weights, while a run keeps one.
         settings: that a resumed run may not change, see `kept_settings`.
+        initial: name of the model that the run began with, and a sum of its weights, which is compared.
     """
 
     frozen: int | None = None
@@ -456,6 +483,12 @@ class RunMemory:
     clip: AdaptiveClipCallback | None = None
     average: WeightAverage | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    initial: tuple[str | None, int | str | None] = (None, None)
+
+    def keep(self, model: nn.Module, settings: Mapping[str, Any], processes: int) -> None:
+        """Settings, and those of the model's adapter, that a resumed run may not change, as JSON has them."""
+        whole = {**settings, **adapter_settings(model), "processes": processes}
+        self.settings = json.loads(json.dumps(whole, default=lambda value: sorted(value)))
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """The model has the averaged weights, if there are any, while the context lasts."""
@@ -474,7 +507,7 @@ class RunMemory:
             writes: whether this process writes what all share.
         """
         os.makedirs(folder, exist_ok=True)
-        has = {"settings": json.dumps(self.settings)}
+        has = {"settings": json.dumps(self.settings), "initial": json.dumps(self.initial)}
         if self.average is not None:
             has["average"] = "1"
         if buffer is not None:
@@ -503,6 +536,12 @@ class RunMemory:
             raise ValueError(
                 f"{folder} was written by a run with another teacher or base: resume with the model and "
                 "teacher_model that the run began with"
+            )
+        name, weights = json.loads(has.get("initial", "[null, null]"))
+        if None not in (weights, self.initial[1]) and weights != self.initial[1]:
+            raise ValueError(
+                f"{folder} is of a run that began with the model {name}, and this one begins with other weights, those "
+                f"of {self.initial[0]}: resume with the model (model_name_or_path) that the run began with"
             )
         before = json.loads(has.get("settings", "{}"))
         # Other processes may share the same batch otherwise.

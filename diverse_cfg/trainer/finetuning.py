@@ -46,10 +46,7 @@ from diverse_cfg.trainer.objective import LossSettings, likelihood_terms
 from diverse_cfg.trainer.teacher import FrozenWeights, rollout_dtype
 from diverse_cfg.types import TextCondition
 
-_KEPT = (
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay", "optim"),
-    *("optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "seed", "text_dropout", "held_out", "quick"),
-)
+_KEPT = (*checkpoints.KEPT_BY_ALL, "text_dropout", "held_out", "quick")
 _TOP_K = 250  # of the clips that are generated at evaluations; AudioCraft's own
 
 
@@ -117,7 +114,7 @@ class MusicSFTTrainer(KeptRun):
             self.held_out = encode_recordings(found_held_out, policy) if found_held_out else []
         cuts = self._cuts(args)
         self._frozen = FrozenWeights(*[policy] * lora)
-        self._memory = RunMemory(self._frozen.total(model), settings=self._settings_to_keep(args))
+        self._memory = RunMemory(self._frozen.total(model), initial=setup.initial_weights(model, policy))
         set_seed(args.seed)  # new adapters start at random
         super().__init__(
             model=get_peft_model(policy.model, peft_config) if peft_config is not None else policy.model,
@@ -128,6 +125,7 @@ class MusicSFTTrainer(KeptRun):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self._memory.keep(self.model, self._settings_to_keep(args), args.world_size)
         disguises.route_forward(policy.model)
         setup.check_trained(policy)
         if self.is_fsdp_enabled:
@@ -166,8 +164,7 @@ class MusicSFTTrainer(KeptRun):
         digest = hashlib.blake2b(json.dumps(data).encode(), digest_size=4).hexdigest()
         settings = {name: getattr(args, name) for name in _KEPT}
         settings["clip_seconds"] = self._num_frames / self._policy.frame_rate
-        settings |= {"recordings": f"{len(data)} ({digest})", "processes": args.world_size}
-        return json.loads(json.dumps(settings))
+        return settings | {"recordings": f"{len(data)} ({digest})"}
 
     def _get_train_sampler(self, train_dataset=None):
         cuts: Any = self.train_dataset if train_dataset is None else train_dataset

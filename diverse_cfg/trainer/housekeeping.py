@@ -108,6 +108,12 @@ class Housekeeping(TrainerCallback):
         trainer = self.trainer
         if trainer._checkpoint is None:
             return
+        done, wanted = trainer.state.global_step, trainer.state.max_steps
+        if done > wanted:
+            raise ValueError(
+                f"{trainer._checkpoint} has {done} steps behind it, and the run ends after {wanted}: raise max_steps "
+                "(or num_train_epochs), or resume from an earlier checkpoint"
+            )
         try:  # older versions saved what had diverged
             self.check_finite(computes=True, resumable=True)
         except FloatingPointError as error:

@@ -25,17 +25,17 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import HubStrategy
 
 from diverse_cfg.assets import nano_path, shipped
-from diverse_cfg.cards import is_hub_id
+from diverse_cfg.cards import is_hub_id, public_name
 from diverse_cfg.config import CFGDiversityConfig, MusicSFTConfig
 from diverse_cfg.effects import Run, idle_settings
 from diverse_cfg.embeddings.clap import ClapEmbedder
 from diverse_cfg.functional.codebooks import num_decoder_steps
 from diverse_cfg.functional.guidance import GuidanceRange, guidance_schedule
 from diverse_cfg.policies.audiocraft import from_audiocraft, is_live_audiocraft
-from diverse_cfg.policies.checkpoints import inexact_options
+from diverse_cfg.policies.checkpoints import inexact_options, open_checkpoint
 from diverse_cfg.policies.loading import load_policy, load_processor
 from diverse_cfg.policies.policy import Policy, as_policy, plain, require_prompts
-from diverse_cfg.policies.stored import FullCheckpoint, locate, same_base
+from diverse_cfg.policies.stored import FullCheckpoint, is_adapter, locate, same_base
 from diverse_cfg.prompts import check_column, check_prompts, load_prompts
 from diverse_cfg.provenance import read_provenance
 from diverse_cfg.rewards import DiversityReward, is_pairwise, keywords
@@ -77,6 +77,18 @@ def base_model_name(model: str | os.PathLike | nn.Module) -> str | None:
 def base_fingerprint(base: str | None) -> str | None:
     """Of the folder that an adapter will name as its base; None of a Hub id, whose weights stay."""
     return FullCheckpoint(base, locate(base)).fingerprint() if base and os.path.isdir(base) else None
+
+
+def initial_weights(
+    model: str | os.PathLike | nn.Module, policy: Policy
+) -> tuple[str | None, int | str | None]:
+    """What a resumed run compares of its start: its name, and a sum of the weights or, since merging an adapter rounds
+    otherwise on other machines, of the adapter's files; None of a live model, into which one may be merged."""
+    if isinstance(model, nn.Module):
+        return None, None
+    if is_adapter(model):
+        return public_name(os.fspath(model)), open_checkpoint(model).fingerprint()
+    return public_name(os.fspath(model)), sum(fingerprint(policy).values())
 
 
 def prepare_policy(
@@ -593,7 +605,11 @@ def _check_reward_func(reward_func: Any, name: str) -> None:
 
 
 def check_run(
-    args: CFGDiversityConfig, reward_funcs: list[Callable], given: bool, eval_dataset: Any = None
+    args: CFGDiversityConfig,
+    reward_funcs: list[Callable],
+    given: bool,
+    eval_dataset: Any = None,
+    own_teacher: bool = True,
 ) -> None:
     """What the settings alone cannot tell: whether evaluations can run, and which settings are without effect.
 
@@ -602,9 +618,10 @@ def check_run(
         reward_funcs: all of them.
         given: whether the user passed them.
         eval_dataset: the held-out prompts, if any.
+        own_teacher: whether the teacher is another model than the student's start.
 
     Raises:
-        ValueError: an evaluation would fail when its turn comes.
+        ValueError: an evaluation would fail when its turn comes, or the loss is 0 from the start.
     """
     pairwise = [is_pairwise(reward_func) for reward_func in reward_funcs]
     if eval_dataset is not None:
@@ -625,6 +642,11 @@ def check_run(
         guarded=not args.guards.listens or any(one.listens for one in guards) or not guards,
         embeds=given or args.diversity_coef > 0,
     )
+    if not (own_teacher or run.rewarded or args.guidance_range) and args.guidance_scale == 1:
+        raise ValueError(
+            "guidance_scale=1 without teacher_model and without a reward that counts: the student is its own teacher "
+            "and there is nothing to train; raise guidance_scale or diversity_coef, or set teacher_model"
+        )
     if args.process_index == 0 and (idle := idle_settings(args, run)):
         warnings.warn("; ".join(idle), UserWarning, stacklevel=3)
 

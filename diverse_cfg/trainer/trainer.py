@@ -132,13 +132,16 @@ class CFGDiversityTrainer(KeptRun, RLOOTrainer):
         tokenizer = policy.tokenizer
         given = reward_funcs is not None
         reward_funcs = setup.check_reward_funcs(reward_funcs, args, self._base_model)
-        setup.check_run(args, reward_funcs, given, eval_dataset)
-        setup.check_embedders(reward_funcs, policy.sampling_rate)
         self._has_own_teacher = has_own_teacher(model, args)
+        setup.check_run(args, reward_funcs, given, eval_dataset, self._has_own_teacher)
+        setup.check_embedders(reward_funcs, policy.sampling_rate)
         frozen = separate_teacher(policy, args.teacher_model if self._has_own_teacher else None, lora)
         # With LoRA, the student's own weights too: its adapter is saved for them.
         self._frozen = FrozenWeights(*[policy] * lora, *([] if frozen is None else [frozen]))
-        self._memory = RunMemory(self._frozen.total(args.teacher_model or model, *[model] * lora))
+        self._memory = RunMemory(
+            self._frozen.total(args.teacher_model or model, *[model] * lora),
+            initial=setup.initial_weights(model, policy),
+        )
 
         self.args = args  # seams that TRL calls while it is built read it
         set_seed(args.seed)  # new adapters start at random, and not every TRL seeds them
@@ -176,7 +179,8 @@ class CFGDiversityTrainer(KeptRun, RLOOTrainer):
     def _prepare_run(self) -> None:
         args = self.args
         seconds = self._num_frames / self._policy.frame_rate
-        self._memory.settings = checkpoints.kept_settings(args, seconds, self.train_dataset)
+        kept = checkpoints.kept_settings(args, seconds, self.train_dataset)
+        self._memory.keep(self.model, kept, args.world_size)
         self._loss_settings = LossSettings.of(args, self._policy.delays)
         if args.prefix_baseline and args.diversity_coef > 0:
             self._memory.prefix = PrefixBaseline(

@@ -159,10 +159,9 @@ def build(recorded: Path, page: Path, readme: Path) -> None:
         "1 or 2 named": findings(few, arms),
         "all levels": findings(test, arms),
         "4 named": findings(four, arms),
-        "4 named, first experiment": findings(
-            Results.load(recorded / "experiment" / "test"), Arms(**closed), "diversity_heldout"
-        ),
     }
+    first = Results.load(recorded / "experiment" / "test")
+    of_first = {"4 named, first experiment": findings(first, Arms(**closed), "diversity_heldout")}
     draw(few, four, arms, folder / "test")
     claims = registered_in(folder / "test")
     runs = json.loads((folder / "runs.json").read_text(encoding="utf-8"))
@@ -176,7 +175,8 @@ def build(recorded: Path, page: Path, readme: Path) -> None:
         "beside": lambda part, x: at_equal_diversity(part, arms.diverse, LINE, x, "adherence").text(),
     }  # fmt: skip
     text = environment.get_template("RESULTS.md.j2").render(
-        arms=arms, test=test, few=few, four=four, found=found, columns=columns, answers=answers(columns), runs=runs,
+        arms=arms, test=test, few=few, four=four, found=found, columns=columns, runs=runs,
+        answers=answers(columns | of_first),
         claims=claims_table(test, plan.claims, claims), claimed=claimed(test, plan.claims), COLUMNS=COLUMNS,
         chosen=chosen_on(found["validation"], "clean_heldout"), measured_by=measured_by(found, folder),
         costs=training_costs(folder, runs), hours=sum(run["seconds"] for run in runs) / 3600,

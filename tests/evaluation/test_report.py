@@ -68,6 +68,7 @@ def test_every_player_has_its_file_and_nothing_comes_from_elsewhere(page):
     links = Links((page / "index.html").read_text(encoding="utf-8"))
     players = [link for link in links.found if link.endswith(".wav")]
     assert len(players) == 2 * 2 * 2 == len(set(players))
+    assert {link[:-4] for link in links.found if link.endswith(".png")} == {link[:-4] for link in players}
     for link in links.found:
         assert "://" not in link and not link.startswith("/")
         assert (page / link).is_file(), link

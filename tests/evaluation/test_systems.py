@@ -42,6 +42,11 @@ def test_schedules_of_guidance_are_systems(tiny_folder):
         expand_systems([entry | {"guidance_schedule": "adaptive 3 5"}])
     with pytest.raises(ValueError, match="system 'base': guidance_schedule='ramp' must be"):
         expand_systems([entry | {"guidance_schedule": "ramp"}])
+    for scale in (1, [1, 3]):
+        with pytest.raises(
+            ValueError, match=r"'base': guidance_schedule=interval 0 0\.5 has no effect at guid"
+        ):
+            expand_systems([entry | {"guidance_scale": scale}])
 
 
 def test_a_model_that_begins_makes_another_system(tiny_folder, tmp_path):

@@ -1,14 +1,18 @@
 """The player: takes of students, merges and the guided base, and how far it is."""
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 from diverse_cfg.assets import nano_path
+from diverse_cfg.functional.guidance import GuidanceRange
 from diverse_cfg.playing.player import Cost, Player, Progress, Wish
 from diverse_cfg.policies.loading import load_policy, load_processor
 from diverse_cfg.policies.sampler.rollout import fast_generate
+from diverse_cfg.policies.shift import GuidanceShift
+from tests.checkpoints import edit_json
 from tests.playing.worlds import save_students
 
 WISH = Wish("a solo on a marimba", num_takes=4, seconds=1.0, seed=5, merge_weight=0.0)
@@ -121,3 +125,27 @@ def test_one_model_has_no_slider(tmp_path):
     assert (player.moves, player.guided, player.base, player.guidance_scale) == (False, True, None, 3.0)
     with pytest.raises(ValueError, match="one model, or two"):
         Player([])
+
+
+def test_a_student_that_is_told_its_guidance_has_a_second_slider(tmp_path):
+    """Catches a γ that is shown and not told, alone and between two students; it takes no second row."""
+    folders = save_students(tmp_path)
+    guidance = GuidanceRange.of({"low": 1, "high": 5})
+    for folder in folders:
+        table = torch.randn(len(guidance.knots), 160, generator=torch.Generator().manual_seed(1))
+        GuidanceShift.of(guidance, table).save(folder)
+        edit_json(Path(folder) / "diverse_cfg.json", guidance_range=[1, 5])
+    alone, between = Player(folders[1:]), Player(folders)
+    assert alone.told == between.told == (1, 5)
+    heard = {}
+    for scale in (1.0, 3.0, 5.0):
+        wish = Wish(WISH.prompt, 2, 1.0, 5, merge_weight=1.0, guidance_scale=scale)
+        (first, second), events = played(alone, wish)
+        assert events[-1].rows == 2 * 28 and first.settings["student_guidance"] == scale
+        assert first.settings["guidance_scale"] == 1.0 and first.model == f"γ = {scale:g}"
+        moved, _ = played(between, wish)
+        same = torch.tensor([take.codes for take in moved]) == torch.tensor([first.codes, second.codes])
+        assert same[..., :5].all()  # later, a bias that was folded in may round another way
+        assert moved[0].model == f"λ = 1, γ = {scale:g}"
+        heard[scale] = first.codes
+    assert heard[1.0] != heard[3.0] != heard[5.0]

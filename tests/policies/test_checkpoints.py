@@ -3,17 +3,24 @@
 import json
 import shutil
 import sys
+import warnings
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from diverse_cfg.cli import main
-from diverse_cfg.merging import inspect_checkpoint, load_slider, merge_checkpoints
+from diverse_cfg.merging import inspect_checkpoint, load_slider, merge_checkpoints, merge_sweep
+from diverse_cfg.policies.checkpoints import open_checkpoint
 from diverse_cfg.policies.loading import load_policy, load_processor, torch_device
+from diverse_cfg.policies.policy import require_prompts
+from diverse_cfg.policies.sampler.rollout import fast_generate
+from diverse_cfg.policies.stored import FullCheckpoint
 from diverse_cfg.publishing.plan import check_loads
 from tests import checkpoints as made
 from tests.faults import without_privileges
+from tests.tiny import tiny_processor
 from tests.training import tiny_trainer
 
 ADAPTER = "adapter_model.safetensors"
@@ -305,6 +312,92 @@ def test_an_adapter_whose_base_is_gone_is_used_with_a_warning(world, tmp_path):
     made.edit_json(folder / "adapter_config.json", base_model_name_or_path="/gone/base")
     with pytest.warns(UserWarning, match="/gone/base.*cannot be checked"):
         load_policy(world["base"], adapter=folder)
+
+
+def test_a_record_of_an_earlier_version_is_still_read(world, tmp_path):
+    """Fault: adapters and sweeps of before count as made of other weights."""
+    adapter = made.copy(world["lora1"], tmp_path / "lora")
+    record = FullCheckpoint(world["base"], world["base"]).fingerprint("0123456789abcdef")
+    assert len(record) == 16
+    made.edit_json(adapter / "diverse_cfg.json", training={"base_fingerprint": record})
+    assert open_checkpoint(adapter).fingerprint().startswith("sha256:")
+    made.edit_json(adapter / "diverse_cfg.json", training={"base_fingerprint": record[::-1]})
+    with pytest.raises(ValueError, match="weights have changed since"):
+        open_checkpoint(adapter)
+    sweep = [[world["lora1"], world["lora2"]], [0.5], tmp_path / "sweep"]
+    [folder] = merge_sweep(*sweep)
+    recipe = yaml.safe_load((folder / "merge.yaml").read_text())
+    experts = [open_checkpoint(world[name]) for name in ("lora1", "lora2", "base")]
+    recipe["fingerprints"] = [expert.fingerprint("0123456789abcdef") for expert in experts]
+    (folder / "merge.yaml").write_text(yaml.safe_dump(recipe))
+    assert merge_sweep(*sweep) == [folder]
+
+
+def test_weights_that_lie_there_twice(world, tmp_path):
+    """Fault: which of two sets of weights is read, nobody can tell."""
+    folder = made.copy(world["base"], tmp_path / "base")
+    (folder / INDEX).write_text('{"weight_map": {}}')
+    shutil.copy(folder / made.MODEL, folder / "model-00001-of-00001.safetensors")
+    with pytest.warns(
+        UserWarning, match=r"weights twice, in model\.safetensors and in shards such as model-0"
+    ):
+        open_checkpoint(folder)
+
+
+def test_a_model_that_was_quantised(world, tmp_path):
+    """Fault: names no folder, and tells to save another."""
+    folder = made.copy(world["base"], tmp_path / "small")
+    made.edit_json(folder / "config.json", quantization_config={"quant_method": "bitsandbytes"})
+    for load in (load_policy, open_checkpoint):
+        with pytest.raises(
+            ValueError, match=r"small was quantised .*: use the checkpoint that it was made of"
+        ):
+            load(folder)
+
+
+def test_an_adapter_of_nan_is_not_its_bases_fault(world, tmp_path, refused):
+    adapter = made.copy(world["lora1"], tmp_path / "lora")
+    weights = load_file(adapter / ADAPTER)
+    name = next(iter(weights))
+    save_file(weights | {name: weights[name] * float("nan")}, adapter / ADAPTER)
+    said = refused("convert", adapter, "--to", "audiocraft", "--output", tmp_path / "o")
+    assert said.startswith(f"{adapter} has NaN")
+    with pytest.raises(ValueError, match=r"lora has NaN .* in base_model\..*lora_"):
+        open_checkpoint(adapter).require_finite()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: fast_generate("/no", None, num_frames=4),
+            "prompts must be a non-empty list of texts, got None",
+        ),
+        (lambda: fast_generate("/no", "a", num_frames=4, weights="x"), "weights='x' must be what RolloutW"),
+        (
+            lambda: fast_generate("/no", "a", num_frames=4, dtype=torch.int8),
+            "dtype=torch.int8 must be a floating",
+        ),
+        (lambda: load_policy("/no", torch_dtype=torch.int8), "torch_dtype=torch.int8 must be a floating"),
+        (
+            lambda: load_slider("/no", "ab", torch_dtype=torch.int8),
+            "torch_dtype=torch.int8 must be a floating",
+        ),
+        (lambda: load_slider("/no", "ab", device="foo"), "device='foo' cannot be used"),
+    ],
+)
+def test_wrong_arguments_are_said_before_anything_is_loaded(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_prompts_that_the_tokenizer_cannot_read_are_said_once():
+    """Fault: every such prompt is the same to the model, and nothing says so."""
+    with pytest.warns(UserWarning, match=r"prompt 1 \('春の歌'\) has no character .*, nor have 1 others"):
+        require_prompts(["a calm song", "春の歌", "夏"], tiny_processor())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        require_prompts(["夏", "a 春 song"], tiny_processor())
 
 
 def test_a_device_that_is_not_here(world, tmp_path):

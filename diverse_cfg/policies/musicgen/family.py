@@ -40,10 +40,11 @@ class MusicGen(Family):
         with special_token_is_no_news():
             return super().load_config(folder)
 
-    def architecture(self, config: MusicgenConfig) -> dict[str, Any]:
+    def architecture(self, config: MusicgenConfig, *, changed: bool = False) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for part in ("text_encoder", "audio_encoder", "decoder"):
-            values |= {f"{part}.{name}": v for name, v in declared_settings(getattr(config, part)).items()}
+            settings = declared_settings(getattr(config, part), changed=changed)
+            values |= {f"{part}.{name}": value for name, value in settings.items()}
         return values
 
     def describe(self, config: MusicgenConfig) -> dict[str, Any]:

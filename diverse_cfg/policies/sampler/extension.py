@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diverse_cfg.policies.policy import Policy, as_policy
+from diverse_cfg.policies.policy import Policy, as_policy, listed
 from diverse_cfg.policies.sampler.draws import SamplingSettings
 from diverse_cfg.policies.sampler.rollout import MAX_SECONDS, decode_codes, fast_generate
 from diverse_cfg.policies.sampler.weights import RolloutWeights
@@ -77,7 +77,7 @@ def extend(
         sampled = min(window, begun.shape[-1] + num_frames - codes.shape[-1])
         clips = fast_generate(
             model,
-            list(prompts),
+            listed(prompts),
             processor=processor,
             num_frames=sampled,
             seed=(seed + number) % 2**64,

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from diverse_cfg.functional.codebooks import num_decoder_steps, revert_delay_pattern
 from diverse_cfg.policies.musicgen.model import delays, encode_text, frame_rate, unwrap
-from diverse_cfg.policies.policy import as_policy, require_prompts
+from diverse_cfg.policies.policy import as_policy, listed, require_prompts
 from diverse_cfg.policies.sampler.batches import automatic_batch, in_batches, may_be_kept
 from diverse_cfg.policies.sampler.draws import SamplingSettings, keyed_noise, not_finite, require_64_bits
 from diverse_cfg.policies.sampler.loop import DecodeLoop, default_mode
 from diverse_cfg.policies.sampler.reference import generate_codes
 from diverse_cfg.policies.sampler.weights import RolloutWeights
+from diverse_cfg.policies.tensors import require_float
 from diverse_cfg.provenance import warn_if_guided
 from diverse_cfg.types import ROLLOUT_BACKENDS, Clips, TextCondition
 
@@ -102,6 +103,13 @@ def fast_generate(
         FloatingPointError: logits that are not finite; names prompt and step.
         torch.OutOfMemoryError: not even one clip fits.
     """
+    prompts = listed(prompts)
+    settings = SamplingSettings(guidance_scale, temperature, top_k, top_p, min_p, adaptive_guidance)
+    if not isinstance(weights, RolloutWeights | None):
+        raise ValueError(
+            f"weights={weights!r} must be what RolloutWeights.from_model(model) returns, or None"
+        )
+    _check_dtype(dtype)
     if isinstance(model, str | os.PathLike):
         from diverse_cfg.policies.loading import load_policy, load_processor
 
@@ -111,8 +119,6 @@ def fast_generate(
         raise ValueError(
             "fast_generate needs processor=: what load_processor(folder) returns, or a tokenizer"
         )
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    settings = SamplingSettings(guidance_scale, temperature, top_k, top_p, min_p, adaptive_guidance)
     check_request(
         model,
         processor,
@@ -329,6 +335,7 @@ def check_request(
     require_prompts(prompts, processor)
     _check_clips(model, num_frames, settings, rollout_backend)
     _check_counts(num_generations=num_generations, batch_size=batch_size)
+    _check_dtype(dtype)
     own = unwrap(model).decoder.dtype
     if rollout_backend == "transformers" and dtype not in (None, own):
         raise ValueError(f"dtype={dtype} needs rollout_backend='fast': stock generate computes in {own}")
@@ -438,6 +445,11 @@ def _loop_for(
 def _rows_for(loop: DecodeLoop, num_clips: int) -> list[int]:
     """Which of `num_clips` clips each row of the loop plays."""
     return [*range(num_clips), *[0] * (loop.num_clips - num_clips)]
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None:
+        require_float("dtype", dtype)
 
 
 def _check_counts(**counts: int | None) -> None:
