@@ -176,7 +176,8 @@ def test_a_published_space_starts_and_plays(dist, tmp_path, monkeypatch):
         "wish = Wish('piano melody', 2, 1.0, merge_weight=0.5)\n"
         "events = list(found['demo'].player.play(wish, cancelled=__import__('threading').Event()))\n"
         "import diverse_cfg\n"
-        "print(diverse_cfg.__file__, sum(isinstance(event, tuple) for event in events))"
+        "print(diverse_cfg.__file__, sum(isinstance(event, tuple) for event in events), flush=True)\n"
+        "__import__('os')._exit(0)"  # the server goes on
     )
     monkeypatch.setenv("HF_HOME", str(home))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

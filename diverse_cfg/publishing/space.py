@@ -17,14 +17,14 @@ from diverse_cfg.untrusted import render
 _APP = '''"""Written by `diverse-cfg publish --space`: the page of `diverse-cfg play`."""
 
 import importlib
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
-if importlib.util.find_spec("diverse_cfg") is None:  # the wheel beside this file; requirements.txt has what it needs
-    wheels = map(str, Path(__file__).parent.glob("diverse_cfg-*.whl"))
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *wheels], check=True)
+# A wheel beside this file is installed first; what it needs is in requirements.txt.
+if wheels := [str(path) for path in Path(__file__).parent.glob("diverse_cfg-*.whl")]:
+    options = ["--quiet", "--no-index", "--no-deps", "--ignore-installed"]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, *wheels], check=True)
     importlib.invalidate_caches()
 
 from diverse_cfg.playing.page import build_space
