@@ -32,6 +32,8 @@ from diverse_cfg.types import ROLLOUT_BACKENDS
 
 # Of these transformers passes over an argument that it does not know.
 _OPTIMIZERS = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "rmsprop": torch.optim.RMSprop}
+# What torchrun, accelerate and MPI tell the processes that they start.
+_LAUNCHED = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 ROLLOUT_SOURCES = ("student", "teacher", "mix")
 
 
@@ -395,15 +397,17 @@ def _check_json(args: TrainingArguments) -> None:
                 raise ValueError(f"{name}={value!r} is not JSON: {error}") from error
 
 
-def _check_processes(args: TrainingArguments) -> None:
-    """What accelerate is told of processes, before it reads it."""
+def _check_processes(args: Any) -> None:
+    """Refuse what accelerate would answer with a traceback, once the model is loaded."""
     if isinstance(args.fsdp, str) and args.fsdp.lower() in ("true", "false"):  # of a command line
         args.fsdp = args.fsdp.lower() == "true" or None
-    if args.ddp_backend is not None and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        raise ValueError(
-            f"ddp_backend={args.ddp_backend} is for several processes: start them with --num_processes (or accelerate "
-            "launch), or leave it unset"
-        )
+    launched = any(name in os.environ for name in _LAUNCHED)
+    for name, value in (("fsdp", args.fsdp), ("ddp_backend", args.ddp_backend)):
+        if value and not launched:
+            raise ValueError(
+                f"{name}={value} is for several processes: start them with --num_processes (or accelerate launch), "
+                "or leave it unset"
+            )
     given = args.accelerator_config
     if isinstance(given, str) and given.startswith("{"):
         given = json.loads(given)

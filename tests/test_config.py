@@ -105,7 +105,7 @@ def test_what_would_fail_after_loading_is_refused_by_name(tmp_path, settings, sa
 @pytest.mark.parametrize(
     ("schedule", "given", "said"),
     [
-        ("cosine_with_min_lr", {"min_lr": 1}, "0.00"),
+        ("cosine_with_min_lr", {"min_lr": 1}, r"0\."),
         ("cosine_with_min_lr", {"min_lr_rate": 2}, "0.00"),
         ("cosine_warmup_with_min_lr", {"min_lr": 0, "warmup_lr_rate": 7}, "0.00"),
         ("warmup_stable_decay", {"num_decay_steps": 2, "min_lr_ratio": 3}, "0.00"),
@@ -140,10 +140,11 @@ def test_what_accelerate_is_told_is_checked_first(tmp_path, owner, monkeypatch):
     def make(**settings):
         return owner(str(tmp_path), report_to="none", use_cpu=True, **settings)
 
-    with pytest.raises(
-        ValueError, match="ddp_backend=gloo is for several processes: start them with --num_proc"
-    ):
-        make(ddp_backend="gloo")
+    for name, given in (("ddp_backend", "gloo"), ("fsdp", "true"), ("fsdp", True)):
+        with pytest.raises(
+            ValueError, match=f"^{name}=(gloo|True) is for several processes: start them with"
+        ):
+            make(**{name: given})
     for typo in ({"split_batch": True}, '{"split_batch": true}'):
         with pytest.raises(
             ValueError, match="accelerator_config has no setting split_batch; known: split_batches"

@@ -200,7 +200,7 @@ def adapter_settings(model: nn.Module) -> dict[str, Any]:
     """The same of an adapter, by the names of the command line where it has them; nothing without one."""
     if not isinstance(model, PeftModel):
         return {}
-    config = model.peft_config[model.active_adapter].to_dict()
+    config: Any = model.peft_config[model.active_adapter].to_dict()
     named = {"r": "lora_r", "target_modules": "lora_target_modules"}
     return {named.get(name, name): value for name, value in config.items() if name not in _NOT_OF_LAYERS}
 
