@@ -261,7 +261,7 @@ def _require_unquantised(path: Path) -> None:
         isinstance(part, dict) and part.get("quantization_config") for part in (content, *content.values())
     ):
         raise ValueError(
-            f"{path.parent} was quantised by another program (quantization_config in {path.name}), and its weights cannot "
+            f"{path.parent} was quantised by another program (quantization_config in {path.name}): its weights cannot "
             "be read as they are meant: use the checkpoint that it was made of, in float32, float16 or bfloat16"
         )
 
