@@ -357,7 +357,6 @@ class MusicSFTConfig(TrainingArguments):
     rollout_backend: ClassVar[str] = "fast"
     rollout_batch_size: ClassVar[None] = None
     ema_decay: ClassVar[float] = 0.0
-    guidance_range: ClassVar[None] = None
 
     def __post_init__(self):
         self.remove_unused_columns = False  # transformers would take captions for one

@@ -173,7 +173,10 @@ def _from_table(table: Any, source: Any) -> list[Recording]:
 
 
 def encode_recordings(
-    recordings: Sequence[Recording], policy: Policy, cache: str | os.PathLike | None = None
+    recordings: Sequence[Recording],
+    policy: Policy,
+    cache: str | os.PathLike | None = None,
+    quiet: bool = False,
 ) -> list[CodedRecording]:
     """Codes of recordings, from the cache where they are there already; silent recordings are left out.
 
@@ -181,6 +184,7 @@ def encode_recordings(
         recordings: what to encode.
         policy: whose codec does it.
         cache: folder; default: `codes` in DIVERSE_CFG_CACHE, or in ~/.cache/diverse-cfg.
+        quiet: say nothing, as the other processes of a run.
 
     Raises:
         ValueError: no recordings, one that cannot be read, is empty or too short, or nothing but silence.
@@ -192,7 +196,7 @@ def encode_recordings(
     folder = Path(cache or Path(root) / "codes") / _codec_digest(policy)
     folder.mkdir(parents=True, exist_ok=True)
     found, cached = [], 0
-    for recording in tqdm(recordings, desc="encode", unit="recording", disable=None, leave=False):
+    for recording in tqdm(recordings, desc="encode", unit="recording", disable=quiet or None, leave=False):
         with recording.open() as file:
             digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
         path = folder / f"{digest}.safetensors"
@@ -208,7 +212,8 @@ def encode_recordings(
     heard = [recording for recording in found if recording.codes.shape[1]]
     if not heard:
         raise ValueError(f"all {len(found)} recordings are silent, such as {found[0].name}")
-    logger.info("%s", _summary(found, policy, cached))
+    if not quiet:
+        logger.info("%s", _summary(found, policy, cached))
     return heard
 
 

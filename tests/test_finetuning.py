@@ -280,7 +280,7 @@ def test_quick_overfits_one_recording(tmp_path, recordings):
 
 def test_what_cannot_work_is_refused_first(tmp_path, recordings, tiny_folder, monkeypatch):
     monkeypatch.setattr(
-        "diverse_cfg.trainer.finetuning.encode_recordings", lambda *_: pytest.fail("too late")
+        "diverse_cfg.trainer.finetuning.encode_recordings", lambda *_, **__: pytest.fail("too late")
     )
     with pytest.raises(ValueError, match="train_dataset is required"):
         sft_trainer(tmp_path, None)

@@ -110,8 +110,9 @@ class MusicSFTTrainer(KeptRun):
             require_prompts([recording.caption], policy.tokenizer, f"{recording.name}: ")
         policy.model.to(args.device)
         with args.main_process_first(desc="encoding the recordings"):
-            self.recordings = encode_recordings(found[:1] if args.quick else found, policy)
-            self.held_out = encode_recordings(found_held_out, policy) if found_held_out else []
+            encode = functools.partial(encode_recordings, policy=policy, quiet=args.process_index > 0)
+            self.recordings = encode(found[:1] if args.quick else found)
+            self.held_out = encode(found_held_out) if found_held_out else []
         cuts = self._cuts(args)
         self._frozen = FrozenWeights(*[policy] * lora)
         self._memory = RunMemory(self._frozen.total(model), initial=setup.initial_weights(model, policy))
