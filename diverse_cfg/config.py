@@ -474,7 +474,9 @@ def _check_schedule(args: TrainingArguments) -> None:
     name, given = args.lr_scheduler_type, args.lr_scheduler_kwargs
     steps = args.max_steps if args.max_steps > 0 else 1000  # of epochs the number is not known yet
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
-    below = [key for key, value in (given or {}).items() if isinstance(value, int | float) and value < 0]
+    below = []
+    if isinstance(given, dict):
+        below = [key for key, value in given.items() if isinstance(value, int | float) and value < 0]
     whose = f"lr_scheduler_type={getattr(name, 'value', name)} with lr_scheduler_kwargs={given}"
     if below:
         raise ValueError(f"{whose}: {below[0]} is below 0: change lr_scheduler_kwargs")
