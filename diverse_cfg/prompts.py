@@ -70,7 +70,7 @@ def load_prompts(
     if path.is_dir():
         dataset = _from_folder(path, split, column, default_split)
     elif path.is_file():
-        _require_no_split(split, default_split, f"the file {source}")
+        require_no_split(split, default_split, f"the file {source}")
         dataset = _from_file(path, column)
     elif _looks_like_path(str(source)):
         raise FileNotFoundError(f"no prompt file or folder {str(source)!r}")
@@ -79,7 +79,8 @@ def load_prompts(
     return _with_prompt_column(dataset, column, repr(str(source)))
 
 
-def _require_no_split(split: str, default_split: str, where: str) -> None:
+def require_no_split(split: str, default_split: str, where: str) -> None:
+    """Refuse a split of a source that has none; `default_split` stands for none."""
     if split != default_split:
         raise ValueError(
             f"split={split!r}: {where} has no splits; leave it out, or name a source that has it"
@@ -94,7 +95,7 @@ def _from_object(source: Any, split: str, where: str, default_split: str) -> Dat
     ):
         source = _chosen_split(source, split, where)
     elif not isinstance(source, Dataset) or str(source.split) != split:  # some know what they are
-        _require_no_split(split, default_split, where)
+        require_no_split(split, default_split, where)
     if isinstance(source, Dataset):
         return source
     if isinstance(source, IterableDataset):
@@ -191,7 +192,7 @@ def _from_folder(folder: Path, split: str, column: str | None, default_split: st
     splits = {path: shard[1] if shard else path.name.split(".")[0] for path, shard in shards.items()}
     chosen = [path for path in files if splits[path] == split]
     if not chosen and len({*splits.values()}) == 1 and splits[files[0]] not in _SPLITS:
-        _require_no_split(split, default_split, f"the folder {folder}, with {files[0].name},")
+        require_no_split(split, default_split, f"the folder {folder}, with {files[0].name},")
         chosen = files  # a folder with a single file needs no split names
     parts = [(int(shard[2]), int(shard[3])) for path in chosen if (shard := shards[path])]
     count = parts[0][1] if parts else 1

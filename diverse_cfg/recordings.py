@@ -29,7 +29,7 @@ from diverse_cfg.atomic import replacing
 from diverse_cfg.embeddings.audio import resample
 from diverse_cfg.embeddings.recordings import AUDIO_SUFFIXES
 from diverse_cfg.policies.policy import Policy
-from diverse_cfg.prompts import load_prompts, read_text
+from diverse_cfg.prompts import load_prompts, read_text, require_no_split
 from diverse_cfg.reading import read_json
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,12 @@ class CodedRecording:
 
 
 def find_recordings(
-    source: Any, *, split: str = "train", column: str | None = None, caption: str | None = None
+    source: Any,
+    *,
+    split: str = "train",
+    column: str | None = None,
+    caption: str | None = None,
+    default_split: str = "train",
 ) -> list[Recording]:
     """Recordings with their captions.
 
@@ -105,6 +110,7 @@ def find_recordings(
         split: of a dataset with several.
         column: of the captions, or their key in the JSON files. Default: prompt, and description in JSON files.
         caption: of all files that have none beside them.
+        default_split: the split that stands for none: a source without splits takes no other.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -115,12 +121,13 @@ def find_recordings(
         table = next((where / name for name in _TABLES if (where / name).is_file()), None)
         files = sorted(path for path in where.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
         if table is None and files:
+            require_no_split(split, default_split, f"the folder {where}")
             return [Recording(str(path), _caption_beside(path, column, caption), path) for path in files]
         saved = any((where / name).is_file() for name in ("state.json", "dataset_dict.json"))
         if table is None and not saved:
             raise ValueError(f"{where} holds no audio: looked for {', '.join(AUDIO_SUFFIXES)} at any depth")
         source = table or where
-    return _from_table(load_prompts(source, split=split, column=column), source)
+    return _from_table(load_prompts(source, split=split, column=column, default_split=default_split), source)
 
 
 def _caption_beside(path: Path, key: str | None, default: str | None) -> str:

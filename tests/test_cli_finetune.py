@@ -61,6 +61,10 @@ def test_a_folder_becomes_a_base(tmp_path, tiny_folder, capsys, lora):
         (["--clip_secnds", "3"], "finetune has no setting --clip_secnds; did you mean --clip_seconds?"),
         (["--text_dropout", "1"], "text_dropout=1.0 must be at least 0 (off) and below 1"),
         (["--dataset_name", "/no/such/folder"], "no prompt file or folder '/no/such/folder'"),
+        (
+            ["--dataset_name", "x", "--eval_dataset_name", "x"],
+            "=x: it would be evaluated on what it trains on",
+        ),
         (["--lora_r", "4"], "lora_r=4 has no effect: set use_peft"),
         (["--held_out", "0", "--load_best_model_at_end", "true"], "set held_out above 0"),
     ],

@@ -75,6 +75,8 @@ def test_captions_lie_beside_the_audio(tmp_path):
     ]
     assert find_recordings(tmp_path, column="title")[1].caption == "x"
     write(tmp_path / "c.wav", music())
+    with pytest.raises(ValueError, match=r"split='test': the folder .* has no splits; leave it out"):
+        find_recordings(tmp_path, split="test")
     with pytest.raises(ValueError, match=r"c\.wav has no caption: write it into c\.txt beside it"):
         find_recordings(tmp_path)
     assert find_recordings(tmp_path, caption="a song")[1].caption == "a song"

@@ -7,8 +7,10 @@ import argparse
 import contextlib
 import json
 import logging
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from diverse_cfg.atomic import alone, write_text
 from diverse_cfg.cli import launch
@@ -71,15 +73,22 @@ def _finetune(args: FinetuneArguments, config) -> None:
     from diverse_cfg.recordings import find_recordings
     from diverse_cfg.trainer import MusicSFTTrainer
 
-    def found(source: str):
-        options = {"column": args.dataset_caption_column, "caption": args.dataset_caption}
-        return find_recordings(source, split=args.dataset_train_split, **options)
+    held_out = args.eval_dataset_name
+    if held_out and os.path.realpath(held_out) == os.path.realpath(args.dataset_name):
+        raise ValueError(
+            f"eval_dataset_name={held_out}: it would be evaluated on what it trains on; name other "
+            "recordings, or leave it out"
+        )
+
+    def found(source: str, **options: str):
+        how: Any = {"column": args.dataset_caption_column, "caption": args.dataset_caption}
+        return find_recordings(source, split=args.dataset_train_split, **how, **options)
 
     trainer = MusicSFTTrainer(
         model_source(args.model_name_or_path),
         args=config,
         train_dataset=found(args.dataset_name),
-        eval_dataset=found(args.eval_dataset_name) if args.eval_dataset_name else None,
+        eval_dataset=held_out and found(held_out, default_split=args.dataset_train_split),
         peft_config=lora_of(args),
     )
     trainer.train()
