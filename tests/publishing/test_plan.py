@@ -226,6 +226,7 @@ def test_broken_weights_are_found_by_loading_them(world, tmp_path):
         publish(folder, "me/m", **LICENSE)
     idle = merge_checkpoints([world["base"], world["base"]], 0.5, tmp_path / "idle")
     write_provenance(idle, Provenance("student", base_model=str(world["base"])))
+    made.edit_json(idle / "generation_config.json", guidance_scale=1.0)
     with pytest.raises(ValueError, match="exactly the weights of its base"):
         publish(idle, "me/m", **LICENSE)
 
