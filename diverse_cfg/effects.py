@@ -106,7 +106,7 @@ _NEVER = {
     "average_tokens_across_devices": "every clip has the same number of codes; leave it unset",
     "neftune_noise_alpha": "codes have several embeddings, which take no noise; leave it unset",
     "use_cache": "the loss needs no cache, and a rollout always has its own; leave it unset",
-    "include_num_input_tokens_seen": "clips have a fixed length: count steps; leave it off",
+    "include_num_input_tokens_seen": "clips have a fixed length, so steps tell it; leave it unset",
     "auto_find_batch_size": "a smaller batch would split prompt groups: set rollout_batch_size, or lower "
     "per_device_train_batch_size",
     "bf16_full_eval fp16_full_eval": "evaluations during training ignore it, and others would round the student; "
@@ -326,5 +326,5 @@ def _changed(settings: Any) -> Iterator[tuple[_Idle, str]]:
         rule, value = _rule_of(item.name), getattr(settings, item.name)
         default = item.default if item.default_factory is MISSING else item.default_factory()
         if rule is not None and value != default and all(value != off for off in rule.off):
-            secret = "token" in item.name
+            secret = item.name.endswith("token")
             yield rule, item.name if secret else f"{item.name}={_shown(value)!r}"

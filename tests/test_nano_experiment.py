@@ -341,7 +341,7 @@ def test_some_seeds_alone(tmp_path):
     experiment = load(tmp_path, "open.yaml")
     experiment.take_seeds([2, 3])
     experiment.check_seeds("here")
-    assert experiment.seeds_of("beta-40") == [2, 3] and experiment.seeds_of("unguarded") == [2]
+    assert experiment.seeds_of("music-25") == [2, 3] and experiment.seeds_of("unguarded") == [2]
     assert load(tmp_path, "open.yaml").seeds_of("unguarded") == [1]
 
 
@@ -413,16 +413,14 @@ def recorded(tmp_path):
     (tmp_path / "hacking").mkdir()
     for file in ("metrics.json", "metrics.csv", "cells.npz"):
         (tmp_path / "hacking" / file).write_bytes((tmp_path / "test" / file).read_bytes())
-    for name, section in (("recipes", "training"), ("readme", "results")):
-        text = f"before\n<!-- {section} -->\nold\n<!-- end {section} -->\nafter\n"
-        (tmp_path / f"{name}.md").write_text(text)
+    (tmp_path / "recipes.md").write_text("before\n<!-- training -->\nold\n<!-- end training -->\nafter\n")
     return tmp_path
 
 
 def build(folder):
     import report
 
-    report.build(folder, folder / "page.md", folder / "recipes.md", folder / "readme.md")
+    report.build(folder, folder / "page.md", folder / "recipes.md")
 
 
 def test_page_is_built_from_recorded_numbers_alone(tmp_path):
@@ -463,8 +461,6 @@ def test_page_is_built_from_recorded_numbers_alone(tmp_path):
     )
     assert "| β = 400 | 0 | 0.5 | 0.4 | 0.2 | 0.8 | – |" in page
     assert "| 25 | 25.5 | 0.4 | 0.2 | 0.8 | KL budget |" in page and "0.8 | quality, KL budget |" in page
-    readme = (tmp_path / "readme.md").read_text()
-    assert "| LERP λ=0.5 | 0.79" in readme and "LERP λ=1" not in readme and "old" not in readme
     assert "not measured" in page
     for name in ("training", "test/front", "test/lerp-merges"):
         assert (tmp_path / f"{name}.svg").is_file() and (tmp_path / f"{name}.csv").is_file()

@@ -223,7 +223,7 @@ def test_names_that_become_paths(study, tmp_path, name):
     with pytest.raises(ValueError, match=r"trials\.json is not what .*becomes a file name"):
         load_trials(study(id=name))
     assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", slug(name)) and len(slug(name)) <= 60
-    for clip in _plan([str(name)], 1, 0, 1.0):
+    for clip in _plan([str(name)], 1, 0, 1.0, False, None):
         assert re.fullmatch(r"0000-00-[a-z0-9-]+\.wav", clip["file"]) and len(clip["file"]) < 60
 
 

@@ -40,7 +40,8 @@ class AveragedLogits(EagerDecoder):
     """Several decoders that read the same codes; the mean of their logits is drawn from."""
 
     def __init__(self, decoders: Sequence[EagerDecoder]):
-        self.decoders = decoders
+        self.decoders, first = decoders, decoders[0]
+        self.adaptive, self.agreed, self.null_rows = first.adaptive, first.agreed, first.null_rows
 
     def step(self, ids: Tensor, step: int) -> Tensor:
         logits = [decoder.step(ids, step) for decoder in self.decoders]

@@ -1,6 +1,7 @@
 """The page as a Space: what it consists of, that it names nothing of this machine, and its one commit."""
 
 import ast
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -54,7 +55,8 @@ def test_a_wheel_travels_with_what_it_needs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("space", "models"), [("play", MODELS), ("me/play", ["/home/me/student"]), ("a/b/c", MODELS)]
+    ("space", "models"),
+    [("play", MODELS), ("me/play", [os.sep + os.path.join("home", "me", "student")]), ("a/b/c", MODELS)],
 )
 def test_names_that_are_no_hub_ids(space, models):
     with pytest.raises(ValueError, match=r"Hub repository id|lacks its owner"):
