@@ -202,7 +202,9 @@ def adapter_settings(model: nn.Module) -> dict[str, Any]:
         return {}
     config: Any = model.peft_config[model.active_adapter].to_dict()
     named = {"r": "lora_r", "target_modules": "lora_target_modules"}
-    return {named.get(name, name): value for name, value in config.items() if name not in _NOT_OF_LAYERS}
+    return {
+        named.get(name) or str(name): value for name, value in config.items() if name not in _NOT_OF_LAYERS
+    }
 
 
 # ---- continuing from one -----------------------------------------------------------------------------------
