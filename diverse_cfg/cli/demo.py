@@ -36,10 +36,10 @@ _SHOWN = (
     "kl_teacher",
     "decoder_rows",
 )
-# Measured on two idle cores: an update of 64 clips of 3 s, and sampling, decoding and judging one clip. What a guard
-# that listens adds to an update is estimated, from 1.5 s on one busy core.
-_SECONDS_PER_STEP = 1.2
-_SECONDS_TO_LISTEN = 1.3
+# Measured on two idle cores: an update of 64 clips of 3 s, what rewards and a guard that listen add to it, and sampling,
+# decoding and judging one clip.
+_SECONDS_PER_STEP = 0.8
+_SECONDS_TO_LISTEN = 1.1
 _SECONDS_PER_CLIP = 0.05
 
 Recipes = dict[str, dict[str, Any]]
@@ -95,7 +95,7 @@ def demo(
 
     Args:
         output: folder; a new one, an empty one, or one that the same recipes have begun.
-        recipes: what is run; `demo-run` in them stands for the folder. The shipped ones take about 10 minutes.
+        recipes: what is run; `demo-run` in them stands for the folder. The shipped ones take about 7 minutes.
         tell: is called with lines for a person.
 
     Returns:
