@@ -36,7 +36,7 @@ _SHOWN = (
     "kl_teacher",
     "decoder_rows",
 )
-# Measured on two idle cores: an update of 64 clips of 3 s, what rewards and a guard that listen add to it, and sampling,
+# Measured on two idle cores: an update of 64 clips of 3 s, what rewards and a guard that listen add to it; sampling,
 # decoding and judging one clip.
 _SECONDS_PER_STEP = 0.8
 _SECONDS_TO_LISTEN = 1.1
