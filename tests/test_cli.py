@@ -195,3 +195,10 @@ def test_freed_memory_is_used_again():
         return int(subprocess.run(command, env=plain | variables, capture_output=True, check=True).stdout)
 
     assert 10 * page_faults() < page_faults(MALLOC_ARENA_MAX="8")
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path):
+    """Fault: `diverse-cfg recipes | head -1` ends in an error message."""
+    command = f"{sys.executable} -m diverse_cfg recipes | head -1; echo ${{PIPESTATUS[0]}}"
+    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert found.stderr == "" and found.stdout.startswith("--recipe NAME")

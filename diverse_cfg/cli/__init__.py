@@ -98,6 +98,9 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
     try:
         with _speaking_plainly(), _terminated_like_interrupted():
             command.run(args)
+    except BrokenPipeError:  # `diverse-cfg recipes | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed
+        return 128 + signal.SIGPIPE
     except (*USER_ERRORS, RuntimeError) as error:
         # By its name: torch's class, whose import takes a second, and nothing else that is a RuntimeError.
         ours = isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError"
