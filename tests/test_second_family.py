@@ -89,3 +89,14 @@ def test_a_divergence_is_one_line_of_one_table(tmp_path, monkeypatch):
         found[name] = trainer.state.log_history[0]
     for metric in ("loss", "grad_norm"):
         assert found["half_reverse_kl"][metric] == pytest.approx(found["reverse_kl"][metric] / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "other"), [("vocab_size", 13), ("delays", (1,))])
+def test_a_teacher_with_other_codes_is_refused(tmp_path, monkeypatch, name, other):
+    """Fault: a divergence between two policies whose codes do not mean the same."""
+    folder = toy_folder(tmp_path / "base")
+    student, teacher = (as_policy(load_policy(folder)) for _ in range(2))
+    kind = type("Other", (type(teacher),), {name: property(lambda _: other)})
+    monkeypatch.setattr(teacher, "__class__", kind)
+    with pytest.raises(ValueError, match=rf"teacher_model has {name}=.*13|teacher_model has {name}=\(1,\)"):
+        teacher.share_with(student)

@@ -135,6 +135,13 @@ def test_more_generations_per_prompt_need_more(tmp_path):
     assert [rollout.clips for (rollout,) in by_group] == [8, 16, 32]
 
 
+def test_a_frozen_copy_of_the_decoder_is_counted():
+    """Fault: a teacher of its own that takes no memory."""
+    model = tiny_musicgen()
+    decoder = held(model.decoder.parameters()) / 1e9
+    assert needs(model, separate_teacher=True).weights - needs(model).weights >= decoder > 0
+
+
 def test_an_update_and_a_rollout_do_not_add_up():
     estimate = needs()
     assert estimate.activations > estimate.caches > 0
