@@ -12,8 +12,8 @@ from diverse_cfg.types import Clips
 def diverse_subset(clips: Clips, count: int, embedder: Embedder) -> list[int]:
     """Rows of the `count` clips of one prompt that differ most under an encoder, the first sound clip among them.
 
-    Clips that are no sound music (see `acoustics.validity`) are taken only where there are too few others: nothing
-    is as different as a broken one. The same clips give the same rows.
+    Clips that are no sound music (see `acoustics.validity`) only fill up where there are too few others: nothing is as
+    different as a broken one. The same clips give the same rows.
 
     Args:
         clips: M samples of one prompt, with waveforms.
@@ -35,8 +35,10 @@ def diverse_subset(clips: Clips, count: int, embedder: Embedder) -> list[int]:
             f"encoder {embedder.name!r} reads codes of a {embedder.sampling_rate} Hz codec, the clips' has "
             f"{clips.sampling_rate} Hz: take an encoder that reads waveforms"
         )
-    sound = validity(clips.waveforms, clips.sampling_rate)["valid"].nonzero()[:, 0]
-    rows = sound if len(sound) >= count else torch.arange(len(clips))
+    valid = validity(clips.waveforms, clips.sampling_rate)["valid"].bool()
+    rows = valid.nonzero()[:, 0]
+    if len(rows) < count:
+        return torch.cat([rows, (~valid).nonzero()[:, 0]])[:count].tolist()
     inputs = clips.codes if embedder.reads == "codes" else clips.waveforms
     embeddings = embed_clips(embedder, inputs[rows], clips.sampling_rate)
     (distances,) = embedding_distances(embedder, embeddings.double(), len(rows))

@@ -9,6 +9,7 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
+from diverse_cfg.acoustics import validity
 from diverse_cfg.assets import nano_path
 from diverse_cfg.policies.files import generate_files
 from diverse_cfg.policies.loading import load_policy, load_processor
@@ -232,6 +233,8 @@ def test_broken_clips_are_not_what_differs_most():
     kept = diverse_subset(clips, 3, WaveEncoder())
     assert kept[0] == 2 and set(kept) <= {2, 3, 4, 5}
     assert len(diverse_subset(clips, 5, WaveEncoder())) == 5
+    sound = set(validity(clips.waveforms, clips.sampling_rate)["valid"].nonzero()[:, 0].tolist())
+    assert 0 < len(sound) < 5 and sound < set(diverse_subset(clips, len(sound) + 1, WaveEncoder()))
     for count, change, said in (
         (7, {}, "at most the number of clips, 6"),
         (2, {"waveforms": None}, "decode=True"),
