@@ -1,6 +1,6 @@
 """Of many samples of a prompt the few that differ most: variety for rows of the decoder, without training."""
 
-import torch
+from torch import Tensor
 
 from diverse_cfg.acoustics import validity
 from diverse_cfg.embeddings import Embedder
@@ -36,10 +36,14 @@ def diverse_subset(clips: Clips, count: int, embedder: Embedder) -> list[int]:
             f"{clips.sampling_rate} Hz: take an encoder that reads waveforms"
         )
     valid = validity(clips.waveforms, clips.sampling_rate)["valid"].bool()
-    rows = valid.nonzero()[:, 0]
-    if len(rows) < count:
-        return torch.cat([rows, (~valid).nonzero()[:, 0]])[:count].tolist()
     inputs = clips.codes if embedder.reads == "codes" else clips.waveforms
-    embeddings = embed_clips(embedder, inputs[rows], clips.sampling_rate)
-    (distances,) = embedding_distances(embedder, embeddings.double(), len(rows))
-    return [int(rows[point]) for point in farthest_points(distances, count)]
+
+    def farthest(rows: Tensor, number: int) -> list[int]:
+        if len(rows) <= number:
+            return rows.tolist()
+        embeddings = embed_clips(embedder, inputs[rows], clips.sampling_rate)
+        (distances,) = embedding_distances(embedder, embeddings.double(), len(rows))
+        return [int(rows[point]) for point in farthest_points(distances, number)]
+
+    kept = farthest(valid.nonzero()[:, 0], count)
+    return kept if len(kept) == count else kept + farthest((~valid).nonzero()[:, 0], count - len(kept))
